@@ -1,0 +1,44 @@
+"""The binding: which live tensors a component's slices are, from attaching to detaching."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from rgft.components import Component, Partition
+
+
+@dataclass(kw_only=True)
+class Binding:
+    """Component name → trainable parameters, one per slice, in the order of `Component.slices`.
+
+    Whole parameters are the model's own. Slices are views that share memory with the weight they are part of
+    (`views.py` makes them and gives `restore` and `check`).
+
+    Attributes:
+        partition: the components bound.
+        parameters: component name → parameters.
+        names: parameter names as the model shows them now, aligned with `parameters`.
+        restore: puts the model back as it was; no trace is left.
+        check: raises StorageError when a view no longer shares its weight's memory.
+    """
+
+    partition: Partition
+    parameters: dict[str, tuple[nn.Parameter, ...]]
+    names: dict[str, tuple[str, ...]]
+    restore: Callable[[], None]
+    check: Callable[[], None]
+    _owners: dict[int, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._owners = {id(p): name for name, params in self.parameters.items() for p in params}
+
+    def __iter__(self) -> Iterator[tuple[Component, tuple[nn.Parameter, ...]]]:
+        for component in self.partition:
+            yield component, self.parameters[component.name]
+
+    def owner(self, parameter: nn.Parameter) -> str | None:
+        """Name of the component that the parameter belongs to, or None."""
+        return self._owners.get(id(parameter))

@@ -1,0 +1,103 @@
+"""Batches over epochs in an order that a resumed run repeats, with the ids of their examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import DataLoader, default_collate
+
+from rgft.errors import DataError
+
+
+class SizedDataset(Protocol):
+    """A map-style dataset: `len(dataset)` and `dataset[i]`."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexedBatch:
+    """A collated batch and which examples (positions in the dataset) its rows are."""
+
+    ids: tuple[int, ...]
+    batch: Any
+
+
+class BatchStream:
+    """Yields `epochs` epochs of shuffled batches; the order depends on the seed and the epoch alone.
+
+    Args:
+        dataset: map-style; an example's id is its position.
+        batch_size: examples per batch; the last of an epoch may be smaller.
+        collate_fn: list of examples → batch.
+        epochs: epochs until the stream ends.
+        seed: of the order.
+        workers: worker processes of the loader (0: in this process).
+
+    Raises:
+        DataError: the dataset is empty.
+    """
+
+    def __init__(
+        self, dataset: SizedDataset, *, batch_size: int, collate_fn: Callable[[list[Any]], Any] = default_collate,
+        epochs: float = 1, seed: int = 0, workers: int = 0,
+    ) -> None:  # fmt: skip
+        if len(dataset) == 0:
+            raise DataError("the training set is empty; expected at least one example")
+        self.dataset, self.batch_size, self.collate_fn = dataset, batch_size, collate_fn
+        self.seed, self.workers = seed, workers
+        self.batches_per_epoch = -(-len(dataset) // batch_size)
+        self.total_batches = max(1, round(self.batches_per_epoch * epochs))
+        self.position = 0
+
+    def order(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        return torch.randperm(len(self.dataset), generator=generator).tolist()
+
+    def indices(self, start: int = 0) -> Iterator[list[int]]:
+        """The ids of each batch from position `start` on, without loading anything."""
+        for epoch in range(start // self.batches_per_epoch, -(-self.total_batches // self.batches_per_epoch)):
+            order = self.order(epoch)
+            first = start - epoch * self.batches_per_epoch if epoch == start // self.batches_per_epoch else 0
+            for batch in range(first, self.batches_per_epoch):
+                if epoch * self.batches_per_epoch + batch >= self.total_batches:
+                    return
+                yield order[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+    def __iter__(self) -> Iterator[IndexedBatch]:
+        """From the current position on; `position` counts batches handed out."""
+        # A loader draws its workers' seed from the global generator: given one of its own, it leaves that alone.
+        loader = DataLoader(
+            _WithIds(self.dataset), batch_sampler=list(self.indices(self.position)), num_workers=self.workers,
+            collate_fn=_CollateWithIds(self.collate_fn), generator=torch.Generator().manual_seed(self.seed),
+        )  # fmt: skip
+        for batch in loader:
+            self.position += 1
+            yield batch
+
+    def load(self, indices: Sequence[int]) -> Any:
+        """One collated batch of the given examples."""
+        return self.collate_fn([self.dataset[index] for index in indices])
+
+
+class _WithIds:
+    def __init__(self, dataset: SizedDataset) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> tuple[int, Any]:
+        return index, self._dataset[index]
+
+
+class _CollateWithIds:
+    def __init__(self, collate_fn: Callable[[list[Any]], Any]) -> None:
+        self._collate_fn = collate_fn
+
+    def __call__(self, examples: list[tuple[int, Any]]) -> IndexedBatch:
+        return IndexedBatch(ids=tuple(index for index, _ in examples), batch=self._collate_fn([e for _, e in examples]))

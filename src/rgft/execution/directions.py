@@ -1,0 +1,78 @@
+"""The step an optimizer makes, at reference learning rate: Δθ without multiplier, schedule or decay.
+
+Signals compare components by what a step of equal learning rate would do, so that no component is rewarded for its own
+multiplier. For the Adam family the direction is read off the moments; for SGD off the momentum buffer.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from rgft.errors import OptimizerError
+
+
+class Directions:
+    """Reads steps off the state of Adam, AdamW or SGD. Tensors returned are new and detached.
+
+    Raises:
+        OptimizerError: another optimizer.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        if not isinstance(optimizer, Adam | AdamW | SGD):
+            raise OptimizerError(
+                f"signals that need the optimizer's step know Adam, AdamW and SGD; found {type(optimizer).__name__}. "
+                "Use one of these, or a signal without steps, e.g. signal='grad_norm'"
+            )
+        self._optimizer = optimizer
+        self._groups: dict[int, dict[str, Any]] = {}
+        self._count = -1
+
+    def _group(self, parameter: Tensor) -> dict[str, Any] | None:
+        count = sum(len(group["params"]) for group in self._optimizer.param_groups)
+        if count != self._count:
+            self._groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
+            self._count = count
+        return self._groups.get(id(parameter))
+
+    def last(self, parameter: Tensor) -> Tensor | None:
+        """Direction −Δθ/η of the step just made; None before the parameter's first step."""
+        group, state = self._group(parameter), self._optimizer.state.get(parameter)
+        if group is None or not state:
+            return None
+        if "exp_avg" in state:
+            return _adam(state["exp_avg"], _second(state, group), float(state["step"]), group)
+        return state.get("momentum_buffer")
+
+    @torch.no_grad()
+    def would_make(self, parameter: Tensor, gradient: Tensor) -> Tensor | None:
+        """Direction of the step that `gradient` would make from the moments kept; the state is not changed."""
+        group = self._group(parameter)
+        if group is None:
+            return None
+        state = self._optimizer.state.get(parameter) or {}
+        if "betas" not in group:
+            momentum, buffer = group.get("momentum", 0.0), state.get("momentum_buffer")
+            return gradient if buffer is None else gradient + momentum * buffer.to(gradient)
+        beta1, beta2 = group["betas"]
+        if "exp_avg" not in state:
+            return _adam((1 - beta1) * gradient, (1 - beta2) * gradient.square(), 1.0, group)
+        first = torch.lerp(state["exp_avg"].to(gradient), gradient, 1 - beta1)
+        second = state["exp_avg_sq"].to(gradient).mul(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        return _adam(first, second, float(state["step"]) + 1.0, group)
+
+
+def _second(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+    return state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
+
+
+@torch.no_grad()
+def _adam(first: Tensor, second: Tensor, step: float, group: dict[str, Any]) -> Tensor:
+    beta1, beta2 = group["betas"]
+    root = math.sqrt(1.0 - beta2**step)
+    return first.div(1.0 - beta1**step).div_(second.sqrt().div_(root).add_(group["eps"]))

@@ -1,0 +1,64 @@
+"""Learning-rate multipliers, applied for the length of one optimizer step and taken back.
+
+A step pre-hook splits the optimizer's groups by multiplier and the post-hook puts the user's groups back, so that
+schedulers (also those that chain on the current value, as cosine and exponential do) never see a multiplied rate.
+Components with equal multipliers share a group. With all multipliers 1 nothing is touched: bit-identical.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch.optim import Optimizer
+
+from rgft.execution.binding import Binding
+
+
+class Multipliers:
+    """Scales the learning rate of each component's parameters while `optimizer.step()` runs."""
+
+    def __init__(self, optimizer: Optimizer, binding: Binding) -> None:
+        self._binding = binding
+        self._by_parameter: dict[int, float] = {}
+        self._saved: list[dict[str, Any]] | None = None
+        self._handles = [
+            optimizer.register_step_pre_hook(self._split),
+            optimizer.register_step_post_hook(self._restore),
+        ]
+
+    def set(self, multipliers: Mapping[str, float]) -> None:
+        """Multiplier per component name; missing names have 1."""
+        self._by_parameter = {
+            id(parameter): multipliers[component.name]
+            for component, parameters in self._binding
+            if multipliers.get(component.name, 1.0) != 1.0
+            for parameter in parameters
+        }
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _split(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._saved is not None:  # the last step raised before its post-hook
+            optimizer.param_groups = self._saved
+            self._saved = None
+        if not self._by_parameter:
+            return
+        self._saved = optimizer.param_groups
+        optimizer.param_groups = [part for group in self._saved for part in self._split_group(group)]
+
+    def _split_group(self, group: dict[str, Any]) -> list[dict[str, Any]]:
+        parts: dict[float, list[Any]] = {}
+        for parameter in group["params"]:
+            parts.setdefault(self._by_parameter.get(id(parameter), 1.0), []).append(parameter)
+        return [
+            {**group, "params": parameters, "lr": group["lr"] if factor == 1.0 else group["lr"] * factor}
+            for factor, parameters in parts.items()
+        ]
+
+    def _restore(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._saved is not None:
+            optimizer.param_groups = self._saved
+            self._saved = None

@@ -1,0 +1,167 @@
+"""Measuring: runs signals on probes and on training gradients, and keeps the error maps.
+
+Two maps are kept side by side: the signal's own, and (for signals of an optimizer step) the decrease on the very batch
+that made the step. Their ratio tells what a component learns from what it memorises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rgft.components import Component
+from rgft.error_map import ErrorMap
+from rgft.errors import NonFiniteError
+from rgft.execution.binding import Binding
+from rgft.execution.directions import Directions
+from rgft.execution.probing import still
+from rgft.signals.base import GradientSignal, PartGradient, Parts, Probe, Signal
+from rgft.signals.decrease import PredictedDecrease
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+class Measurement:
+    """Owns the error maps of a run and fills them.
+
+    Args:
+        model, binding: what is measured.
+        signal: the score.
+        loss: mean loss of a batch, a scalar.
+        beta, bias_correction: of the maps.
+    """
+
+    def __init__(
+        self, model: nn.Module, binding: Binding, signal: Signal, loss: Loss, *, beta: float, bias_correction: bool
+    ) -> None:
+        self._model, self._binding, self._loss = model, binding, loss
+        self.signal = signal
+        empty = ErrorMap.empty(binding.partition.names, beta=beta, bias_correction=bias_correction)
+        self.error_map, self.same_batch_map = empty, empty
+        self._same_batch = PredictedDecrease()
+        self._directions: Directions | None = None
+        self._rates: dict[int, float] = {}
+        self._initial: dict[str, Parts] | None = None
+        if signal.needs_initial:
+            self._initial = {c.name: tuple(p.detach().clone() for p in params) for c, params in binding}
+
+    def set_optimizer(self, optimizer: Optimizer) -> None:
+        """Needed by signals of the optimizer's step. Learning rates are read here, before any schedule."""
+        if self.signal.needs_update:
+            self._directions = Directions(optimizer)
+        self._rates = {
+            id(p): float(group.get("initial_lr", group["lr"]))
+            for group in optimizer.param_groups
+            for p in group["params"]
+        }
+
+    def _step_of(self, parameter: Tensor, direction: Tensor | None) -> Tensor | None:
+        """Δθ at reference learning rate."""
+        return None if direction is None else direction.mul(-self._rates.get(id(parameter), 1.0))
+
+    def observe_training(self, step: int) -> None:
+        """Scores the gradients of a training batch. Call before the optimizer's step.
+
+        For a signal of the step, the step is the previous one: this batch did not make it.
+        """
+        if not isinstance(self.signal, GradientSignal):
+            return
+        scores = self.signal.score(self._binding.partition, self._parts)
+        self.error_map = self.error_map.observe(scores, step=step)
+
+    def observe_own_step(self, step: int) -> None:
+        """Scores the optimizer's step on the batch that made it. Call after the step, before gradients are cleared."""
+        if self._directions is not None:
+            scores = self._same_batch.score(self._binding.partition, self._parts)
+            self.same_batch_map = self.same_batch_map.observe(scores, step=step)
+
+    def _parts(self, component: Component) -> list[PartGradient]:
+        parts: list[PartGradient] = []
+        initials = self._initial[component.name] if self._initial else None
+        for index, parameter in enumerate(self._binding.parameters[component.name]):
+            if parameter.grad is None:
+                continue
+            update = None
+            if self._directions is not None:
+                update = self._step_of(parameter, self._directions.last(parameter))
+                if update is None:
+                    continue
+            parts.append(
+                PartGradient(
+                    weight=parameter.detach(),
+                    gradient=parameter.grad,
+                    update=update,
+                    initial=initials[index] if initials else None,
+                )  # fmt: skip
+            )
+        return parts
+
+    def probe(self, batch: Any, *, own: Any = None, step: int) -> dict[str, float]:
+        """Measures on a batch that is not trained on, every component on. Moves nothing.
+
+        Args:
+            batch: what the scores are measured on.
+            own: for signals of the step: another batch, whose gradient makes the step that `batch` judges.
+            step: the step that comes next.
+
+        Raises:
+            NonFiniteError: the probe's loss is not finite.
+        """
+        updates: dict[str, Parts] = {}
+        with still(self._model, self._binding):
+            if self._directions is not None:
+                updates = self._steps_from(own if own is not None else batch, step)
+            probe = Probe(
+                model=self._model, partition=self._binding.partition, parameters=self._binding.parameters, batch=batch,
+                loss=self._finite_loss(step), update=updates.get if updates else None,
+                initial=self._initial.get if self._initial else None,
+            )  # fmt: skip
+            scores = self.signal.measure(probe)
+        self.error_map = self.error_map.observe(scores, step=step)
+        return scores
+
+    def _steps_from(self, batch: Any, step: int) -> dict[str, Parts]:
+        """The step that each component's kept moments and the gradient of `batch` would make."""
+        assert self._directions is not None
+        self._finite_loss(step)(self._model, batch).backward()
+        updates: dict[str, Parts] = {}
+        same: dict[str, list[PartGradient]] = {}
+        for component, parameters in self._binding:
+            steps = []
+            for parameter in parameters:
+                gradient, parameter.grad = parameter.grad, None
+                if gradient is None:
+                    gradient = torch.zeros_like(parameter)
+                direction = self._directions.would_make(parameter, gradient)
+                update = self._step_of(parameter, direction)
+                steps.append(torch.zeros_like(parameter) if update is None else update)
+                part = PartGradient(weight=parameter.detach(), gradient=gradient, update=steps[-1])
+                same.setdefault(component.name, []).append(part)
+            updates[component.name] = tuple(steps)
+        scores = self._same_batch.score(self._binding.partition, lambda c: same[c.name])
+        self.same_batch_map = self.same_batch_map.observe(scores, step=step)
+        return updates
+
+    def _finite_loss(self, step: int) -> Loss:
+        def loss(model: nn.Module, batch: Any) -> Tensor:
+            value = self._loss(model, batch)
+            if not bool(torch.isfinite(value)):
+                raise NonFiniteError(f"the loss of the probe before step {step} is {value.item()}, expected a number")
+            return value
+
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "error_map": self.error_map.to_dict(), "same_batch_map": self.same_batch_map.to_dict(),
+            "initial": self._initial,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.error_map = ErrorMap.from_dict(state["error_map"])
+        self.same_batch_map = ErrorMap.from_dict(state["same_batch_map"])
+        self._initial = state["initial"]

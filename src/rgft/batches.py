@@ -33,8 +33,8 @@ class BatchStream:
     Args:
         dataset: map-style; an example's id is its position.
         batch_size: examples per batch; the last of an epoch may be smaller.
-        collate_fn: list of examples → batch.
-        epochs: epochs until the stream ends.
+        collate_fn: list of examples → batch; None is torch's default.
+        epochs: epochs until the stream ends; None never ends.
         seed: of the order.
         workers: worker processes of the loader (0: in this process).
 
@@ -43,16 +43,28 @@ class BatchStream:
     """
 
     def __init__(
-        self, dataset: SizedDataset, *, batch_size: int, collate_fn: Callable[[list[Any]], Any] = default_collate,
-        epochs: float = 1, seed: int = 0, workers: int = 0,
+        self, dataset: SizedDataset, *, batch_size: int, collate_fn: Callable[[list[Any]], Any] | None = None,
+        epochs: float | None = 1, seed: int = 0, workers: int = 0,
     ) -> None:  # fmt: skip
         if len(dataset) == 0:
             raise DataError("the training set is empty; expected at least one example")
-        self.dataset, self.batch_size, self.collate_fn = dataset, batch_size, collate_fn
+        self.dataset, self.batch_size, self.collate_fn = dataset, batch_size, collate_fn or default_collate
         self.seed, self.workers = seed, workers
         self.batches_per_epoch = -(-len(dataset) // batch_size)
-        self.total_batches = max(1, round(self.batches_per_epoch * epochs))
+        self._epochs = epochs
         self.position = 0
+
+    @property
+    def total_batches(self) -> int:
+        """Batches until the stream ends."""
+        if self._epochs is None:
+            raise DataError("an endless stream has no number of batches; give it epochs")
+        return max(1, round(self.batches_per_epoch * self._epochs))
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the batch handed out last (0 before the first)."""
+        return max(0, self.position - 1) // self.batches_per_epoch
 
     def order(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
@@ -60,19 +72,19 @@ class BatchStream:
 
     def indices(self, start: int = 0) -> Iterator[list[int]]:
         """The ids of each batch from position `start` on, without loading anything."""
-        for epoch in range(start // self.batches_per_epoch, -(-self.total_batches // self.batches_per_epoch)):
-            order = self.order(epoch)
-            first = start - epoch * self.batches_per_epoch if epoch == start // self.batches_per_epoch else 0
-            for batch in range(first, self.batches_per_epoch):
-                if epoch * self.batches_per_epoch + batch >= self.total_batches:
-                    return
-                yield order[batch * self.batch_size : (batch + 1) * self.batch_size]
+        order, position = [], start
+        while self._epochs is None or position < self.total_batches:
+            epoch, batch = divmod(position, self.batches_per_epoch)
+            if batch == 0 or not order:
+                order = self.order(epoch)
+            yield order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            position += 1
 
     def __iter__(self) -> Iterator[IndexedBatch]:
         """From the current position on; `position` counts batches handed out."""
         # A loader draws its workers' seed from the global generator: given one of its own, it leaves that alone.
         loader = DataLoader(
-            _WithIds(self.dataset), batch_sampler=list(self.indices(self.position)), num_workers=self.workers,
+            _WithIds(self.dataset), batch_sampler=_Indices(self, self.position), num_workers=self.workers,
             collate_fn=_CollateWithIds(self.collate_fn), generator=torch.Generator().manual_seed(self.seed),
         )  # fmt: skip
         for batch in loader:
@@ -82,6 +94,29 @@ class BatchStream:
     def load(self, indices: Sequence[int]) -> Any:
         """One collated batch of the given examples."""
         return self.collate_fn([self.dataset[index] for index in indices])
+
+
+class Subset:
+    """A dataset of some positions of another."""
+
+    def __init__(self, dataset: SizedDataset, indices: Sequence[int]) -> None:
+        self._dataset, self._indices = dataset, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._dataset[self._indices[index]]
+
+
+class _Indices:
+    """A batch sampler over a stream's order (a loader wants something that can be iterated anew)."""
+
+    def __init__(self, stream: BatchStream, start: int) -> None:
+        self._stream, self._start = stream, start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self._stream.indices(self._start)
 
 
 class _WithIds:

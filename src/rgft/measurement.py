@@ -96,7 +96,7 @@ class Measurement:
                     gradient=parameter.grad,
                     update=update,
                     initial=initials[index] if initials else None,
-                )  # fmt: skip
+                )
             )
         return parts
 

@@ -102,6 +102,6 @@ class BudgetMask(Mask):
                     bias=bias,
                     variance=variance,
                     cost=bias + self.noise_weight * variance,
-                )  # fmt: skip
+                )
             )
         return choices

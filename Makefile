@@ -1,0 +1,43 @@
+# Everything lives in .venv; every target sets up what it needs.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+SETUP := .venv/.rgft-ready
+
+.PHONY: demo test test-slow check lint types contracts bench clean
+
+demo: $(SETUP)  ## fine-tune a real encoder within 30 % of full fine-tuning's FLOPs
+	$(BIN)/python examples/demo.py
+
+test: $(SETUP)  ## the fast suite
+	$(BIN)/python -m pytest -m "not slow" -n 2
+
+test-slow: $(SETUP)  ## what takes minutes
+	$(BIN)/python -m pytest -m slow
+
+check: lint types contracts test  ## all that CI checks, but the short demo
+
+lint: $(SETUP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(SETUP)
+	$(BIN)/pyright
+
+contracts: $(SETUP)
+	$(BIN)/lint-imports
+
+bench: $(SETUP)  ## the committed quality comparison; resumes where it stopped
+	$(BIN)/rgft bench run benchmarks/experiments/main.json
+
+$(SETUP): pyproject.toml requirements/tested.txt requirements/demo.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	# torch first: asked for by another package, the registry's default build pulls gigabytes
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --requirement requirements/tested.txt
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement requirements/demo.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache

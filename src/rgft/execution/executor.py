@@ -1,0 +1,129 @@
+"""The executor: puts plans into force on a bound model and its optimizer, and takes everything back.
+
+It holds the four ways of acting together: what requires gradients (`Switch`), learning-rate multipliers, optimizer
+moments, and the activation cache of the frozen prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rgft.errors import AttachError
+from rgft.execution.activation_cache import ActivationCache
+from rgft.execution.binding import Binding
+from rgft.execution.moments import MomentMode, Moments
+from rgft.execution.multipliers import Multipliers
+from rgft.execution.switching import Switch
+from rgft.execution.views import check_optimizer
+from rgft.plan import UpdatePlan
+
+
+class Executor:
+    """Acts on a model.
+
+    Args:
+        model, binding: the model and its components' live parameters.
+        moments: what happens to the optimizer state of a component that is off.
+        cache: an activation cache to use, or None.
+    """
+
+    def __init__(
+        self, model: nn.Module, binding: Binding, *, moments: MomentMode = "keep", cache: ActivationCache | None = None
+    ) -> None:
+        self._binding = binding
+        self._mode: MomentMode = moments
+        self._switch = Switch(model, binding)
+        self._multipliers: Multipliers | None = None
+        self._moments: Moments | None = None
+        self.optimizer: Optimizer | None = None
+        self.cache = cache
+
+    @property
+    def active(self) -> frozenset[str]:
+        """Names of the components that are on in this step."""
+        return self._switch.active
+
+    def set_optimizer(self, optimizer: Optimizer) -> None:
+        """Attaches to the optimizer.
+
+        Raises:
+            OptimizerError: it cannot work on this granularity.
+            AttachError: it lacks parameters of some component, or another optimizer is attached.
+        """
+        if self.optimizer is not None:
+            raise AttachError("this guide has another optimizer; one guide works with one optimizer")
+        check_optimizer(optimizer, self._binding)
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        missing = [c.name for c, parameters in self._binding if any(id(p) not in held for p in parameters)]
+        if missing:
+            raise AttachError(
+                f"the optimizer lacks parameters of {len(missing)} components, first {missing[0]!r}: they would get "
+                "gradients and never a step. Build it from guide.param_groups(lr=…), after making the guide"
+            )
+        self.optimizer = optimizer
+        self._multipliers = Multipliers(optimizer, self._binding)
+        self._moments = Moments(optimizer, self._binding, self._mode)
+
+    def apply(self, plan: UpdatePlan, step: int) -> None:
+        """Puts the plan into force for `step`."""
+        before = self._switch.active
+        self._switch.apply(plan, step)
+        active = self._switch.active
+        if self._multipliers is not None:
+            self._multipliers.set(plan.multipliers)
+        if self._moments is not None and before and before != active:
+            self._moments.switch(turned_off=before - active, turned_on=active - before, step=step)
+        if self.cache is not None:
+            self.cache.set_cut(plan.cut)
+
+    def begin_forward(self, ids: Sequence[int] | None, attention_mask: Tensor | None) -> bool:
+        """Announces a training forward; returns whether the prefix will be read from the cache."""
+        return self.cache is not None and self.cache.begin(ids, attention_mask)
+
+    def end_forward(self) -> None:
+        if self.cache is not None:
+            self.cache.end()
+
+    def squared_gradient_norms(self) -> dict[str, float]:
+        """‖∇_{θ_k} L‖² of every active component with a gradient; one device synchronisation."""
+        named = [
+            (component.name, parameter.grad)
+            for component, parameters in self._binding
+            for parameter in parameters
+            if parameter.grad is not None
+        ]
+        if not named:
+            return {}
+        norms = (
+            torch.stack(torch._foreach_norm([gradient for _, gradient in named], 2, torch.float32)).square().tolist()
+        )
+        totals: dict[str, float] = {}
+        for (name, _), squared in zip(named, norms, strict=True):
+            totals[name] = totals.get(name, 0.0) + squared
+        return totals
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "moments": self._moments.state_dict() if self._moments else {},
+            "cache": self.cache.state_dict() if self.cache else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self._moments is not None:
+            self._moments.load_state_dict(state["moments"])
+        if self.cache is not None and state["cache"] is not None:
+            self.cache.load_state_dict(state["cache"])
+
+    def detach(self) -> None:
+        """Takes hooks, wrappers and views back; the trained weights stay."""
+        if self._multipliers is not None:
+            self._multipliers.detach()
+        if self.cache is not None:
+            self.cache.detach()
+        self._switch.detach()
+        self._binding.restore()

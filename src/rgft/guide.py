@@ -1,0 +1,477 @@
+"""The guide: measure → decide → act, around a training loop that stays the user's own.
+
+guide = rgft.Guide(model, rgft.Config(budget=0.3))
+optimizer = torch.optim.AdamW(guide.param_groups(lr=2e-4))
+scheduler = guide.scheduler(optimizer)
+for batch in guide.batches(dataset, batch_size=32, collate_fn=collator, epochs=3):
+    guide.loss(batch).backward()
+    guide.step(optimizer, scheduler)
+    optimizer.zero_grad()
+guide.detach()
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from rgft.allocation.base import Situation
+from rgft.assembly import build_policy, build_signal
+from rgft.batches import BatchStream, SizedDataset, Subset
+from rgft.config import Config
+from rgft.cost import CostModel, trace_costs
+from rgft.error_map import ErrorMap
+from rgft.errors import AttachError, BudgetError, ConfigError, NonFiniteError
+from rgft.execution.activation_cache import ActivationCache
+from rgft.execution.executor import Executor
+from rgft.execution.views import bind
+from rgft.measurement import Measurement
+from rgft.partition import partition
+from rgft.plan import RunPlan, UpdatePlan
+from rgft.probe_schedule import ProbePool, ProbeSchedule, set_aside
+from rgft.schedule import learning_rate_schedule
+from rgft.telemetry.ledger import Ledger
+from rgft.workload import Workload, batch_shape
+
+log = logging.getLogger("rgft")
+
+#: model, batch → per-example losses [B] or their mean.
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+def model_loss(model: nn.Module, batch: Any) -> Tensor:
+    """The model's own `.loss` (Transformers' convention): a scalar, so examples cannot be told apart."""
+    return model(**batch).loss
+
+
+class Guide:
+    """Fine-tunes a model where it errs, within a budget.
+
+    Args:
+        model: changed in place while attached; `detach` (or leaving the context) leaves no trace but trained weights.
+        config: a `Config`; None is the preset `rgft`.
+        loss: (model, batch) → per-example losses [B] or a scalar; None takes `model(**batch).loss`.
+
+    Raises:
+        AttachError: the model has a guide already, or nothing to train.
+        PartitionError: the model cannot be split into components.
+    """
+
+    def __init__(self, model: nn.Module, config: Config | None = None, *, loss: Loss | None = None) -> None:
+        if getattr(model, "_rgft_guide", None) is not None:
+            raise AttachError("this model has a guide already; call its detach() before attaching another")
+        if not any(p.requires_grad for p in model.parameters()):
+            raise AttachError("no parameter of the model requires gradients, so there is nothing to fine-tune")
+        self.model = model
+        self.config = (config or Config()).resolved()
+        self._loss = loss or model_loss
+        self.partition = partition(model, self.config.granularity, ffn_blocks=self.config.ffn_blocks)
+        self._binding = bind(model, self.partition)
+        self._policy = build_policy(self.config)
+        cache = self.config.execution.cache != "none" and self._policy is not None and self.partition.layers
+        self._executor = Executor(
+            model, self._binding, moments=self.config.update.moments,
+            cache=ActivationCache(model, self.partition) if cache else None,
+        )  # fmt: skip
+        signal = build_signal(self.config)
+        settings = self.config.error_map
+        self._measurement = signal and Measurement(
+            model, self._binding, signal, self._mean_loss, beta=settings.beta, bias_correction=settings.bias_correction
+        )
+        self._costs: CostModel | None = None
+        self._typical = (1, 1)
+        self._probes = ProbeSchedule(interval=0, size=0)
+        self._pool: ProbePool | None = None
+        self._stream: BatchStream | None = None
+        self._ids: Sequence[int] | None = None
+        self._in_step = False
+        self._step_loss: Tensor | None = None
+        self._step_started = 0.0
+        self._restored: Mapping[str, Any] | None = None
+        self._last_probe = 0
+        self._gradient_norm_squared: float | None = None
+        self.is_measuring = self._policy is not None
+        self.step_count = 0
+        self.run_plan: RunPlan | None = None
+        self.ledger = Ledger()
+        reason = "measuring: everything on" if self.is_measuring else "full fine-tuning"
+        self.plan = UpdatePlan.all_on(self.partition.names, reason=reason)
+        self._handles = [
+            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            model.register_forward_hook(self._after_forward, always_call=True),
+        ]
+        model.__dict__["_rgft_guide"] = self
+
+    # ---------------------------------------------------------------- setting up
+
+    def param_groups(
+        self, lr: float, *, weight_decay: float = 0.0, classifier_lr: float | None = None
+    ) -> list[dict[str, Any]]:
+        """Parameter groups for any elementwise optimizer: all components, whether on now or not.
+
+        Args:
+            lr: learning rate at multiplier 1.
+            weight_decay: for weights; biases and norms (one-dimensional parameters) have none.
+            classifier_lr: for classifier components; None is `lr` × `config.classifier_lr_multiplier`.
+        """
+        head_rate = lr * self.config.classifier_lr_multiplier if classifier_lr is None else classifier_lr
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for component, parameters in self._binding:
+            rate = head_rate if component.kind == "classifier" else lr
+            for part, parameter in zip(component.slices, parameters, strict=True):
+                decay = weight_decay if len(part.shape) > 1 else 0.0
+                groups.setdefault((rate, decay), []).append(parameter)
+        return [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
+
+    def scheduler(self, optimizer: Optimizer, *, shape: str = "linear", warmup: float = 0.1) -> LRScheduler:
+        """A learning-rate schedule over the share of the run that is spent (FLOPs under a budget, else steps).
+
+        Args:
+            optimizer: made from `param_groups`.
+            shape: "linear" (to 0), "cosine" (to 0) or "constant".
+            warmup: share of the run with a linearly rising rate.
+        """
+        return learning_rate_schedule(optimizer, lambda: self.progress, shape=shape, warmup=warmup)
+
+    def set_optimizer(self, optimizer: Optimizer) -> None:
+        """Attaches to the optimizer; `step` does it when first called.
+
+        Raises:
+            OptimizerError: it cannot work on this granularity.
+            AttachError: it lacks parameters of some component, or another optimizer is attached.
+        """
+        if self._executor.optimizer is optimizer:
+            return
+        self._executor.set_optimizer(optimizer)
+        if self._measurement is not None:
+            self._measurement.set_optimizer(optimizer)
+
+    def prepare(self, stream: BatchStream) -> RunPlan:
+        """Traces costs on a first batch, scans the workload and fixes the run plan. `batches` calls it.
+
+        Args:
+            stream: the batches that full fine-tuning of this run would see.
+
+        Raises:
+            BudgetError: no plan fits the budget.
+        """
+        self._costs = trace_costs(self.model, self.partition, stream.load(next(stream.indices())), loss=self._mean_loss)
+        workload = Workload.scan(stream)
+        self._typical = rows, tokens = workload.typical
+        full, step = workload.full_flops(self._costs), self._costs.full_step(rows, tokens).total
+        allowed = full * (self.config.budget.flops if self.config.budget else 1.0)
+        top = [component.name for component in self.partition.above(self.partition.max_cut)]
+        cheapest = self._costs.step_flops(top, rows=rows, tokens=tokens).total
+        if allowed < cheapest:
+            raise BudgetError(
+                f"the budget of {allowed / full:.2g} of full fine-tuning buys {allowed:.3g} FLOPs, less than one step "
+                f"of the cheapest plan ({cheapest:.3g}); the smallest budget of this run is {cheapest / full:.2g}"
+            )
+        steps = max(1, round(allowed / step)) if self.config.budget else stream.total_batches
+        if self._measurement is not None and self._policy is not None:
+            self._probes = ProbeSchedule.derive(
+                interval=self.config.probe.interval, size=self.config.probe.size, steps=steps,
+                flops_allowed=allowed * self.config.probe.max_fraction,
+                flops_per_example=self._costs.full_step(1, tokens).total,
+            )  # fmt: skip
+        self.run_plan = RunPlan(
+            steps=steps, cache="memory" if self._executor.cache is not None else "none",
+            probe_interval=self._probes.interval, probe_size=self._probes.size, flops=allowed, full_flops=full,
+            reason=self.plan.reason,
+        )  # fmt: skip
+        return self.run_plan
+
+    # ---------------------------------------------------------------- the plain loop
+
+    def batches(
+        self, dataset: SizedDataset, *, batch_size: int, collate_fn: Callable[[list[Any]], Any] | None = None,
+        epochs: float = 1, workers: int = 0,
+    ) -> Iterator[Any]:  # fmt: skip
+        """Collated batches until the budget is spent (or, without one, until the epochs are over).
+
+        Args:
+            dataset: map-style. A small part of it is set aside for probes and never trained on.
+            batch_size: examples per batch.
+            collate_fn: list of examples → batch; None is torch's default.
+            epochs: what full fine-tuning of this run would do; the budget is a share of that.
+            workers: worker processes of the loader.
+        """
+        everything = BatchStream(
+            dataset, batch_size=batch_size, collate_fn=collate_fn, epochs=epochs, seed=self.config.seed, workers=workers
+        )
+        if self.run_plan is None or self._costs is None:
+            self.prepare(everything)
+        train: Sequence[int] = range(len(dataset))
+        if self._probes.interval:
+            train, pool = set_aside(len(dataset), 4 * self._probes.size, seed=self.config.seed)
+            self._pool = ProbePool(pool, everything.load, seed=self.config.seed)
+        self._stream = BatchStream(
+            Subset(dataset, train), batch_size=batch_size, collate_fn=collate_fn, seed=self.config.seed, workers=workers,
+            epochs=epochs if self.config.budget is None else None,
+        )  # fmt: skip
+        if self._restored is not None:
+            self._restore_data(self._restored)
+        for indexed in self._stream:
+            if self.is_done:
+                return
+            self._ids = indexed.ids
+            yield indexed.batch
+
+    def loss(self, batch: Any) -> Tensor:
+        """Mean loss of the batch, under the plan of this step."""
+        if not self._in_step:
+            self.begin_step()
+        loss = self._mean_loss(self.model, batch)
+        self._step_loss = loss.detach() if self._step_loss is None else self._step_loss + loss.detach()
+        return loss
+
+    def step(self, optimizer: Optimizer, scheduler: LRScheduler | None = None) -> None:
+        """One optimizer step under the plan, with all that is measured beside it.
+
+        Raises:
+            NonFiniteError: the loss or a gradient is NaN or infinite; nothing was updated.
+        """
+        if not self._in_step:
+            raise AttachError("step() without loss(): call guide.loss(batch).backward() first")
+        self.set_optimizer(optimizer)
+        self._executor.apply(self.plan, self.step_count)
+        self.before_optimizer_step()
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+        self.end_step()
+
+    # ---------------------------------------------------------------- the seams for trainers
+
+    def begin_step(self) -> None:
+        """Probes when due, decides, and puts the plan in force. Uses nothing of the batch that follows."""
+        if self._policy is not None:
+            self._measure_and_decide()
+        self._executor.apply(self.plan, self.step_count)
+        self._in_step = True
+        self._step_started = time.perf_counter()
+
+    def before_optimizer_step(self) -> None:
+        """Checks and scores the gradients of this step's batches."""
+        self._check_finite()
+        if self._measurement is not None and self._scores_training:
+            self._measurement.observe_training(self.step_count)
+
+    def end_step(self) -> None:
+        """After the optimizer's step, before gradients are cleared."""
+        if self._measurement is not None and self._scores_training:
+            self._measurement.observe_own_step(self.step_count)
+        self.ledger.end_step(
+            seconds=time.perf_counter() - self._step_started,
+            updated={c.name: c.numel for c in self.partition if c.name in self._executor.active},
+        )
+        self.step_count += 1
+        self._in_step = False
+        self._step_loss = None
+
+    # ---------------------------------------------------------------- measure and decide
+
+    @property
+    def _scores_training(self) -> bool:
+        """Whether this step's own gradients are scored: free, but only where all components are alike.
+
+        While everything is on they are, until examples repeat (a repeated example is not independent of the step it
+        judges). An interval of 1 asks for it at every step.
+        """
+        if self.config.probe.interval == 1:
+            return True
+        return self.is_measuring and (self._stream is None or self._stream.epoch == 0)
+
+    def _measure_and_decide(self) -> None:
+        fresh = self.config.probe.interval == 1 and self.step_count > 0
+        if self._pool is not None and self._probes.is_due(self.step_count, self._last_probe):
+            self._probe(self._pool)
+            fresh = True
+        if self.is_measuring and self.progress >= self.config.warmup_fraction:
+            if self._pool is not None and not self.error_map.observed:
+                self._probe(self._pool)
+            self.is_measuring, fresh = False, True
+        if fresh and not self.is_measuring:
+            assert self._policy is not None
+            self.plan = self._policy.decide(self.situation())
+
+    def _probe(self, pool: ProbePool) -> None:
+        assert self._measurement is not None
+        started = time.perf_counter()
+        size = self._probes.size
+        own = pool.draw(size // 2) if self._measurement.signal.needs_update else None
+        batch = pool.draw(size - size // 2 if own is not None else size)
+        self._measurement.probe(batch, own=own, step=self.step_count)
+        self._last_probe = self.step_count
+        flops = sum(self._costs.full_step(*batch_shape(b)).total for b in (own, batch) if b is not None and self._costs)
+        self.ledger.add_probe(flops=flops, seconds=time.perf_counter() - started)
+
+    def situation(self) -> Situation:
+        """All that the next decision depends on."""
+        same_batch = self._measurement is not None and self._measurement.signal.needs_update
+        return Situation(
+            step=self.step_count, components=self.partition.components, error_map=self.error_map,
+            total_steps=self.run_plan.steps if self.run_plan else None,
+            previous=self.plan if self.plan.step > 0 else None, seed=self.config.seed,
+            gradient_norm_squared=self._gradient_norm_squared,
+            same_batch_map=self._measurement.same_batch_map if self._measurement and same_batch else None,
+            costs=self._costs, flops_left=self.flops_left, rows=self._typical[0], tokens=self._typical[1],
+        )  # fmt: skip
+
+    def _check_finite(self) -> None:
+        norms = self._executor.squared_gradient_norms()
+        if not norms:
+            raise AttachError(
+                f"step {self.step_count}: no active component has a gradient; call backward() on guide.loss(batch)"
+            )
+        culprit = next((name for name, squared in norms.items() if not math.isfinite(squared)), None)
+        if culprit is not None:
+            loss = "unknown" if self._step_loss is None else f"{float(self._step_loss):.6g}"
+            raise NonFiniteError(
+                f"step {self.step_count}: the gradient of {culprit!r} is not finite (loss {loss}); nothing was updated. "
+                "Lower the learning rate, or check this step's examples"
+            )
+        if len(self._executor.active) == len(self.partition):
+            squared, old, beta = sum(norms.values()), self._gradient_norm_squared, self.config.error_map.beta
+            self._gradient_norm_squared = squared if old is None else beta * old + (1 - beta) * squared
+
+    # ---------------------------------------------------------------- around the model's forward
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not (self._in_step and module.training and torch.is_grad_enabled()):
+            return
+        hit = self._executor.begin_forward(self._ids, kwargs.get("attention_mask"))
+        if self._costs is not None:
+            rows, tokens = batch_shape(kwargs or args)
+            self.ledger.add_forward(
+                full=self._costs.full_step(rows, tokens), rows=rows, tokens=rows * tokens,
+                spent=self._costs.step_flops(
+                    self._executor.active, rows=rows, tokens=tokens, cached_below=self.plan.cut if hit else 0
+                ),
+            )  # fmt: skip
+
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._executor.end_forward()
+
+    def _mean_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        return self._loss(model, batch).mean()
+
+    # ---------------------------------------------------------------- what is known
+
+    @property
+    def error_map(self) -> ErrorMap:
+        """The map that the next decision is made from."""
+        return self._measurement.error_map if self._measurement else ErrorMap.empty(self.partition.names)
+
+    @property
+    def costs(self) -> CostModel | None:
+        """FLOPs of any plan on this model, once `prepare` has traced them."""
+        return self._costs
+
+    @property
+    def cache(self) -> ActivationCache | None:
+        """The activation cache, or None."""
+        return self._executor.cache
+
+    @property
+    def flops_left(self) -> float | None:
+        """What the run may still spend; None before `prepare`."""
+        return None if self.run_plan is None else self.run_plan.flops - self.ledger.spent_flops
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done, 0…1: of the FLOPs under a budget, else of the steps."""
+        if self.run_plan is None:
+            return 0.0
+        if self.config.budget is not None:
+            return min(1.0, self.ledger.spent_flops / self.run_plan.flops)
+        return min(1.0, self.step_count / self.run_plan.steps)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the budget would not pay for another step."""
+        if self.run_plan is None or self._in_step:
+            return False
+        if self.config.budget is None:
+            return self.step_count >= self.run_plan.steps
+        assert self._costs is not None
+        rows, tokens = self._typical
+        hit = self.cache is not None and self._stream is not None and self._stream.epoch > 0
+        next_step = self._costs.step_flops(
+            self.plan.active(self.step_count), rows=rows, tokens=tokens, cached_below=self.plan.cut if hit else 0
+        )
+        return self.ledger.spent_flops + next_step.total > self.run_plan.flops
+
+    # ---------------------------------------------------------------- saving and leaving
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs, beside model, optimizer and scheduler, to go on bit for bit."""
+        return {
+            "config": self.config.to_dict(),
+            "step_count": self.step_count,
+            "plan": self.plan.to_dict(),
+            "is_measuring": self.is_measuring,
+            "last_probe": self._last_probe,
+            "gradient_norm_squared": self._gradient_norm_squared,
+            "measurement": self._measurement.state_dict() if self._measurement else None,
+            "executor": self._executor.state_dict(),
+            "ledger": self.ledger.to_dict(),
+            "pool": self._pool.state_dict() if self._pool else None,
+            "position": self._stream.position if self._stream else 0,
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores `state_dict` into a guide of the same model, config and data, before `batches` and after
+        `set_optimizer`.
+
+        Raises:
+            ConfigError: the state was made with another configuration.
+        """
+        if state["config"] != self.config.to_dict():
+            raise ConfigError("the saved state was made with another configuration; resume with the one of its run")
+        self.step_count = state["step_count"]
+        self.plan = UpdatePlan.from_dict(state["plan"])
+        self.is_measuring = state["is_measuring"]
+        self._last_probe = state["last_probe"]
+        self._gradient_norm_squared = state["gradient_norm_squared"]
+        if self._measurement is not None:
+            self._measurement.load_state_dict(state["measurement"])
+        self._executor.load_state_dict(state["executor"])
+        self.ledger = Ledger.from_dict(state["ledger"])
+        self._restored = state
+
+    def _restore_data(self, state: Mapping[str, Any]) -> None:
+        assert self._stream is not None
+        self._stream.position = state["position"]
+        if self._pool is not None and state["pool"] is not None:
+            self._pool.load_state_dict(state["pool"])
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"]:
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        self._restored = None
+
+    def detach(self) -> None:
+        """Takes everything back: modules, parameter names, flags, hooks. Only the trained weights stay."""
+        for handle in self._handles:
+            handle.remove()
+        self._executor.detach()
+        self.model.__dict__.pop("_rgft_guide", None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()

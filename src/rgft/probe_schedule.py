@@ -1,0 +1,98 @@
+"""When to probe, and with how many examples, so that scoring stays within its share of the budget."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+#: Probes after the measuring phase, when the budget allows: enough to follow the map, few enough to be large.
+TARGET_PROBES = 8
+#: Fewer examples than this say more about the draw than about the model.
+MIN_PROBE_SIZE = 8
+MAX_PROBE_SIZE = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeSchedule:
+    """Probe every `interval` steps with `size` examples; interval 0 means never."""
+
+    interval: int
+    size: int
+
+    def is_due(self, step: int, last: int) -> bool:
+        """Whether a probe is due before `step`, the last one having been before step `last`."""
+        return self.interval > 0 and step - last >= self.interval
+
+    @classmethod
+    def derive(
+        cls, *, interval: int | str, size: int | str, steps: int, flops_allowed: float | None, flops_per_example: float
+    ) -> ProbeSchedule:
+        """Fills in what is "auto".
+
+        Args:
+            interval, size: numbers, or "auto".
+            steps: of the whole run.
+            flops_allowed: what all probes together may cost; None without a cost model.
+            flops_per_example: of one probe.
+
+        Returns:
+            As many probes as fit, up to TARGET_PROBES, of at least MIN_PROBE_SIZE examples; none when not even one fits.
+        """
+        affordable = flops_allowed / flops_per_example if flops_allowed is not None and flops_per_example > 0 else None
+        if isinstance(interval, int):
+            number = steps / interval if interval else 0
+        elif affordable is None:
+            number = TARGET_PROBES
+        else:
+            number = min(TARGET_PROBES, affordable / (size if isinstance(size, int) else MIN_PROBE_SIZE))
+        if number < 1:
+            return cls(interval=0, size=0)
+        if isinstance(size, str):
+            fitting = MAX_PROBE_SIZE if affordable is None else int(affordable / number)
+            size = max(MIN_PROBE_SIZE, min(MAX_PROBE_SIZE, fitting))
+        if isinstance(interval, str):
+            interval = max(1, round(steps / (int(number) + 1)))
+        return cls(interval=interval, size=size)
+
+
+class ProbePool:
+    """Examples that are never trained on, handed out in turn.
+
+    Args:
+        pool: ids of the examples set aside.
+        load: ids → collated batch.
+        seed: of the order.
+    """
+
+    def __init__(self, pool: Sequence[int], load: Any, *, seed: int) -> None:
+        self._pool, self._load, self._seed = list(pool), load, seed
+        self._drawn = 0
+
+    def __len__(self) -> int:
+        return len(self._pool)
+
+    def draw(self, count: int) -> Any:
+        """The next `count` examples, collated; the pool is reshuffled each time it has been gone through."""
+        ids: list[int] = []
+        while len(ids) < count:
+            turn, place = divmod(self._drawn, len(self._pool))
+            order = random.Random(f"{self._seed}/{turn}").sample(self._pool, len(self._pool))
+            taken = order[place : place + count - len(ids)]
+            ids += taken
+            self._drawn += len(taken)
+        return self._load(ids)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"drawn": self._drawn}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._drawn = state["drawn"]
+
+
+def set_aside(total: int, wanted: int, *, seed: int) -> tuple[list[int], list[int]]:
+    """Splits the ids 0…total−1 into (train, probe pool), the pool holding `wanted` but at most a tenth."""
+    wanted = min(wanted, total // 10)
+    pool = set(random.Random(f"pool/{seed}").sample(range(total), wanted))
+    return [i for i in range(total) if i not in pool], sorted(pool)

@@ -1,0 +1,11 @@
+"""What a step costs in FLOPs, read off the autograd graph of the real model.
+
+`trace_costs` runs the model on a few small batches and reads every matrix product off the graph (`graph.py`);
+`CostModel` then answers for any set of active components, batch shape and cut (`model.py`).
+"""
+
+from rgft.cost.counting import flop_counter
+from rgft.cost.model import CostModel, Operation, Product, StepCost
+from rgft.cost.trace import trace_costs
+
+__all__ = ["CostModel", "Operation", "Product", "StepCost", "flop_counter", "trace_costs"]

@@ -1,0 +1,246 @@
+"""The cost model: FLOPs of a step as a function of what is active, the batch's shape and the cut.
+
+A step is a list of operations in forward order. Each costs its forward product F and one product of F FLOPs per
+operand whose gradient is needed: an operand with an active parameter upstream. A product into a weight is dW and is
+scaled by the active share of that weight; every other is dX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+from rgft.errors import RGFTError
+
+#: FLOPs per row as a polynomial in the token count T: (a, b, c) stands for a + b·T + c·T².
+Coefficients = tuple[float, float, float]
+
+#: Key of `by_component` for the work of weights that belong to no component.
+FROZEN = "(frozen)"
+
+_ZERO: Coefficients = (0.0, 0.0, 0.0)
+_MEMO_LIMIT = 4096
+
+
+def add(left: Coefficients, right: Coefficients, scale: float = 1.0) -> Coefficients:
+    return (left[0] + scale * right[0], left[1] + scale * right[1], left[2] + scale * right[2])
+
+
+def evaluate(coefficients: Coefficients, rows: int, tokens: int) -> float:
+    a, b, c = coefficients
+    return rows * (a + tokens * (b + tokens * c))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCost:
+    """FLOPs of one pass, by axis."""
+
+    forward: float
+    dx: float
+    dw: float
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.dx + self.dw
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """One gradient product of an operation.
+
+    Attributes:
+        flops: per row.
+        upstream: bit mask over the components; the product is needed iff one of them is active.
+        shares: for a product into a weight, (component index, fraction of the weight it owns); None: dX.
+    """
+
+    flops: Coefficients
+    upstream: int
+    shares: tuple[tuple[int, float], ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operation:
+    """One matrix product, convolution or attention core of the forward pass.
+
+    Attributes:
+        kind: name of its autograd node.
+        depth: of the layer it runs in, as in `Partition`.
+        flops: forward, per row.
+        products: its gradient products.
+        owners: (component index, fraction), by which reports attribute it; what is missing to 1 is frozen.
+        fused: attention that runs unfused only because its mask needs a gradient: the product in place of `products`
+            when no component of `mask` is active.
+        mask: bit mask of the components upstream of that mask.
+    """
+
+    kind: str
+    depth: int
+    flops: Coefficients
+    products: tuple[Product, ...]
+    owners: tuple[tuple[int, float], ...] = ()
+    fused: Product | None = None
+    mask: int = 0
+
+    def products_for(self, active: int) -> tuple[Product, ...]:
+        return self.products if self.fused is None or active & self.mask else (self.fused,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostModel:
+    """FLOPs of any plan on one model. Made by `trace_costs`.
+
+    Attributes:
+        names: components, in the partition's order.
+        depths: their depths.
+        training: operations of a training step.
+        probing: operations in eval mode, as probes and cache filling run (without dropout, attention may be fused).
+    """
+
+    names: tuple[str, ...]
+    depths: tuple[int, ...]
+    training: tuple[Operation, ...]
+    probing: tuple[Operation, ...]
+    _memo: dict[Any, tuple[Coefficients, Coefficients, Coefficients]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    @cached_property
+    def _bits(self) -> Mapping[str, int]:
+        return {name: 1 << index for index, name in enumerate(self.names)}
+
+    def step_flops(
+        self, active: Collection[str], *, rows: int, tokens: int, cached_below: int = 0, training: bool = True
+    ) -> StepCost:
+        """FLOPs of one step on a batch of `rows` × `tokens`.
+
+        Args:
+            active: names of the components that are on.
+            rows, tokens: shape of the batch, padding included; tokens are ignored by models without them.
+            cached_below: a cut: operations of lower depth do not run, their result is read from the activation cache.
+            training: whether the step runs in training mode; False: in eval mode.
+
+        Raises:
+            RGFTError: a name is unknown, or an active component lies below `cached_below`.
+        """
+        key = (active if isinstance(active, frozenset) else frozenset(active), cached_below, training)
+        plan = self._memo.get(key)
+        if plan is None:
+            if len(self._memo) >= _MEMO_LIMIT:
+                self._memo.clear()
+            plan = self._memo[key] = self._plan(*key)
+        forward, dx, dw = plan
+        return StepCost(
+            forward=evaluate(forward, rows, tokens), dx=evaluate(dx, rows, tokens), dw=evaluate(dw, rows, tokens)
+        )
+
+    def full_step(self, rows: int, tokens: int) -> StepCost:
+        """FLOPs of a step of full fine-tuning: all components active, nothing cached."""
+        return self.step_flops(self._all, rows=rows, tokens=tokens)
+
+    def forward_flops(self, rows: int, tokens: int, below: int | None = None) -> float:
+        """FLOPs of a forward pass in eval mode: all of it, or (filling a cache) what lies below a cut."""
+        operations = (op for op in self.probing if below is None or op.depth < below)
+        return sum(evaluate(op.flops, rows, tokens) for op in operations)
+
+    def probe_flops(self, rows: int, tokens: int, weights: bool) -> float:
+        """FLOPs of a probe: forward and backward to the bottom in eval mode, with or without dW."""
+        cost = self.step_flops(self._all, rows=rows, tokens=tokens, training=False)
+        return cost.total if weights else cost.forward + cost.dx
+
+    def by_component(self, rows: int, tokens: int) -> dict[str, StepCost]:
+        """A full step's FLOPs attributed to components, for reports; the values add up to `full_step`.
+
+        An operation's F and dX go to the owners of its weight by their share of it; an attention core goes to the
+        attention (heads, block or layer) of its layer by size. Weights of no component appear under `FROZEN`.
+        """
+        everything = (1 << len(self.names)) - 1
+        totals: dict[int, list[Coefficients]] = {index: [_ZERO] * 3 for index in (*range(len(self.names)), -1)}
+        for op in self.training:
+            dx = _ZERO
+            for product in op.products_for(everything):
+                if product.shares is None:
+                    dx = add(dx, product.flops) if product.upstream else dx
+                    continue
+                for index, share in product.shares:
+                    totals[index][2] = add(totals[index][2], product.flops, share)
+            rest = 1.0 - sum(share for _, share in op.owners)
+            for index, share in (*op.owners, (-1, rest)):
+                if share:
+                    totals[index][0] = add(totals[index][0], op.flops, share)
+                    totals[index][1] = add(totals[index][1], dx, share)
+        named = {self.names[i] if i >= 0 else FROZEN: [evaluate(c, rows, tokens) for c in t] for i, t in totals.items()}
+        if not any(named[FROZEN]):
+            del named[FROZEN]
+        return {name: StepCost(forward=f, dx=dx, dw=dw) for name, (f, dx, dw) in named.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary of plain values, fit for JSON."""
+        return {
+            "names": list(self.names), "depths": list(self.depths),
+            "training": [asdict(op) for op in self.training], "probing": [asdict(op) for op in self.probing],
+        }  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CostModel:
+        return cls(
+            names=tuple(data["names"]), depths=tuple(data["depths"]),
+            training=tuple(_operation(op) for op in data["training"]),
+            probing=tuple(_operation(op) for op in data["probing"]),
+        )  # fmt: skip
+
+    @cached_property
+    def _all(self) -> frozenset[str]:
+        return frozenset(self.names)
+
+    def _plan(
+        self, active: frozenset[str], cached_below: int, training: bool
+    ) -> tuple[Coefficients, Coefficients, Coefficients]:
+        unknown = sorted(active - self._all)
+        if unknown:
+            raise RGFTError(f"the cost model knows no component named {', '.join(map(repr, unknown))}")
+        on = [name in active for name in self.names]
+        below = [name for name, depth in zip(self.names, self.depths, strict=True) if depth < cached_below]
+        wrong = [name for name in below if name in active]
+        if wrong:
+            raise RGFTError(
+                f"expected every component below the cached cut {cached_below} to be off; found active: "
+                f"{', '.join(wrong)}; lower cached_below or turn them off"
+            )
+        mask = sum(self._bits[name] for name in active)
+        forward = dx = dw = _ZERO
+        for op in self.training if training else self.probing:
+            if op.depth >= cached_below:
+                forward = add(forward, op.flops)
+            for product in op.products_for(mask):
+                if not product.upstream & mask:
+                    continue
+                if product.shares is None:
+                    dx = add(dx, product.flops)
+                else:
+                    dw = add(dw, product.flops, sum(share for index, share in product.shares if on[index]))
+        return forward, dx, dw
+
+
+def _product(data: Mapping[str, Any]) -> Product:
+    shares = data["shares"]
+    return Product(
+        flops=_coefficients(data["flops"]), upstream=data["upstream"],
+        shares=None if shares is None else tuple((int(i), float(f)) for i, f in shares),
+    )  # fmt: skip
+
+
+def _operation(data: Mapping[str, Any]) -> Operation:
+    return Operation(
+        kind=data["kind"], depth=data["depth"], flops=_coefficients(data["flops"]),
+        products=tuple(_product(product) for product in data["products"]),
+        owners=tuple((int(i), float(f)) for i, f in data["owners"]),
+        fused=None if data["fused"] is None else _product(data["fused"]), mask=data["mask"],
+    )  # fmt: skip
+
+
+def _coefficients(values: Collection[float]) -> Coefficients:
+    a, b, c = values
+    return float(a), float(b), float(c)

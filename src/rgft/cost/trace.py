@@ -1,0 +1,264 @@
+"""Making a cost model: a few small forward passes of the real model, read and fitted."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rgft.components import Partition
+from rgft.cost.batch_shape import BatchShape
+from rgft.cost.counting import flop_counter
+from rgft.cost.graph import MaskedAttention, WeightInfo, read_operations
+from rgft.cost.model import Coefficients, CostModel, Operation, Product, evaluate
+from rgft.errors import ConfigError, PartitionError, RGFTError
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+#: How far the modelled forward pass may be from the counted one.
+TOLERANCE = 0.02
+#: More rows teach nothing; one would break batch normalisation in training mode.
+TRACE_ROWS = 2
+
+
+def trace_costs(
+    model: nn.Module, partition: Partition, batch: Any, loss: Loss | None = None, *, elementwise: Collection[str] = ()
+) -> CostModel:
+    """Reads a model's costs off its autograd graph.
+
+    Runs the model forward, on two rows of `batch` and three token counts, in training and in eval mode, and leaves it
+    as it was: RNG, buffers, modes, `requires_grad` flags; no gradient is made. FLOPs of any other batch follow
+    exactly, being rows × a polynomial of degree two in the token count.
+
+    What counts: matrix products, convolutions, attention, as `FlopCounterMode` counts them (see `rgft.cost.counting`
+    for where that departs from the work done). With an encoder and a decoder, `tokens` is the encoder's length, and
+    the decoder's (labels) grows with it in the proportion of `batch`. Parameters of no component that need no
+    gradient (PEFT's base weights) cost F and dX, never dW. Recomputation by gradient checkpointing is not modelled:
+    it is switched off in the trace where modules have a `gradient_checkpointing` flag.
+
+    Args:
+        model: plain: before attaching, wrapping (DDP) or compiling.
+        partition: its components.
+        batch: an example of the run's batches; a mapping, tuple or tensor. Its first tensor or `input_ids` tells rows
+            and tokens; a batch without 2-D token ids has no token dimension.
+        loss: (model, batch) → scalar; by default `model(**batch).loss`.
+        elementwise: names (`…Backward`) of custom autograd functions that hold no matrix product.
+
+    Raises:
+        PartitionError: a trainable parameter belongs to no component, or a component's parameter is not there.
+        RGFTError: quantised weights, work that cannot be read off the graph, products that change with the batch, or
+            a modelled forward pass more than 2 % away from the counted one.
+    """
+    weights = _weights(model, partition)
+    shape = BatchShape.of(batch)
+    small = replace(shape, rows=min(shape.rows, TRACE_ROWS))
+    parts = _lengths(small)
+    run = _Run(model, partition, weights, loss or _model_loss, elementwise)
+    modes: dict[bool, tuple[Operation, ...]] = {}
+    with _undisturbed(model):
+        for training in (True, False):
+            model.train(training)
+            traces = [run.trace(shape.resize(batch, small.scaled(n)), small.scaled(n)) for n in parts[:3]]
+            modes[training] = _fit(traces, [small.scaled(n) for n in parts[:3]])
+        if len(parts) > 3:
+            held_out = small.scaled(parts[3])
+            counted = run.count(shape.resize(batch, held_out))
+            modelled = sum(evaluate(op.flops, held_out.rows, held_out.tokens or 1) for op in modes[False])
+            _compare(modelled, counted, held_out)
+    return CostModel(
+        names=partition.names, depths=tuple(c.depth for c in partition), training=modes[True], probing=modes[False]
+    )
+
+
+class _Run:
+    """One model, traced or counted on batches of several shapes."""
+
+    def __init__(
+        self, model: nn.Module, partition: Partition, weights: Mapping[int, WeightInfo], loss: Loss,
+        elementwise: Collection[str],
+    ) -> None:  # fmt: skip
+        self.model, self.loss, self.weights, self.elementwise = model, loss, weights, elementwise
+        self.components = partition.components
+        self.after_layers = len(partition.layers) + 1
+
+    def trace(self, batch: Any, shape: BatchShape) -> list[Operation]:
+        """Operations on one batch, FLOPs of the whole batch; the last is what runs outside the graph."""
+        attention, counter = MaskedAttention(), flop_counter()
+        with torch.enable_grad(), counter, attention:
+            loss = self.loss(self.model, batch)
+        operations = read_operations(
+            loss, self.weights, self.components, after_layers=self.after_layers, attention=attention,
+            elementwise=self.elementwise,
+        )  # fmt: skip
+        modelled, counted = sum(op.flops[0] for op in operations), counter.get_total_flops()
+        _compare(modelled, counted, shape)
+        outside = Operation(
+            kind="outside the graph", depth=self.after_layers, flops=(max(0.0, counted - modelled), 0.0, 0.0),
+            products=(),
+        )  # fmt: skip
+        return [*operations, outside]
+
+    def count(self, batch: Any) -> float:
+        counter = flop_counter()
+        with torch.no_grad(), counter:
+            self.loss(self.model, batch)
+        return counter.get_total_flops()
+
+
+def _model_loss(model: nn.Module, batch: Any) -> Tensor:
+    if not isinstance(batch, Mapping):
+        raise ConfigError(f"a batch of type {type(batch).__name__} needs loss=(model, batch) → scalar")
+    loss = getattr(model(**batch), "loss", None)
+    if loss is None:
+        raise ConfigError(
+            f"{type(model).__name__} returned no loss for a batch with {', '.join(map(str, batch))}; "
+            "add labels to the batch or pass loss=(model, batch) → scalar"
+        )
+    return loss
+
+
+def _compare(modelled: float, counted: float, shape: BatchShape) -> None:
+    if abs(modelled - counted) > TOLERANCE * counted:
+        raise RGFTError(
+            f"the modelled forward pass has {modelled:.6g} FLOPs, FlopCounterMode counts {counted:.6g} "
+            f"({modelled - counted:+.3g}) on {shape.rows} rows × {shape.tokens or 1} tokens; expected them within "
+            f"{TOLERANCE:.0%}: the model does work that leaves no trace in its autograd graph, or that is no "
+            "polynomial of degree two in the token count"
+        )
+
+
+def _lengths(shape: BatchShape) -> list[int]:
+    """Multiples of the shape's unit to trace at: three to fit, the fourth to check the fit; one without tokens."""
+    if shape.tokens is None:
+        return [1]
+    whole = shape.unit
+    parts = [whole, -(-whole // 2), -(-whole // 4), -(-whole * 3 // 4)]
+    # A single token takes other paths (decoding); too coarse a unit means going up instead, by repeating the batch.
+    if len(set(parts)) < 4 or shape.scaled(parts[2]).tokens == 1 or shape.scaled(parts[2]).targets == 1:
+        return [whole, whole + 1, whole + 2, whole + 3]
+    return parts
+
+
+def _fit(traces: Sequence[Sequence[Operation]], shapes: Sequence[BatchShape]) -> tuple[Operation, ...]:
+    """One list of operations whose FLOPs are polynomials, from lists at several token counts."""
+    first = [_pattern(op) for op in traces[0]]
+    for trace, shape in zip(traces, shapes, strict=True):
+        pattern = [_pattern(op) for op in trace]
+        if pattern != first:
+            at = next((i for i, (a, b) in enumerate(zip(first, pattern, strict=False)) if a != b), None)
+            where = "their number" if at is None else f"operation {at} ({traces[0][at].kind}, {trace[at].kind})"
+            raise RGFTError(
+                f"the model's operations depend on the batch: {len(first)} at {shapes[0].tokens} tokens, "
+                f"{len(pattern)} at {shape.tokens}; they differ in {where}; for a mixture of experts use an "
+                "implementation that runs all experts in one product (grouped_mm)"
+            )
+    fitted: list[Operation] = []
+    for versions in zip(*traces, strict=True):
+        products = tuple(
+            _refit(products, shapes) for products in zip(*(version.products for version in versions), strict=True)
+        )
+        fused = tuple(version.fused for version in versions if version.fused is not None)
+        fitted.append(
+            replace(
+                versions[0], flops=_polynomial([v.flops[0] for v in versions], shapes), products=products,
+                fused=_refit(fused, shapes) if fused else None,
+            )  # fmt: skip
+        )
+    return tuple(op for op in fitted if any(op.flops))
+
+
+def _pattern(op: Operation) -> tuple[Any, ...]:
+    products = tuple((product.upstream, product.shares) for product in op.products)
+    return op.kind, op.depth, op.owners, op.mask, op.fused is None, products
+
+
+def _refit(versions: Sequence[Product], shapes: Sequence[BatchShape]) -> Product:
+    return replace(versions[0], flops=_polynomial([v.flops[0] for v in versions], shapes))
+
+
+def _polynomial(flops: Sequence[float], shapes: Sequence[BatchShape]) -> Coefficients:
+    """Exact FLOPs per row through one or three points (Newton's divided differences)."""
+    values = [Fraction(value) / shape.rows for value, shape in zip(flops, shapes, strict=True)]
+    if len(values) == 1:
+        return float(values[0]), 0.0, 0.0
+    x = [Fraction(shape.tokens or 0) for shape in shapes]
+    slope = (values[1] - values[0]) / (x[1] - x[0])
+    bend = ((values[2] - values[1]) / (x[2] - x[1]) - slope) / (x[2] - x[0])
+    return (
+        float(values[0] - slope * x[0] + bend * x[0] * x[1]),
+        float(slope - bend * (x[0] + x[1])),
+        float(bend),
+    )
+
+
+def _weights(model: nn.Module, partition: Partition) -> dict[int, WeightInfo]:
+    """What the graph walk needs to know of each parameter; all problems are reported together."""
+    owners: dict[str, dict[int, float]] = {}
+    for index, component in enumerate(partition):
+        for part in component.slices:
+            shares = owners.setdefault(part.parameter, {})
+            shares[index] = shares.get(index, 0.0) + part.fraction
+    named = dict(model.named_parameters())
+    problems = [f"{name!r} is in the partition, not in the model" for name in owners if name not in named]
+    problems += [
+        f"{name!r} is trainable and in no component" for name, p in named.items() if p.requires_grad and name not in owners
+    ]  # fmt: skip
+    if problems:
+        raise PartitionError("partition and model do not fit:\n  " + "\n  ".join(problems))
+    quantised = [name for name, p in named.items() if not p.is_floating_point() and not p.is_complex()]
+    if quantised:
+        raise RGFTError(
+            f"expected floating-point weights; found quantised ones ({quantised[0]!r} of dtype "
+            f"{named[quantised[0]].dtype}, {len(quantised)} in all), whose products leave no readable node; trace the "
+            "same architecture unquantised: its FLOPs are the same"
+        )
+    weights: dict[int, WeightInfo] = {}
+    for name, parameter in named.items():
+        mine = owners.get(name, {})
+        layer = next((i for i, path in enumerate(partition.layers) if name.startswith(f"{path}.")), None)
+        known = [partition.components[index].depth for index in mine]
+        weights[id(parameter)] = WeightInfo(
+            owners=tuple(mine.items()), mask=sum(1 << index for index in mine),
+            depth=max(known) if known else (0 if layer is None else layer + 1), in_layer=layer is not None,
+        )  # fmt: skip
+    return weights
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """All parameters need gradients inside; RNG, buffers, modes and flags are put back."""
+    modules = list(model.modules())
+    modes = [module.training for module in modules]
+    checkpointing = [module for module in modules if getattr(module, "gradient_checkpointing", False) is True]
+    buffers = [(module, dict(module._buffers)) for module in modules if module._buffers]
+    contents = [(b, b.detach().clone()) for _, held in buffers for b in held.values() if b is not None]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    devices = sorted({p.device.index for p, _ in flags if p.device.type == "cuda"})
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            for parameter, _ in flags:
+                parameter.requires_grad_(True)
+            for module in checkpointing:
+                module.gradient_checkpointing = False  # pyright: ignore[reportAttributeAccessIssue]
+            yield
+    finally:
+        random.setstate(state)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for module in checkpointing:
+            module.gradient_checkpointing = True  # pyright: ignore[reportAttributeAccessIssue]
+        for module, held in buffers:
+            module._buffers.clear()
+            module._buffers.update(held)
+        with torch.no_grad():
+            for buffer, content in contents:
+                buffer.copy_(content)
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode

@@ -1,0 +1,44 @@
+"""HFT: a random half of every layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from rgft.allocation.base import Situation
+from rgft.allocation.random import generator, shuffled
+from rgft.allocation.selection import SelectionPolicy, by_layer, outside_layers, require_at_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class HFT(SelectionPolicy):
+    """Half of each layer's components, drawn by lot and redrawn every K steps; outside the layers all is on.
+
+    Hui et al., "HFT: Half Fine-Tuning for Large Language Models", ACL 2025 (arXiv:2404.18466). There the half is taken
+    of a layer's matrices, and redrawn per round of training; here of its components (two at block granularity). Of a
+    layer with an odd number, the odd one is on in every other such layer, in random order, so that half is half over
+    the model; at layer granularity that is a random half of the layers. Independent of the error map. Outside a plan
+    nothing.
+
+    Attributes:
+        every: steps between draws; None: one draw for the run, as in single-round fine-tuning.
+    """
+
+    name: ClassVar[str] = "hft"
+    every: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.every is not None:
+            require_at_least("policy.every", self.every, 1)
+
+    def active(self, situation: Situation) -> frozenset[str]:
+        rng = generator(situation.seed, situation.step // self.every if self.every else 0, self.name)
+        chosen = set(outside_layers(situation.components))
+        odd = 0
+        for members in shuffled(list(by_layer(situation.components).values()), rng):
+            count = len(members) // 2
+            if len(members) % 2:
+                odd += 1
+                count += odd % 2
+            chosen.update(shuffled([component.name for component in members], rng)[:count])
+        return frozenset(chosen)

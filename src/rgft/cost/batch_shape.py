@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
@@ -63,7 +63,7 @@ class BatchShape:
             value = _take(value, 0, to.rows)
             if self.tokens is None or to.tokens is None or value.dim() < 2:
                 return value
-            if value.shape[1] == self.tokens and not _is_target(name, value, self):
+            if value.shape[1] == self.tokens and not self._is_target(name):
                 value = _take(value, 1, to.tokens)
             elif self.targets is not None and to.targets is not None and value.shape[1] == self.targets:
                 value = _take(value, 1, to.targets)
@@ -74,6 +74,9 @@ class BatchShape:
 
         return _rebuild(batch, change)
 
+    def _is_target(self, name: str) -> bool:
+        return self.targets is not None and (name == "labels" or name.startswith("decoder_"))
+
 
 def _targets(batch: Mapping[str, Any], rows: int, tokens: int) -> int | None:
     for name, value in batch.items():
@@ -81,10 +84,6 @@ def _targets(batch: Mapping[str, Any], rows: int, tokens: int) -> int | None:
         if is_target and isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point():
             return None if value.shape[1] == tokens and "decoder_input_ids" not in batch else value.shape[1]
     return None
-
-
-def _is_target(name: str, value: Tensor, shape: BatchShape) -> bool:
-    return shape.targets is not None and (name == "labels" or name.startswith("decoder_"))
 
 
 def _take(value: Tensor, dim: int, size: int) -> Tensor:
@@ -101,10 +100,11 @@ def _items(batch: Any) -> list[tuple[str, Any]]:
 
 def _rebuild(batch: Any, change: Callable[[str, Any], Any]) -> Any:
     if isinstance(batch, Mapping):
-        changed: Any = copy.copy(batch)
+        changed = copy.copy(batch) if isinstance(batch, MutableMapping) else dict(batch)
         for name, value in batch.items():
             changed[name] = change(name, value)
         return changed
     if isinstance(batch, tuple | list):
-        return type(batch)(change("", value) for value in batch)
+        values = [change("", value) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
     return change("", batch)

@@ -7,23 +7,19 @@ lie upstream of each operand: all that a cost needs. One topological pass gives,
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import conv_flop_count, sdpa_flop_count
 
 from rgft.components import Component
-from rgft.cost.counting import FUSED_ATTENTION_BACKWARD, grouped_mm_flops, matmul_flops
+from rgft.cost.counting import FUSED_ATTENTION_BACKWARD
 from rgft.cost.model import Operation, Product
+from rgft.cost.nodes import FUSED, READERS, VIEWS, Node, is_unreadable, kind
 from rgft.errors import RGFTError
-
-Node = Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,82 +37,6 @@ class WeightInfo:
     mask: int
     depth: int
     in_layer: bool
-
-
-#: Nodes between a parameter and the product it is the weight of that leave its elements what they are.
-_VIEWS = frozenset(
-    f"{name}Backward"
-    for name in (
-        "T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias", "Expand", "Alias", "Slice", "Select", "Split",
-        "SplitWithSizes", "Unbind", "Squeeze", "Unsqueeze", "ToCopy", "Clone", "AsStrided", "Unfold", "MoveDim",
-    )
-)  # fmt: skip
-
-#: Nodes that do counted work which this file cannot read: found by name, refused.
-_UNREADABLE = re.compile(r"mm(?!r)|matmul|conv|linear|attention|rnn|lstm|gru|bilinear|cdist|einsum", re.IGNORECASE)
-
-
-def _addmm(node: Node) -> tuple[int, tuple[int, ...]]:
-    (m, k), (_, n) = node._saved_mat1_sym_sizes, node._saved_mat2_sym_sizes
-    return matmul_flops((m, n), k), (1, 2)
-
-
-def _mm(node: Node) -> tuple[int, tuple[int, ...]]:
-    (m, k), (_, n) = node._saved_self_sym_sizes, node._saved_mat2_sym_sizes
-    return matmul_flops((m, n), k), (0, 1)
-
-
-def _batched(first: str, second: str, operands: tuple[int, int]) -> Callable[[Node], tuple[int, tuple[int, ...]]]:
-    def read(node: Node) -> tuple[int, tuple[int, ...]]:
-        # An operand is saved only where the other one's gradient may be asked for, and either gives the inner size.
-        left, right = getattr(node, first), getattr(node, second)
-        inner = left.shape[-1] if left is not None else right.shape[-2]
-        return matmul_flops(_out_shape(node), inner), operands
-
-    return read
-
-
-def _grouped_mm(node: Node) -> tuple[int, tuple[int, ...]]:
-    left, right = node._saved_self, node._saved_mat2
-    out = _out_shape(node)
-    left_shape = tuple(left.shape) if left is not None else (*out[:-1], right.shape[-2])
-    right_shape = tuple(right.shape) if right is not None else (left.shape[-1], out[-1])
-    return grouped_mm_flops(left_shape, right_shape), (0, 1)
-
-
-def _convolution(node: Node) -> tuple[int, tuple[int, ...]]:
-    shapes = (list(node._saved_input.shape), list(node._saved_weight.shape), list(_out_shape(node)))
-    return conv_flop_count(*shapes, transposed=node._saved_transposed), (0, 1)
-
-
-def _attention(node: Node) -> tuple[int, tuple[int, ...]]:
-    shapes = [tuple(tensor.shape) for tensor in (node._saved_query, node._saved_key, node._saved_value)]
-    return sdpa_flop_count(*shapes), (0, 1, 2)
-
-
-_FUSED = frozenset(
-    f"ScaledDotProduct{name}Backward"
-    for name in ("FlashAttentionForCpu", "FlashAttention", "EfficientAttention", "CudnnAttention")
-)
-
-#: Node kind → (forward FLOPs, which inputs of the node have a gradient product).
-_READERS: Mapping[str, Callable[[Node], tuple[int, tuple[int, ...]]]] = {
-    "AddmmBackward": _addmm,
-    "MmBackward": _mm,
-    "BmmBackward": _batched("_saved_self", "_saved_mat2", (0, 1)),
-    "BaddbmmBackward": _batched("_saved_batch1", "_saved_batch2", (1, 2)),
-    "GroupedMmBackward": _grouped_mm,
-    "ConvolutionBackward": _convolution,
-    **dict.fromkeys(_FUSED, _attention),
-}
-
-
-def _out_shape(node: Node) -> tuple[int, ...]:
-    return tuple(node._input_metadata[0].shape)
-
-
-def _kind(node: Node) -> str:
-    return re.sub(r"\d+$", "", node.name())
 
 
 class MaskedAttention(TorchFunctionMode):
@@ -145,13 +65,10 @@ class MaskedAttention(TorchFunctionMode):
             return
         math = torch.nn.attention.SDPBackend.MATH.value  # pyright: ignore[reportAttributeAccessIssue]
         with torch.no_grad():
-            choice = torch._fused_sdp_choice(
-                query, key, value, attn_mask.detach(), dropout_p, is_causal, **options
-            )  # fmt: skip
-        if choice != math and not _kind(result.grad_fn) in _FUSED:
-            self.calls.append(
-                (result.grad_fn, (query.grad_fn, key.grad_fn, value.grad_fn), attn_mask.grad_fn)
-            )  # fmt: skip
+            choose = torch._fused_sdp_choice  # pyright: ignore[reportPrivateImportUsage]
+            choice = choose(query, key, value, attn_mask.detach(), dropout_p, is_causal, **options)
+        if choice != math and kind(result.grad_fn) not in FUSED:
+            self.calls.append((result.grad_fn, (query.grad_fn, key.grad_fn, value.grad_fn), attn_mask.grad_fn))
 
 
 def read_operations(
@@ -181,9 +98,7 @@ def read_operations(
     walk = _Walk(weights, components, after_layers)
     unreadable: list[str] = []
     for node in _topological(loss.grad_fn):
-        if isinstance(node, BackwardCFunction) and node.name() not in elementwise:
-            unreadable.append(f"custom autograd function {node.name()}")
-        elif _kind(node) not in _READERS and _UNREADABLE.search(_kind(node)):
+        if is_unreadable(node, elementwise):
             unreadable.append(node.name())
         walk.visit(node)
     if unreadable:
@@ -217,7 +132,7 @@ class _Walk:
             mask |= self.upstream[source]
         self.upstream[node] = mask
         self.depth[node] = max((self.depth[source] for source in inputs), default=0)
-        reader = _READERS.get(_kind(node))
+        reader = READERS.get(kind(node))
         if reader is not None:
             self.operations[node] = self._operation(node, *reader(node))
 
@@ -232,7 +147,7 @@ class _Walk:
         if outside and max((self.depth[s] for s, i in zip(sources, infos, strict=True) if s and not i), default=0):
             # A weight outside the layers whose input comes out of one: a head, perhaps tied to the embedding.
             self.depth[node] = max(self.depth[node], self.after_layers)
-        if _kind(node) in _FUSED:
+        if kind(node) in FUSED:
             mask = self._union(sources)
             products = (Product(flops=_batch(FUSED_ATTENTION_BACKWARD * flops), upstream=mask),)
         else:
@@ -246,11 +161,11 @@ class _Walk:
         owned = [info for info in infos if info is not None]
         owners = owned[0].owners if owned else self._core_owners(node)
         return Operation(
-            kind=_kind(node), depth=self.depth[node], flops=_batch(flops), products=products, owners=owners
+            kind=kind(node), depth=self.depth[node], flops=_batch(flops), products=products, owners=owners
         )  # fmt: skip
 
     def _weight(self, node: Node) -> WeightInfo | None:
-        while node is not None and _kind(node) in _VIEWS:
+        while node is not None and kind(node) in VIEWS:
             node = node.next_functions[0][0]
         return None if node is None else self._parameter(node)
 
@@ -299,4 +214,3 @@ def _topological(root: Node, stop: Collection[Node] = ()) -> Iterator[Node]:
             done.add(node)
             stack.append((node, True))
             stack.extend((source, False) for source, _ in reversed(node.next_functions))
-

@@ -25,10 +25,12 @@ _MEMO_LIMIT = 4096
 
 
 def add(left: Coefficients, right: Coefficients, scale: float = 1.0) -> Coefficients:
+    """Left + scale × right."""
     return (left[0] + scale * right[0], left[1] + scale * right[1], left[2] + scale * right[2])
 
 
 def evaluate(coefficients: Coefficients, rows: int, tokens: int) -> float:
+    """FLOPs of a batch."""
     a, b, c = coefficients
     return rows * (a + tokens * (b + tokens * c))
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -17,6 +15,7 @@ from rgft.cost.batch_shape import BatchShape
 from rgft.cost.counting import flop_counter
 from rgft.cost.graph import MaskedAttention, WeightInfo, read_operations
 from rgft.cost.model import Coefficients, CostModel, Operation, Product, evaluate
+from rgft.cost.undisturbed import undisturbed
 from rgft.errors import ConfigError, PartitionError, RGFTError
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -61,14 +60,14 @@ def trace_costs(
     parts = _lengths(small)
     run = _Run(model, partition, weights, loss or _model_loss, elementwise)
     modes: dict[bool, tuple[Operation, ...]] = {}
-    with _undisturbed(model):
+    with undisturbed(model):
         for training in (True, False):
             model.train(training)
             traces = [run.trace(shape.resize(batch, small.scaled(n)), small.scaled(n)) for n in parts[:3]]
             modes[training] = _fit(traces, [small.scaled(n) for n in parts[:3]])
         if len(parts) > 3:
             held_out = small.scaled(parts[3])
-            counted = run.count(shape.resize(batch, held_out))
+            counted = run.count(shape.resize(batch, held_out), held_out)
             modelled = sum(evaluate(op.flops, held_out.rows, held_out.tokens or 1) for op in modes[False])
             _compare(modelled, counted, held_out)
     return CostModel(
@@ -91,7 +90,7 @@ class _Run:
         """Operations on one batch, FLOPs of the whole batch; the last is what runs outside the graph."""
         attention, counter = MaskedAttention(), flop_counter()
         with torch.enable_grad(), counter, attention:
-            loss = self.loss(self.model, batch)
+            loss = self._forward(batch, shape)
         operations = read_operations(
             loss, self.weights, self.components, after_layers=self.after_layers, attention=attention,
             elementwise=self.elementwise,
@@ -104,11 +103,23 @@ class _Run:
         )  # fmt: skip
         return [*operations, outside]
 
-    def count(self, batch: Any) -> float:
+    def count(self, batch: Any, shape: BatchShape) -> float:
         counter = flop_counter()
         with torch.no_grad(), counter:
-            self.loss(self.model, batch)
+            self._forward(batch, shape)
         return counter.get_total_flops()
+
+    def _forward(self, batch: Any, shape: BatchShape) -> Tensor:
+        try:
+            return self.loss(self.model, batch)
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, RGFTError):
+                raise
+            raise RGFTError(
+                f"the forward pass failed on {shape.rows} rows × {shape.tokens or 1} tokens made from the example "
+                f"batch: {type(error).__name__}: {error}; give an example batch with more tokens, or one whose encoder "
+                "and decoder lengths have a common divisor"
+            ) from error
 
 
 def _model_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -164,12 +175,9 @@ def _fit(traces: Sequence[Sequence[Operation]], shapes: Sequence[BatchShape]) ->
             _refit(products, shapes) for products in zip(*(version.products for version in versions), strict=True)
         )
         fused = tuple(version.fused for version in versions if version.fused is not None)
-        fitted.append(
-            replace(
-                versions[0], flops=_polynomial([v.flops[0] for v in versions], shapes), products=products,
-                fused=_refit(fused, shapes) if fused else None,
-            )  # fmt: skip
-        )
+        flops = _polynomial([version.flops[0] for version in versions], shapes)
+        alternative = _refit(fused, shapes) if fused else None
+        fitted.append(replace(versions[0], flops=flops, products=products, fused=alternative))
     return tuple(op for op in fitted if any(op.flops))
 
 
@@ -207,7 +215,9 @@ def _weights(model: nn.Module, partition: Partition) -> dict[int, WeightInfo]:
     named = dict(model.named_parameters())
     problems = [f"{name!r} is in the partition, not in the model" for name in owners if name not in named]
     problems += [
-        f"{name!r} is trainable and in no component" for name, p in named.items() if p.requires_grad and name not in owners
+        f"{name!r} is trainable and in no component"
+        for name, parameter in named.items()
+        if parameter.requires_grad and name not in owners
     ]  # fmt: skip
     if problems:
         raise PartitionError("partition and model do not fit:\n  " + "\n  ".join(problems))
@@ -228,37 +238,3 @@ def _weights(model: nn.Module, partition: Partition) -> dict[int, WeightInfo]:
             depth=max(known) if known else (0 if layer is None else layer + 1), in_layer=layer is not None,
         )  # fmt: skip
     return weights
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """All parameters need gradients inside; RNG, buffers, modes and flags are put back."""
-    modules = list(model.modules())
-    modes = [module.training for module in modules]
-    checkpointing = [module for module in modules if getattr(module, "gradient_checkpointing", False) is True]
-    buffers = [(module, dict(module._buffers)) for module in modules if module._buffers]
-    contents = [(b, b.detach().clone()) for _, held in buffers for b in held.values() if b is not None]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    devices = sorted({p.device.index for p, _ in flags if p.device.type == "cuda"})
-    state = random.getstate()
-    try:
-        with torch.random.fork_rng(devices=devices):
-            for parameter, _ in flags:
-                parameter.requires_grad_(True)
-            for module in checkpointing:
-                module.gradient_checkpointing = False  # pyright: ignore[reportAttributeAccessIssue]
-            yield
-    finally:
-        random.setstate(state)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        for module in checkpointing:
-            module.gradient_checkpointing = True  # pyright: ignore[reportAttributeAccessIssue]
-        for module, held in buffers:
-            module._buffers.clear()
-            module._buffers.update(held)
-        with torch.no_grad():
-            for buffer, content in contents:
-                buffer.copy_(content)
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode

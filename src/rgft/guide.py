@@ -89,7 +89,7 @@ class Guide:
         )
         self._costs: CostModel | None = None
         self._typical = (1, 1)
-        self._probes = ProbeSchedule(interval=0, size=0)
+        self._probes = ProbeSchedule()
         self._pool: ProbePool | None = None
         self._stream: BatchStream | None = None
         self._ids: Sequence[int] | None = None
@@ -97,7 +97,7 @@ class Guide:
         self._step_loss: Tensor | None = None
         self._step_started = 0.0
         self._restored: Mapping[str, Any] | None = None
-        self._last_probe = 0
+        self._last_probe = (0, 0.0)  # step and progress
         self._gradient_norm_squared: float | None = None
         self.is_measuring = self._policy is not None
         self.step_count = 0
@@ -185,7 +185,8 @@ class Guide:
             )  # fmt: skip
         self.run_plan = RunPlan(
             steps=steps, cache="memory" if self._executor.cache is not None else "none",
-            probe_interval=self._probes.interval, probe_size=self._probes.size, flops=allowed, full_flops=full,
+            probes=self._probes.number or steps // max(1, self._probes.interval) * self._probes.is_on,
+            probe_size=self._probes.size, flops=allowed, full_flops=full,
             reason=self.plan.reason,
         )  # fmt: skip
         return self.run_plan
@@ -211,7 +212,7 @@ class Guide:
         if self.run_plan is None or self._costs is None:
             self.prepare(everything)
         train: Sequence[int] = range(len(dataset))
-        if self._probes.interval:
+        if self._probes.is_on:
             train, pool = set_aside(len(dataset), 4 * self._probes.size, seed=self.config.seed)
             self._pool = ProbePool(pool, everything.load, seed=self.config.seed)
         self._stream = BatchStream(
@@ -293,7 +294,10 @@ class Guide:
 
     def _measure_and_decide(self) -> None:
         fresh = self.config.probe.interval == 1 and self.step_count > 0
-        if self._pool is not None and self._probes.is_due(self.step_count, self._last_probe):
+        last_step, last_progress = self._last_probe
+        if self._pool is not None and self._probes.is_due(
+            step=self.step_count, last_step=last_step, progress=self.progress, last_progress=last_progress
+        ):
             self._probe(self._pool)
             fresh = True
         if self.is_measuring and self.progress >= self.config.warmup_fraction:
@@ -311,7 +315,7 @@ class Guide:
         own = pool.draw(size // 2) if self._measurement.signal.needs_update else None
         batch = pool.draw(size - size // 2 if own is not None else size)
         self._measurement.probe(batch, own=own, step=self.step_count)
-        self._last_probe = self.step_count
+        self._last_probe = (self.step_count, self.progress)
         flops = sum(self._costs.full_step(*batch_shape(b)).total for b in (own, batch) if b is not None and self._costs)
         self.ledger.add_probe(flops=flops, seconds=time.perf_counter() - started)
 
@@ -443,7 +447,7 @@ class Guide:
         self.step_count = state["step_count"]
         self.plan = UpdatePlan.from_dict(state["plan"])
         self.is_measuring = state["is_measuring"]
-        self._last_probe = state["last_probe"]
+        self._last_probe = tuple(state["last_probe"])
         self._gradient_norm_squared = state["gradient_norm_squared"]
         if self._measurement is not None:
             self._measurement.load_state_dict(state["measurement"])

@@ -76,7 +76,7 @@ class RunPlan:
         steps: optimizer steps of the whole run, and the learning-rate horizon.
         cut: depth of the planned cut.
         cache: where activations at the cut are kept.
-        probe_interval: steps between probes (0: none).
+        probes: how many probes are planned.
         probe_size: examples per probe.
         flops: predicted FLOPs of the whole run, probes and cache filling included.
         full_flops: FLOPs of full fine-tuning on the same data and epochs.
@@ -86,7 +86,7 @@ class RunPlan:
     steps: int
     cut: int = 0
     cache: Literal["none", "memory"] = "none"
-    probe_interval: int = 0
+    probes: int = 0
     probe_size: int = 0
     flops: float = 0.0
     full_flops: float = 0.0

@@ -16,45 +16,53 @@ MAX_PROBE_SIZE = 64
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeSchedule:
-    """Probe every `interval` steps with `size` examples; interval 0 means never."""
+    """Probes of `size` examples: every `interval` steps, or `number` of them evenly over what the run spends.
 
-    interval: int
-    size: int
+    Steps cost less once a cut is made, so that an interval in steps would overshoot its share; shares of the run cannot.
+    """
 
-    def is_due(self, step: int, last: int) -> bool:
-        """Whether a probe is due before `step`, the last one having been before step `last`."""
-        return self.interval > 0 and step - last >= self.interval
+    size: int = 0
+    interval: int = 0
+    number: int = 0
+
+    @property
+    def is_on(self) -> bool:
+        return self.size > 0 and (self.interval > 0 or self.number > 0)
+
+    def is_due(self, *, step: int, last_step: int, progress: float, last_progress: float) -> bool:
+        """Whether a probe is due before `step`, the last one having been before `last_step`."""
+        if not self.is_on:
+            return False
+        if self.interval:
+            return step - last_step >= self.interval
+        return int(progress * (self.number + 1)) > int(last_progress * (self.number + 1))
 
     @classmethod
     def derive(
-        cls, *, interval: int | str, size: int | str, steps: int, flops_allowed: float | None, flops_per_example: float
+        cls, *, interval: int | str, size: int | str, steps: int, flops_allowed: float, flops_per_example: float
     ) -> ProbeSchedule:
         """Fills in what is "auto".
 
         Args:
-            interval, size: numbers, or "auto".
+            interval, size: numbers, or "auto". Interval 0 means no probes.
             steps: of the whole run.
-            flops_allowed: what all probes together may cost; None without a cost model.
+            flops_allowed: what all probes together may cost.
             flops_per_example: of one probe.
 
         Returns:
-            As many probes as fit, up to TARGET_PROBES, of at least MIN_PROBE_SIZE examples; none when not even one fits.
+            As many probes as fit, up to TARGET_PROBES, of MIN_PROBE_SIZE to MAX_PROBE_SIZE examples; none when not even
+            one fits.
         """
-        affordable = flops_allowed / flops_per_example if flops_allowed is not None and flops_per_example > 0 else None
+        affordable = flops_allowed / flops_per_example
         if isinstance(interval, int):
-            number = steps / interval if interval else 0
-        elif affordable is None:
-            number = TARGET_PROBES
+            number = steps // interval if interval else 0
         else:
-            number = min(TARGET_PROBES, affordable / (size if isinstance(size, int) else MIN_PROBE_SIZE))
+            number = min(TARGET_PROBES, int(affordable / (size if isinstance(size, int) else MIN_PROBE_SIZE)))
         if number < 1:
-            return cls(interval=0, size=0)
+            return cls()
         if isinstance(size, str):
-            fitting = MAX_PROBE_SIZE if affordable is None else int(affordable / number)
-            size = max(MIN_PROBE_SIZE, min(MAX_PROBE_SIZE, fitting))
-        if isinstance(interval, str):
-            interval = max(1, round(steps / (int(number) + 1)))
-        return cls(interval=interval, size=size)
+            size = max(MIN_PROBE_SIZE, min(MAX_PROBE_SIZE, int(affordable / number)))
+        return cls(size=size, interval=interval) if isinstance(interval, int) else cls(size=size, number=number)
 
 
 class ProbePool:

@@ -64,6 +64,8 @@ class Directions:
             return _adam((1 - beta1) * gradient, (1 - beta2) * gradient.square(), 1.0, group)
         first = torch.lerp(state["exp_avg"].to(gradient), gradient, 1 - beta1)
         second = state["exp_avg_sq"].to(gradient).mul(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        if group.get("amsgrad"):
+            second = torch.maximum(second, state["max_exp_avg_sq"].to(gradient))
         return _adam(first, second, float(state["step"]) + 1.0, group)
 
 

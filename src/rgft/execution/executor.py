@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from rgft.execution.views import check_optimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -19,7 +20,6 @@ from rgft.execution.binding import Binding
 from rgft.execution.moments import MomentMode, Moments
 from rgft.execution.multipliers import Multipliers
 from rgft.execution.switching import Switch
-from rgft.execution.views import check_optimizer
 from rgft.plan import UpdatePlan
 
 

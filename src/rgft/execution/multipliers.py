@@ -24,7 +24,7 @@ class Multipliers:
         self._saved: list[dict[str, Any]] | None = None
         self._handles = [
             optimizer.register_step_pre_hook(self._split),
-            optimizer.register_step_post_hook(self._restore),
+            optimizer.register_step_post_hook(self.restore),
         ]
 
     def set(self, multipliers: Mapping[str, float]) -> None:
@@ -41,9 +41,7 @@ class Multipliers:
             handle.remove()
 
     def _split(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._saved is not None:  # the last step raised before its post-hook
-            optimizer.param_groups = self._saved
-            self._saved = None
+        self.restore(optimizer)  # the last step may have raised before its post-hook
         if not self._by_parameter:
             return
         self._saved = optimizer.param_groups
@@ -58,7 +56,8 @@ class Multipliers:
             for factor, parameters in parts.items()
         ]
 
-    def _restore(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def restore(self, optimizer: Optimizer, args: Any = None, kwargs: Any = None) -> None:
+        """Gives the user's groups back; called after each step, and by whoever catches a step that raised."""
         if self._saved is not None:
             optimizer.param_groups = self._saved
             self._saved = None

@@ -1,0 +1,146 @@
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rgft.errors import CacheError
+from rgft.execution.activation_cache import ActivationCache
+from rgft.execution.switching import Switch
+from rgft.plan import UpdatePlan
+from tests.unit.execution.toy import Toy, toy_batch, toy_binding, toy_partition
+
+
+def cached_toy(cut: int = 3, **kwargs: object) -> tuple[Toy, ActivationCache]:
+    model = Toy().train()
+    names = toy_partition(model).names
+    Switch(model, toy_binding(model)).apply(
+        UpdatePlan(step=0, multipliers={n: float(n in names[cut:]) for n in names}, cut=cut), 0
+    )
+    cache = ActivationCache(model, toy_partition(model), **kwargs)  # type: ignore[arg-type]
+    cache.set_cut(cut)
+    return model, cache
+
+
+def forward(
+    model: Toy, cache: ActivationCache, ids: list[int], tokens: Tensor, mask: Tensor | None = None
+) -> tuple[bool, Tensor]:
+    torch.manual_seed(0)
+    hit = cache.begin(ids, mask)
+    output = model(tokens, mask)
+    cache.end()
+    return hit, output
+
+
+def test_a_hit_gives_the_same_outputs_and_gradients_without_running_the_prefix() -> None:
+    model, cache = cached_toy()
+    ran: list[int] = []
+    for i in (0, 1):
+        model.layers[i].linear.register_forward_hook(lambda m, a, o, i=i: ran.append(i))
+    outputs, gradients = [], []
+    for expected_hit in (False, True):
+        hit, output = forward(model, cache, [4, 7, 9, 2], toy_batch())
+        assert hit is expected_hit
+        output.square().sum().backward()
+        outputs.append(output)
+        gradients.append(model.layers[2].linear.weight.grad.clone())
+        model.layers[2].linear.weight.grad = None
+    assert ran == [0, 1]
+    # Dropout above the cut draws from the generator; the prefix below drew nothing.
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(gradients[0], gradients[1])
+    assert (cache.hits, cache.misses) == (4, 4)
+
+
+def test_rows_are_matched_by_id_in_any_order_and_padding() -> None:
+    model, cache = cached_toy()
+    model.layers[2].eval()
+    tokens, mask = toy_batch(tokens=6), torch.tensor([[1] * 6, [1] * 4 + [0] * 2, [1] * 3 + [0] * 3, [1] * 5 + [0]])
+    _, first = forward(model, cache, [0, 1, 2, 3], tokens, mask)
+    hit, again = forward(model, cache, [2, 1], tokens[[2, 1], :4], mask[[2, 1], :4])
+    assert hit
+    assert torch.allclose(again, first[[2, 1]], atol=1e-6)
+
+
+def test_another_place_in_the_row_is_no_hit() -> None:
+    model, cache = cached_toy()
+    tokens = toy_batch(rows=1, tokens=4)
+    assert not forward(model, cache, [0], tokens, torch.tensor([[1, 1, 1, 0]]))[0]
+    assert not forward(model, cache, [0], tokens, torch.tensor([[0, 1, 1, 1]]))[0]
+    assert forward(model, cache, [0], tokens, torch.tensor([[0, 1, 1, 1]]))[0]
+
+
+def test_a_partly_known_batch_is_recomputed_and_stored() -> None:
+    model, cache = cached_toy()
+    forward(model, cache, [0, 1, 2, 3], toy_batch())
+    assert not forward(model, cache, [0, 1, 8, 9], toy_batch())[0]
+    assert 8 in cache
+    assert len(cache) == 6
+
+
+def test_without_ids_or_outside_a_batch_the_cache_is_bypassed() -> None:
+    model, cache = cached_toy()
+    forward(model, cache, [0, 1, 2, 3], toy_batch())
+    model.eval()
+    plain = Toy().eval()
+    assert torch.equal(model(toy_batch(5)), plain(toy_batch(5)))
+
+
+def test_a_new_cut_drops_everything_and_detach_restores_forward() -> None:
+    model, cache = cached_toy()
+    forward(model, cache, [0, 1, 2, 3], toy_batch())
+    assert cache.bytes == 4 * 5 * 8 * 4
+    cache.set_cut(2)
+    assert len(cache) == cache.bytes == 0
+    cache.detach()
+    assert not any("forward" in m.__dict__ for m in model.modules())
+
+
+def test_full_means_no_more_is_stored() -> None:
+    model, cache = cached_toy(max_bytes=2 * 5 * 8 * 4)
+    forward(model, cache, [0, 1, 2, 3], toy_batch())
+    assert len(cache) == 2
+    assert cache.bytes <= 2 * 5 * 8 * 4
+
+
+def test_state_survives_bit_for_bit() -> None:
+    model, cache = cached_toy()
+    _, first = forward(model, cache, [0, 1, 2, 3], toy_batch())
+    other, restored = cached_toy()
+    restored.load_state_dict(cache.state_dict())
+    hit, again = forward(other, restored, [0, 1, 2, 3], toy_batch())
+    assert hit
+    assert torch.equal(first, again)
+
+
+def test_lower_precision_states_its_error() -> None:
+    model, cache = cached_toy(dtype=torch.bfloat16)
+    model.layers[2].eval()
+    _, first = forward(model, cache, [0, 1, 2, 3], toy_batch())
+    _, again = forward(model, cache, [0, 1, 2, 3], toy_batch())
+    assert 0 < (first - again).abs().max() < 2**-8 * 10
+
+
+def test_a_layer_that_returns_more_than_states_is_refused() -> None:
+    class Biased(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.inner = layer
+
+        def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+            return self.inner(hidden_states), torch.ones(1)
+
+    model, cache = cached_toy()
+    cache.detach()
+    model.layers[0] = Biased(model.layers[0])
+    cache = ActivationCache(model, toy_partition(model))
+    cache.set_cut(3)
+    with pytest.raises(CacheError, match="cache='none'"):
+        forward(model, cache, [0, 1, 2, 3], toy_batch())
+
+
+def test_non_finite_states_are_not_cached() -> None:
+    model, cache = cached_toy()
+    with torch.no_grad():
+        model.layers[0].linear.weight.fill_(float("nan"))
+    with pytest.raises(CacheError, match="not finite"):
+        forward(model, cache, [0, 1, 2, 3], toy_batch())
+    assert len(cache) == 0

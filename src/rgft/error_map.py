@@ -103,10 +103,11 @@ class ErrorMap:
         weight = (1.0 - self.beta) * (1.0 + power) / ((1.0 + self.beta) * (1.0 - power))
         return math.sqrt(variance * weight / (1.0 - weight)) if weight < 1.0 else None
 
-    def share(self, name: str) -> float:
-        """Share of the component in the sum of all positive values; 0 when unobserved or nothing is positive."""
-        total = sum(max(0.0, value) for value in self.values().values())
-        return max(0.0, self.value(name) or 0.0) / total if total > 0.0 else 0.0
+    def captured(self, names: Iterable[str]) -> float | None:
+        """Share of all positive values that `names` hold together; None when nothing is positive."""
+        values = {name: max(0.0, value) for name, value in self.values().items()}
+        total = sum(values.values())
+        return sum(values.get(name, 0.0) for name in names) / total if total > 0.0 else None
 
     def top(self, count: int) -> tuple[tuple[str, float], ...]:
         """The `count` components with the largest values, largest first."""

@@ -155,11 +155,13 @@ class Guide:
         if self._measurement is not None:
             self._measurement.set_optimizer(optimizer)
 
-    def prepare(self, stream: BatchStream) -> RunPlan:
+    def prepare(self, stream: BatchStream, *, full_flops: float | None = None) -> RunPlan:
         """Traces costs on a first batch, scans the workload and fixes the run plan. `batches` calls it.
 
         Args:
             stream: the batches that full fine-tuning of this run would see.
+            full_flops: FLOPs of that full fine-tuning; None: of all components of this model, which is right unless
+                the model is not the one that would be fully fine-tuned (adapters).
 
         Raises:
             BudgetError: no plan fits the budget.
@@ -167,7 +169,8 @@ class Guide:
         self._costs = trace_costs(self.model, self.partition, stream.load(next(stream.indices())), loss=self._mean_loss)
         workload = Workload.scan(stream)
         self._typical = rows, tokens = workload.typical
-        full, step = workload.full_flops(self._costs), self._costs.full_step(rows, tokens).total
+        full = workload.full_flops(self._costs) if full_flops is None else full_flops
+        step = self._costs.full_step(rows, tokens).total
         allowed = full * (self.config.budget.flops if self.config.budget else 1.0)
         top = [component.name for component in self.partition.above(self.partition.max_cut)]
         cheapest = self._costs.step_flops(top, rows=rows, tokens=tokens).total
@@ -195,7 +198,7 @@ class Guide:
 
     def batches(
         self, dataset: SizedDataset, *, batch_size: int, collate_fn: Callable[[list[Any]], Any] | None = None,
-        epochs: float = 1, workers: int = 0,
+        epochs: float = 1, workers: int = 0, full_flops: float | None = None,
     ) -> Iterator[Any]:  # fmt: skip
         """Collated batches until the budget is spent (or, without one, until the epochs are over).
 
@@ -205,12 +208,13 @@ class Guide:
             collate_fn: list of examples → batch; None is torch's default.
             epochs: what full fine-tuning of this run would do; the budget is a share of that.
             workers: worker processes of the loader.
+            full_flops: see `prepare`.
         """
         everything = BatchStream(
             dataset, batch_size=batch_size, collate_fn=collate_fn, epochs=epochs, seed=self.config.seed, workers=workers
         )
         if self.run_plan is None or self._costs is None:
-            self.prepare(everything)
+            self.prepare(everything, full_flops=full_flops)
         train: Sequence[int] = range(len(dataset))
         if self._probes.is_on:
             train, pool = set_aside(len(dataset), 4 * self._probes.size, seed=self.config.seed)
@@ -375,6 +379,20 @@ class Guide:
     def error_map(self) -> ErrorMap:
         """The map that the next decision is made from."""
         return self._measurement.error_map if self._measurement else ErrorMap.empty(self.partition.names)
+
+    @property
+    def active(self) -> frozenset[str]:
+        """Names of the components that are on in this step."""
+        return self._executor.active
+
+    @property
+    def flops_fraction(self) -> float:
+        """What was spent so far, as a share of full fine-tuning's FLOPs."""
+        return self.ledger.spent_flops / self.run_plan.full_flops if self.run_plan else 0.0
+
+    def summary(self) -> dict[str, Any]:
+        """The ledger against full fine-tuning of the same run."""
+        return self.ledger.summary(self.run_plan.full_flops if self.run_plan else None)
 
     @property
     def costs(self) -> CostModel | None:

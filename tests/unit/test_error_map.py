@@ -81,8 +81,9 @@ def test_round_trip_top_and_share() -> None:
     error_map = ErrorMap.empty(["a", "b", "c"]).observe({"a": 1.0, "b": 3.0, "c": -1.0}, step=4)
     assert ErrorMap.from_dict(error_map.to_dict()) == error_map
     assert error_map.top(2) == (("b", pytest.approx(3.0)), ("a", pytest.approx(1.0)))
-    assert error_map.share("b") == pytest.approx(0.75)
-    assert error_map.share("c") == 0.0
+    assert error_map.captured(["b", "c"]) == pytest.approx(0.75)
+    assert error_map.captured(["c"]) == 0.0
+    assert ErrorMap.empty(["a"]).captured(["a"]) is None
 
 
 def test_quantised_maps_agree_across_rounding() -> None:

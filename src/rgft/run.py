@@ -1,0 +1,289 @@
+"""One fine-tuning run from start to end: the loop, evaluation, records, checkpoints and resuming.
+
+`rgft train`, the bench and the demo all run this. A `Task` brings model, data and loss; what is written goes to a run
+folder, if there is one; whoever wants to watch passes observers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rgft.batches import SizedDataset
+from rgft.config import Config
+from rgft.errors import ConfigError
+from rgft.guide import Guide
+from rgft.telemetry.run_folder import RunFolder
+
+
+class Task(Protocol):
+    """What a run needs of a task."""
+
+    model: nn.Module
+    train: SizedDataset
+    validation: SizedDataset | None
+    collate: Callable[[list[Any]], Any]
+    loss: Callable[[nn.Module, Any], Tensor]
+    metrics: Callable[[Tensor, Tensor], dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a run is told beside RGFT's own configuration.
+
+    Attributes:
+        lr: learning rate at multiplier 1.
+        epochs: of the full fine-tuning that the budget is a share of.
+        batch_size: examples per optimizer step and micro-batch.
+        accumulation: micro-batches per optimizer step.
+        weight_decay: decoupled, of weights (not of biases and norms).
+        schedule, warmup: see `Guide.scheduler`.
+        max_grad_norm: clipping threshold of the gradient's norm; None does not clip.
+        precision: "fp32", or "bf16" for autocast.
+        checkpoint_every: steps between checkpoints in the run folder; 0: none but the last.
+        eval_batch_size: examples per evaluation batch.
+    """
+
+    lr: float = 2e-4
+    epochs: float = 3.0
+    batch_size: int = 32
+    accumulation: int = 1
+    weight_decay: float = 0.01
+    schedule: str = "linear"
+    warmup: float = 0.1
+    max_grad_norm: float | None = 1.0
+    precision: str = "fp32"
+    checkpoint_every: int = 0
+    eval_batch_size: int = 64
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name}: expected {what}, found {value!r}"
+            for name, what, value, ok in (
+                ("lr", "a number > 0", self.lr, self.lr > 0),
+                ("epochs", "a number > 0", self.epochs, self.epochs > 0),
+                ("batch_size", "an integer >= 1", self.batch_size, self.batch_size >= 1),
+                ("accumulation", "an integer >= 1", self.accumulation, self.accumulation >= 1),
+                ("weight_decay", "a number >= 0", self.weight_decay, self.weight_decay >= 0),
+                ("precision", "'fp32' or 'bf16'", self.precision, self.precision in ("fp32", "bf16")),
+                ("checkpoint_every", "an integer >= 0", self.checkpoint_every, self.checkpoint_every >= 0),
+            )
+            if not ok
+        ]
+        if problems:
+            raise ConfigError(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What an observer sees after each step: all numbers are of the run so far."""
+
+    step: int
+    loss: float
+    progress: float
+    flops_fraction: float
+    seconds: float
+    step_seconds: float
+    active: int
+    components: int
+    cut: int
+    captured: float | None
+    top: tuple[tuple[str, float], ...]
+
+
+@dataclass(kw_only=True)
+class Result:
+    """What came out of a run.
+
+    Attributes:
+        metrics: of the last evaluation, by split.
+        ledger: summary of all that was spent.
+        step_seconds: seconds of each optimizer step.
+    """
+
+    steps: int
+    metrics: dict[str, dict[str, float]]
+    ledger: dict[str, Any]
+    step_seconds: list[float] = field(default_factory=list)
+
+
+class Run:
+    """Fine-tunes a task's model under a configuration.
+
+    Args:
+        task: model, data, loss.
+        config: RGFT's configuration.
+        settings: everything else.
+        folder: where records, checkpoints and the model go; None writes nothing.
+        observers: called with a `StepReport` after each step.
+        full_flops: FLOPs of full fine-tuning, when `task.model` is not what would be fully fine-tuned (PEFT).
+    """
+
+    def __init__(
+        self, task: Task, config: Config, settings: Settings, *, folder: RunFolder | None = None,
+        observers: Sequence[Callable[[StepReport], None]] = (), full_flops: float | None = None,
+    ) -> None:  # fmt: skip
+        self.task, self.config, self.settings, self.folder = task, config, settings, folder
+        self._observers = observers
+        self._full_flops = full_flops
+        self._device = torch.device(settings.device)
+        task.model.to(self._device)
+        self.guide = Guide(task.model, config, loss=self._loss)
+        self.optimizer = torch.optim.AdamW(
+            self.guide.param_groups(settings.lr, weight_decay=settings.weight_decay), lr=settings.lr
+        )
+        self.scheduler = self.guide.scheduler(self.optimizer, shape=settings.schedule, warmup=settings.warmup)
+        self.guide.set_optimizer(self.optimizer)
+        self._history: list[float] = []
+        self._seconds_before = 0.0
+
+    def _loss(self, model: nn.Module, batch: Any) -> Tensor:
+        batch = {k: v.to(self._device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        with self._precision():
+            return self.task.loss(model, batch)
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        if self.settings.precision == "bf16":
+            return torch.autocast(self._device.type, dtype=torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def train(self) -> None:
+        """Runs to the end of the budget (or of the epochs). The guide stays attached until `close`."""
+        settings, guide = self.settings, self.guide
+        self.task.model.train()
+        started = time.perf_counter()
+        batches = guide.batches(
+            self.task.train, batch_size=settings.batch_size, collate_fn=self.task.collate, epochs=settings.epochs,
+            full_flops=self._full_flops,
+        )  # fmt: skip
+        step_started, losses = started, []
+        for batch in batches:
+            if not losses:
+                step_started = time.perf_counter()
+            loss = guide.loss(batch) / settings.accumulation
+            loss.backward()
+            losses.append(loss.detach())
+            if len(losses) == settings.accumulation:
+                self._step(losses, step_started, started)
+                losses = []
+        if losses:  # the data ended inside an accumulation
+            self._step(losses, step_started, started)
+        self._seconds_before += time.perf_counter() - started
+
+    def _step(self, losses: list[Tensor], step_started: float, started: float) -> None:
+        if self.settings.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.task.model.parameters(), self.settings.max_grad_norm)
+        self.guide.step(self.optimizer, self.scheduler)
+        self.optimizer.zero_grad()
+        now = time.perf_counter()
+        self._history.append(now - step_started)
+        seconds = self._seconds_before + now - started
+        self._report(float(torch.stack(losses).sum()), seconds, now - step_started)
+        every = self.settings.checkpoint_every
+        if every and self.guide.step_count % every == 0:
+            self.checkpoint(seconds=seconds)
+
+    def _report(self, loss: float, seconds: float, step_seconds: float) -> None:
+        guide = self.guide
+        report = StepReport(
+            step=guide.step_count, loss=loss, progress=guide.progress, seconds=seconds, step_seconds=step_seconds,
+            flops_fraction=guide.flops_fraction, active=len(guide.active), components=len(guide.partition),
+            cut=guide.plan.cut, captured=guide.error_map.captured(guide.active), top=guide.error_map.top(3),
+        )  # fmt: skip
+        if self.folder is not None:
+            self.folder.records.append("step", asdict(report))
+        for observer in self._observers:
+            observer(report)
+
+    def checkpoint(self, *, seconds: float) -> None:
+        """Saves all that `resume` needs, replacing the previous checkpoint only when complete."""
+        if self.folder is not None:
+            self.folder.save_checkpoint(
+                {
+                    "model": self.task.model.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "scheduler": self.scheduler.state_dict(),
+                    "guide": self.guide.state_dict(),
+                    "seconds": seconds,
+                }
+            )
+
+    def resume(self) -> int:
+        """Restores the folder's checkpoint; returns its step. The run goes on bit for bit."""
+        assert self.folder is not None
+        state = self.folder.load_checkpoint()
+        self.task.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.guide.load_state_dict(state["guide"])
+        self._seconds_before = state["seconds"]
+        return self.guide.step_count
+
+    def evaluate(self, dataset: SizedDataset) -> dict[str, float]:
+        """Mean loss per example and the task's metrics. Not part of the budget."""
+        return evaluate(self.task, dataset, batch_size=self.settings.eval_batch_size, loss=self._loss)
+
+    def result(self, metrics: Mapping[str, Mapping[str, float]]) -> Result:
+        return Result(
+            steps=self.guide.step_count, metrics={split: dict(values) for split, values in metrics.items()},
+            ledger=self.guide.summary(), step_seconds=self._history,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Detaches the guide: the model is plain again, with trained weights."""
+        self.guide.detach()
+
+
+@torch.no_grad()
+def evaluate(
+    task: Task, dataset: SizedDataset, *, batch_size: int, loss: Callable[[nn.Module, Any], Tensor]
+) -> dict[str, float]:
+    """Evaluates in order of length where examples have one (less padding); results do not depend on it but for rounding.
+
+    Returns:
+        "loss": mean over examples; and what `task.metrics` gives for all logits and labels.
+    """
+    model, was_training = task.model, task.model.training
+    model.eval()
+    captured: list[Tensor] = []
+    handle = model.register_forward_hook(lambda module, args, output: captured.append(_logits(output).float().cpu()))
+    losses, logits, labels = [], [], []
+    try:
+        for indices in _by_length(dataset, batch_size):
+            batch = task.collate([dataset[i] for i in indices])
+            value = loss(model, batch)
+            losses.append(value.float().cpu() if value.dim() else value.float().cpu().expand(len(indices)))
+            logits.append(captured.pop())
+            captured.clear()
+            labels.append(batch["labels"])
+    finally:
+        handle.remove()
+        model.train(was_training)
+    metrics = {"loss": float(torch.cat(losses).mean())}
+    if all(item.shape[1:] == logits[0].shape[1:] for item in logits):
+        metrics |= task.metrics(torch.cat(logits), torch.cat(labels))
+    return metrics
+
+
+def _logits(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    return output.logits if hasattr(output, "logits") else output[0]
+
+
+def _by_length(dataset: SizedDataset, batch_size: int) -> Iterator[list[int]]:
+    def length(index: int) -> int:
+        example = dataset[index]
+        ids = example.get("input_ids") if isinstance(example, Mapping) else None
+        return len(ids) if ids is not None else 0
+
+    order = sorted(range(len(dataset)), key=length)
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]

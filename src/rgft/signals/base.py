@@ -5,12 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from rgft.components import Component, Partition
+from rgft.errors import ConfigError
 
 #: Tensors of a component, one per slice of it, in the order of `Component.slices`.
 Parts = tuple[Tensor, ...]
@@ -31,6 +32,7 @@ class Probe:
         loss: mean loss of the batch, a scalar with a graph.
         update: component name → Δθ of the optimizer's step at reference learning rate, without decay; None unknown.
         initial: component name → θ_0; None when the run does not keep it.
+        step: step that comes next.
     """
 
     model: nn.Module
@@ -40,6 +42,12 @@ class Probe:
     loss: Callable[[nn.Module, Any], Tensor]
     update: Callable[[str], Parts | None] | None = None
     initial: Callable[[str], Parts | None] | None = None
+    step: int = 0
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Half precision as float32, float64 as it is: what statistics are computed in."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class Signal(ABC):
@@ -57,6 +65,16 @@ class Signal(ABC):
     @abstractmethod
     def measure(self, probe: Probe) -> dict[str, float]:
         """Scores of the probe's components. May run passes of its own; leaves no gradient behind."""
+
+    def check(self, probe: Probe) -> None:
+        """Raises ConfigError when the probe lacks what the signal needs."""
+        if self.needs_update and probe.update is None:
+            raise ConfigError(
+                f"signal {self.name!r} scores the optimizer's step, and this probe knows none; give it an optimizer "
+                "first, or choose a signal without steps, e.g. 'grad_norm'"
+            )
+        if self.needs_initial and probe.initial is None:
+            raise ConfigError(f"signal {self.name!r} needs the initial weights, and this run does not keep them")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +96,16 @@ class GradientSignal(Signal):
 
     @abstractmethod
     def partial(self, part: PartGradient) -> Tensor:
-        """0-dim float32 tensor, summed over the component's slices."""
+        """0-dim tensor of at least float32, summed over the component's slices."""
 
     def finish(self, total: float, component: Component) -> float:
         """The score from the sum of partials."""
         return total
+
+    @property
+    def sketchable(self) -> Literal["squared_norm", "decrease"] | None:
+        """What `partial` is when a sketch can estimate it without the gradient: ‖g‖², −⟨g, Δθ⟩, or nothing of these."""
+        return None
 
     def score(
         self, components: Iterable[Component], parts: Callable[[Component], list[PartGradient]]
@@ -104,6 +127,22 @@ class GradientSignal(Signal):
         return {component.name: self.finish(value, component) for component, value in zip(scored, values, strict=True)}
 
     def measure(self, probe: Probe) -> dict[str, float]:
+        totals = self.stream(probe)
+        names = list(totals)
+        if not names:
+            return {}
+        values = torch.stack([torch.stack(totals[name]).sum() for name in names]).tolist()
+        return {name: self.finish(v, probe.partition[name]) for name, v in zip(names, values, strict=True)}
+
+    def stream(self, probe: Probe) -> dict[str, list[Tensor]]:
+        """One backward pass: partials of every slice that requires gradients and got one, by component name.
+
+        Each gradient is freed as soon as it is scored, so that never more than a few exist at once.
+
+        Raises:
+            ConfigError: the signal needs steps or initial weights, and the probe has none.
+        """
+        self.check(probe)
         totals: dict[str, list[Tensor]] = {}
         handles = []
         for component in probe.partition:
@@ -126,14 +165,14 @@ class GradientSignal(Signal):
                     )  # fmt: skip
                     totals.setdefault(name, []).append(self.partial(part))
 
-                handles.append(parameter.register_post_accumulate_grad_hook(score_and_free))
+                if parameter.requires_grad:
+                    handles.append(parameter.register_post_accumulate_grad_hook(score_and_free))
         try:
             probe.loss(probe.model, probe.batch).backward()
         finally:
             for handle in handles:
                 handle.remove()
-        names = list(totals)
-        if not names:
-            return {}
-        values = torch.stack([torch.stack(totals[name]).sum() for name in names]).tolist()
-        return {name: self.finish(v, probe.partition[name]) for name, v in zip(names, values, strict=True)}
+            for parameters in probe.parameters.values():
+                for parameter in parameters:
+                    parameter.grad = None
+        return totals

@@ -11,6 +11,7 @@ from rgft.allocation.registry import (
     make_policy,
     make_scaling,
 )
+from rgft.allocation.selection import depends_on_map
 
 __all__ = [
     "MASKS",
@@ -22,6 +23,7 @@ __all__ = [
     "Policy",
     "Scaling",
     "Situation",
+    "depends_on_map",
     "make_mask",
     "make_period",
     "make_policy",

@@ -8,7 +8,7 @@ from typing import ClassVar
 from rgft.allocation.base import Mask, Period, Policy, Scaling, Situation
 from rgft.allocation.periods import EveryStep
 from rgft.allocation.scaling import MeanPreserved, Uniform
-from rgft.allocation.selection import CandidateMask, make_plan, matching, narrowed
+from rgft.allocation.selection import CandidateMask, depends_on_map, make_plan, matching, narrowed
 from rgft.errors import ConfigError
 from rgft.plan import UpdatePlan
 
@@ -38,6 +38,10 @@ class Composed(Policy):
     def __post_init__(self) -> None:
         if not 0.0 <= self.off_multiplier < 1.0:
             raise ConfigError(f"policy.off_multiplier: expected 0 <= off_multiplier < 1, found {self.off_multiplier}")
+
+    @property
+    def needs_map(self) -> bool:
+        return any(depends_on_map(stage) for stage in (self.scaling, self.mask, self.period) if stage is not None)
 
     def decide(self, situation: Situation) -> UpdatePlan:
         active = self._active(situation)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from rgft.allocation.base import Mask, Situation
-from rgft.allocation.selection import CandidateMask, previously_on, require_at_least, require_fraction
+from rgft.allocation.selection import CandidateMask, depends_on_map, previously_on, require_at_least, require_fraction
 from rgft.errors import ConfigError
 
 
@@ -43,6 +43,10 @@ class Hysteresis(CandidateMask):
     @property
     def candidates_only(self) -> bool:
         return _sees_candidates_only(self.mask)
+
+    @property
+    def needs_map(self) -> bool:
+        return depends_on_map(self.mask)
 
     def active(self, situation: Situation) -> frozenset[str]:
         previous = situation.previous
@@ -85,6 +89,10 @@ class Exploring(CandidateMask):
     @property
     def candidates_only(self) -> bool:
         return _sees_candidates_only(self.mask)
+
+    @property
+    def needs_map(self) -> bool:
+        return depends_on_map(self.mask)
 
     def active(self, situation: Situation) -> frozenset[str]:
         chosen = self.mask.active(situation)

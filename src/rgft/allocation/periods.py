@@ -16,6 +16,7 @@ class EveryStep(Period):
     """Every component at every step."""
 
     name: ClassVar[str] = "every_step"
+    needs_map: ClassVar[bool] = False
 
     def periods(self, situation: Situation) -> Mapping[str, int]:
         return {}

@@ -43,6 +43,7 @@ class RandomMask(CandidateMask):
     """
 
     name: ClassVar[str] = "random"
+    needs_map: ClassVar[bool] = False
     q: float = 0.5
     by: Literal["components", "flops"] = "components"
     every: int = 1

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from rgft.allocation.base import Scaling, Situation
-from rgft.allocation.selection import observed_scores, require_at_least
+from rgft.allocation.selection import depends_on_map, observed_scores, require_at_least
 from rgft.errors import ConfigError
 
 
@@ -20,6 +20,7 @@ class Uniform(Scaling):
     """f_k = 1: plain fine-tuning, or a mask alone."""
 
     name: ClassVar[str] = "uniform"
+    needs_map: ClassVar[bool] = False
 
     def multipliers(self, situation: Situation) -> dict[str, float]:
         return dict.fromkeys((component.name for component in situation.components), 1.0)
@@ -185,6 +186,10 @@ class Bounded(Scaling):
     def __post_init__(self) -> None:
         _require_bounds("scaling.f_min, f_max", self.f_min, self.f_max)
 
+    @property
+    def needs_map(self) -> bool:
+        return depends_on_map(self.scaling)
+
     def multipliers(self, situation: Situation) -> dict[str, float]:
         raw = self.scaling.multipliers(situation)
         seen = observed_scores(situation)
@@ -212,6 +217,10 @@ class MeanPreserved(Scaling):
     def __post_init__(self) -> None:
         if not 0.0 <= self.f_min <= 1.0 <= self.f_max:
             raise ConfigError(f"scaling: expected 0 <= f_min <= 1 <= f_max, found {self.f_min}, {self.f_max}")
+
+    @property
+    def needs_map(self) -> bool:
+        return depends_on_map(self.scaling)
 
     def multipliers(self, situation: Situation) -> dict[str, float]:
         return self.among(situation, frozenset(component.name for component in situation.components))

@@ -9,7 +9,7 @@ from dataclasses import replace
 from difflib import get_close_matches
 from typing import get_args
 
-from rgft.allocation.base import Mask, Policy, Situation
+from rgft.allocation.base import Mask, Period, Policy, Scaling, Situation
 from rgft.components import Component, Kind
 from rgft.errors import ConfigError
 from rgft.plan import UpdatePlan
@@ -133,6 +133,15 @@ def _last_resort(situation: Situation) -> str:
 def previously_on(situation: Situation) -> frozenset[str]:
     """What the plan in force updates; nothing when there is none."""
     return frozenset(situation.previous.active()) if situation.previous is not None else frozenset()
+
+
+def depends_on_map(stage: Policy | Mask | Scaling | Period) -> bool:
+    """Whether its decisions change with the error map.
+
+    A stage that does not say `needs_map = False` does. What does not depend on the map follows the step alone: it can
+    be asked at every step, and needs no probes.
+    """
+    return bool(getattr(stage, "needs_map", True))
 
 
 class CandidateMask(Mask):

@@ -34,6 +34,7 @@ class BAdam(SelectionPolicy):
     """
 
     name: ClassVar[str] = "badam"
+    needs_map: ClassVar[bool] = False
     every: int = 50
     order: str = "random"
     always_on: tuple[str, ...] = ()

@@ -18,6 +18,7 @@ class AllOn(SelectionPolicy):
     """Full fine-tuning: everything on at multiplier 1."""
 
     name: ClassVar[str] = "all_on"
+    needs_map: ClassVar[bool] = False
 
     def active(self, situation: Situation) -> frozenset[str]:
         return frozenset(component.name for component in situation.components)
@@ -32,6 +33,7 @@ class LastN(SelectionPolicy):
     """
 
     name: ClassVar[str] = "last_n"
+    needs_map: ClassVar[bool] = False
     layers: int = 1
 
     def __post_init__(self) -> None:
@@ -53,6 +55,7 @@ class LinearProbe(SelectionPolicy):
     """
 
     name: ClassVar[str] = "linear_probe"
+    needs_map: ClassVar[bool] = False
     kinds: tuple[str, ...] = ("classifier", "lm_head")
 
     def active(self, situation: Situation) -> frozenset[str]:
@@ -81,6 +84,7 @@ class NormsOrBiasOnly(SelectionPolicy):
     """
 
     name: ClassVar[str] = "norms_or_bias_only"
+    needs_map: ClassVar[bool] = False
     always_on: tuple[str, ...] = ("classifier",)
 
     def active(self, situation: Situation) -> frozenset[str]:
@@ -101,14 +105,15 @@ class NormsOrBiasOnly(SelectionPolicy):
 class LayerWiseDecay(Policy):
     """f = ξ^(layers above): 1 for what runs after the layers, ξ for the last layer, ξ² below it, …
 
-    Discriminative fine-tuning (Howard & Ruder, ACL 2018, section 3.1, ξ = 1/2.6); as layer-wise decay in Sun et al., "How
-    to Fine-Tune BERT for Text Classification?", 2019 (arXiv:1905.05583, ξ = 0.95). Everything is on.
+    Discriminative fine-tuning (Howard & Ruder, ACL 2018, section 3.1, ξ = 1/2.6); as layer-wise decay in Sun et al.,
+    "How to Fine-Tune BERT for Text Classification?", 2019 (arXiv:1905.05583, ξ = 0.95). Everything is on.
 
     Attributes:
         xi: ξ, in (0, 1].
     """
 
     name: ClassVar[str] = "layer_wise_decay"
+    needs_map: ClassVar[bool] = False
     xi: float = 0.95
 
     def __post_init__(self) -> None:
@@ -132,6 +137,7 @@ class Static(Policy):
     """
 
     name: ClassVar[str] = "static"
+    needs_map: ClassVar[bool] = False
     plan: UpdatePlan | Mapping[str, Any]
 
     def decide(self, situation: Situation) -> UpdatePlan:
@@ -141,6 +147,6 @@ class Static(Policy):
         if missing or extra:
             raise ConfigError(
                 f"policy.plan: expected a plan for this model's {len(names)} components; missing {missing[:5]}, "
-                f"unknown {extra[:5]} ({len(missing)} and {len(extra)} in all); it was made for another model or granularity"
+                f"unknown {extra[:5]} ({len(missing)} and {len(extra)} in all); was it made at another granularity?"
             )
         return replace(plan, step=situation.step, reason=f"{self.name}: {plan.reason}" if plan.reason else self.name)

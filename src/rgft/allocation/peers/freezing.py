@@ -108,6 +108,7 @@ class GradualFreezing(SelectionPolicy):
     """
 
     name: ClassVar[str] = "gradual_freezing"
+    needs_map: ClassVar[bool] = False
     keep: int = 1
     until: float = 1.0
     steps: int | None = None
@@ -138,6 +139,7 @@ class GradualUnfreezing(SelectionPolicy):
     """
 
     name: ClassVar[str] = "gradual_unfreezing"
+    needs_map: ClassVar[bool] = False
     every: int = 100
 
     def __post_init__(self) -> None:

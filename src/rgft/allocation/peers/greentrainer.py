@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,7 +19,8 @@ class GreenTrainer(SelectionPolicy):
     Huang et al., "Towards Green AI in Fine-tuning Large Language Models via Adaptive Backpropagation", ICLR 2024
     (arXiv:2309.13192), section 3.3: importance I_k = −⟨g_k, Δθ_k⟩ (signal `predicted_decrease`), selection by dynamic
     programming over depth and discretised cost. Scores ≤ 0 buy nothing and are left off. The dW of a component is taken
-    as its own whatever else is on, and dX as that of the component reached last, which is how the cost model counts.
+    as its own whatever else is on, and dX as that of the component reached last, exact for a chain of layers; where
+    branches make a set dearer than that, the search is repeated with less until the set fits.
     Costs are rounded up to 1/resolution of the budget, so that the result never exceeds it. Unobserved components are
     on and paid for first. Outside a plan: GreenTrainer measures importance with a trial step that is taken back, where
     Adam's moments are not; RGFT's probes move nothing.
@@ -43,7 +45,7 @@ class GreenTrainer(SelectionPolicy):
         if costs is None:
             raise ConfigError("policy greentrainer needs a cost model, found none in the situation")
 
-        def step(names: list[str]) -> tuple[float, float, float]:
+        def step(names: Collection[str]) -> tuple[float, float, float]:
             cost = costs.step_flops(names, rows=situation.rows, tokens=situation.tokens)
             return cost.total, cost.dx, cost.dw
 
@@ -61,7 +63,12 @@ class GreenTrainer(SelectionPolicy):
         reached = max((alone[name][1] for name in waiting), default=0.0)
         wanted = {name: score for name, score in observed_scores(situation).items() if score > 0.0}
         items = [(max(alone[name][1], reached), alone[name][2], score, name) for name, score in wanted.items()]
-        return waiting | best_set(items, budget, self.resolution)
+        chosen = best_set(items, budget, self.resolution)
+        # Where branches run side by side, the dX of a set is more than that of its deepest member.
+        while chosen and (excess := step(waiting | chosen)[0] - self.rho * full) > 1e-9 * full:
+            budget -= excess
+            chosen = best_set(items, budget, self.resolution)
+        return waiting | chosen
 
 
 def best_set(

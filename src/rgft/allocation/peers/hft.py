@@ -25,6 +25,7 @@ class HFT(SelectionPolicy):
     """
 
     name: ClassVar[str] = "hft"
+    needs_map: ClassVar[bool] = False
     every: int | None = None
 
     def __post_init__(self) -> None:

@@ -33,6 +33,7 @@ class LISA(SelectionPolicy):
     """
 
     name: ClassVar[str] = "lisa"
+    needs_map: ClassVar[bool] = False
     layers: int = 2
     every: int = 20
     outside: str = "all"

@@ -4,8 +4,9 @@
 `CostModel` then answers for any set of active components, batch shape and cut (`model.py`).
 """
 
+from rgft.cost.batch_shape import BatchShape
 from rgft.cost.counting import flop_counter
 from rgft.cost.model import CostModel, Operation, Product, StepCost
 from rgft.cost.trace import trace_costs
 
-__all__ = ["CostModel", "Operation", "Product", "StepCost", "flop_counter", "trace_costs"]
+__all__ = ["BatchShape", "CostModel", "Operation", "Product", "StepCost", "flop_counter", "trace_costs"]

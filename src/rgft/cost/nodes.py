@@ -48,12 +48,11 @@ def _batched(first: str, second: str, operands: tuple[int, int]) -> Callable[[No
 
 
 def _grouped_mm(node: Node) -> tuple[int, tuple[int, ...]]:
-    left: Any = node._saved_self
-    right: Any = node._saved_mat2
+    saved: tuple[Any, Any] = (node._saved_self, node._saved_mat2)
+    left, right = (None if tensor is None else tuple(tensor.shape) for tensor in saved)
     out = _out_shape(node)
-    left_shape = (*out[:-1], right.shape[-2]) if left is None else tuple(left.shape)
-    right_shape = (left.shape[-1], out[-1]) if right is None else tuple(right.shape)
-    return grouped_mm_flops(left_shape, right_shape), (0, 1)
+    left = left or (*out[:-1], (right or out)[-2])
+    return grouped_mm_flops(left, right or (left[-1], out[-1])), (0, 1)
 
 
 def _convolution(node: Node) -> tuple[int, tuple[int, ...]]:

@@ -105,7 +105,8 @@ class _Run:
 
     def count(self, batch: Any, shape: BatchShape) -> float:
         counter = flop_counter()
-        with torch.no_grad(), counter:
+        # With gradients enabled: without, some modules switch to inference kernels that are not counted.
+        with torch.enable_grad(), counter:
             self._forward(batch, shape)
         return counter.get_total_flops()
 
@@ -138,7 +139,7 @@ def _compare(modelled: float, counted: float, shape: BatchShape) -> None:
     if abs(modelled - counted) > TOLERANCE * counted:
         raise RGFTError(
             f"the modelled forward pass has {modelled:.6g} FLOPs, FlopCounterMode counts {counted:.6g} "
-            f"({modelled - counted:+.3g}) on {shape.rows} rows × {shape.tokens or 1} tokens; expected them within "
+            f"({modelled - counted:+.6g}) on {shape.rows} rows × {shape.tokens or 1} tokens; expected them within "
             f"{TOLERANCE:.0%}: the model does work that leaves no trace in its autograd graph, or that is no "
             "polynomial of degree two in the token count"
         )

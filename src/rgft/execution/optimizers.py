@@ -1,0 +1,116 @@
+"""Which optimizers can step slices of a weight: those whose step of an element depends on that element alone."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+from torch import nn, optim
+from torch.optim import Optimizer
+
+from rgft.errors import OptimizerError, RGFTWarning
+from rgft.execution.binding import Binding
+
+#: `torch.optim` classes (and their subclasses) whose step is elementwise.
+ELEMENTWISE = (
+    optim.SGD, optim.Adam, optim.AdamW, optim.Adamax, optim.NAdam, optim.RAdam, optim.Adagrad, optim.Adadelta,
+    optim.RMSprop, optim.Rprop, optim.ASGD,
+)  # fmt: skip
+
+#: Words in a class's or module's name, and why such an optimizer means something else on a slice.
+_REASONS = {
+    r"bitsandbytes|8bit|4bit|fp8|blockwise|paged": "writes through raw pointers or quantises its state in blocks",
+    r"adafactor|came\b|sm3|adam_?mini": "keeps one statistic per row, column or block of the weight",
+    r"muon|shampoo|soap|psgd|kfac": "preconditions the weight as a matrix",
+    r"galore|apollo|fira|q_?galore": "projects the gradient of the whole matrix",
+    r"lamb\b|lars\b": "scales each step by the norm of the whole parameter",
+    r"lbfgs": "couples all parameters in one line search",
+    r"lomo|badam": "steps outside of optimizer.step()",
+}
+
+
+def check_optimizer(optimizer: Optimizer, binding: Binding) -> None:
+    """Refuses an optimizer that would step slices of weights wrongly. Call it at attach and before the first step.
+
+    Whole parameters, and so layer granularity without any slice, go with every optimizer.
+
+    Args:
+        optimizer: may be wrapped (Accelerate).
+        binding: what it is to train.
+
+    Raises:
+        OptimizerError: `fused=True` on views that are not dense (it would write into their frozen neighbours); an
+            optimizer whose step depends on more than the element; an optimizer made before the binding, which holds
+            whole weights. All problems are in one message.
+
+    Warns:
+        RGFTWarning: the optimizer is not known to be elementwise.
+    """
+    optimizer = _unwrapped(optimizer)
+    views = _views(binding)
+    if not views:
+        return
+    problems = _stale_parameters(optimizer, views)
+    problems += _fused_on_strided(optimizer, views)
+    kind = type(optimizer)
+    described = " ".join(f"{base.__module__.partition('.')[0]}.{base.__qualname__}" for base in kind.__mro__).lower()
+    reasons = [reason for pattern, reason in _REASONS.items() if re.search(pattern, described)]
+    problems += [f"{kind.__name__} {reason}, so that it changes meaning on slices of a weight" for reason in reasons]
+    if problems:
+        example = next(iter(views.values()))
+        raise OptimizerError(
+            f"the optimizer cannot train slices of weights (there are {len(views)}, e.g. {example!r}):\n  "
+            + "\n  ".join(problems)
+            + "\nuse AdamW(foreach=True) or another elementwise optimizer of torch.optim, or granularity='layer'"
+        )
+    if not isinstance(optimizer, ELEMENTWISE):
+        warnings.warn(
+            f"{kind.__name__} is not known to be elementwise. If the step of an element depends on others (matrix "
+            "preconditioning, norms, blocks), it changes meaning on slices: then use granularity='layer'",
+            RGFTWarning,
+            stacklevel=2,
+        )
+
+
+def _unwrapped(optimizer: Optimizer) -> Optimizer:
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return optimizer
+
+
+def _views(binding: Binding) -> dict[nn.Parameter, str]:
+    """Parameters that are less than a whole weight, and their names."""
+    return {
+        parameter: name
+        for component, parameters in binding
+        for parameter, part, name in zip(parameters, component.slices, binding.names[component.name], strict=True)
+        if part.fraction < 1.0
+    }
+
+
+def _stale_parameters(optimizer: Optimizer, views: dict[nn.Parameter, str]) -> list[str]:
+    starts = {view.data_ptr() for view in views if view.numel() > 0}  # a whole weight starts where its first view does
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    stale = [p for p in held if p not in views and p.numel() > 0 and p.data_ptr() in starts]
+    if not stale:
+        return []
+    return [
+        f"it holds {len(stale)} weights whole that are split now (e.g. of shape {tuple(stale[0].shape)}): it was made "
+        "before RGFT was attached. Make it afterwards, from the model's parameters as they are then"
+    ]
+
+
+def _fused_on_strided(optimizer: Optimizer, views: dict[nn.Parameter, str]) -> list[str]:
+    strided = [
+        views[p]
+        for group in optimizer.param_groups
+        if group.get("fused")
+        for p in group["params"]
+        if p in views and not p.is_contiguous()
+    ]
+    if not strided:
+        return []
+    return [
+        f"fused=True takes memory to be dense and would write beyond {len(strided)} column slices "
+        f"(e.g. {strided[0]!r}) into their neighbours. Pass fused=False (in the Trainer: optim='adamw_torch')"
+    ]

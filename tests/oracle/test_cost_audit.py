@@ -117,3 +117,54 @@ def test_t5_with_a_frozen_position_bias_takes_the_fused_kernel() -> None:
         active = [name for name in partition.names if name not in off]
         counted = executed(family, model, partition, active, rows=3, tokens=20)
         assert costs.step_flops(active, rows=3, tokens=20, training=False).total == pytest.approx(counted, rel=1e-6)
+
+
+#: Module-name endings → the dimension along which the test splits their weight into four.
+SPLIT = {
+    "q_proj": 0, "gate_proj": 0, "down_proj": 1, "query": 0, "intermediate.dense": 0, "mlp.c_fc": 1, "mlp.c_proj": 0,
+}  # fmt: skip
+
+
+def quartered(partition: Partition) -> Partition:
+    """The weights of `SPLIT` in four components each; the first also owns the bias."""
+    components: list[Component] = []
+    for component in partition:
+        dim = next((dim for ending, dim in SPLIT.items() if component.name.endswith(ending)), None)
+        weight, *others = sorted(component.slices, key=lambda part: -len(part.shape))
+        if dim is None or component.depth == 0:
+            components.append(component)
+            continue
+        size = weight.shape[dim]
+        for i in range(4):
+            part = ParameterSlice(
+                parameter=weight.parameter, shape=weight.shape, dim=dim, start=i * size // 4, stop=(i + 1) * size // 4
+            )
+            components.append(
+                Component(
+                    name=f"{component.name}.{i}", kind="ffn_block", depth=component.depth, index=i,
+                    slices=(part, *others) if i == 0 else (part,),
+                )  # fmt: skip
+            )
+    return Partition(components=tuple(components), layers=partition.layers, granularity="custom")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_sliced_backward_executes_what_is_modelled(name: str) -> None:
+    from rgft.execution.views import bind
+
+    family = FAMILIES[name]
+    model = family.build()
+    partition = quartered(leaf_partition(model))
+    assert any(component.index == 3 for component in partition)
+    costs = trace_costs(model, partition, family.batch(4, 12))
+    binding = bind(model, partition)
+    draw = random.Random(1)
+    chosen = [[n for n in partition.names if draw.random() < share] for share in (1.1, 0.5, 0.5, 0.3)]
+    chosen.append([c.name for c in partition if c.depth >= 2 and c.index in (None, 1, 3)])
+    batch = family.batch(3, 20)
+    for active in chosen:
+        for component, parameters in binding:
+            for parameter in parameters:
+                parameter.requires_grad_(component.name in active)
+        counted = count_flops(lambda: loss_of(model, batch).backward())
+        assert costs.step_flops(active, rows=3, tokens=20).total == pytest.approx(counted, rel=1e-6)

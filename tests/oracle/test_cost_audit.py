@@ -139,12 +139,11 @@ def quartered(partition: Partition) -> Partition:
             part = ParameterSlice(
                 parameter=weight.parameter, shape=weight.shape, dim=dim, start=i * size // 4, stop=(i + 1) * size // 4
             )
+            slices = (part, *others) if i == 0 else (part,)
+            quarter = f"{component.name}.{i}"
             components.append(
-                Component(
-                    name=f"{component.name}.{i}", kind="ffn_block", depth=component.depth, index=i,
-                    slices=(part, *others) if i == 0 else (part,),
-                )  # fmt: skip
-            )
+                Component(name=quarter, kind="ffn_block", depth=component.depth, index=i, slices=slices)
+            )  # fmt: skip
     return Partition(components=tuple(components), layers=partition.layers, granularity="custom")
 
 

@@ -8,7 +8,8 @@ Where `FlopCounterMode` itself departs from the work done, mended here:
 
 Where it departs and is followed, because kernels differ and both sides of a ratio are counted alike: causal attention
 counts as full attention, fused attention backward as 2.5 × forward whichever operands need a gradient, and
-elementwise work, norms, softmax, embedding look-ups and the optimizer count as nothing.
+elementwise work, norms, softmax, embedding look-ups and the optimizer count as nothing. Not counted at all, and not
+mended: `nn.TransformerEncoder`'s inference kernel, which frozen layers take in eval mode.
 """
 
 from __future__ import annotations

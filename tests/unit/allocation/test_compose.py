@@ -42,7 +42,7 @@ def test_nothing_said_is_full_fine_tuning(make: Any) -> None:
 
 def test_always_on_by_kind_and_name_is_no_candidate(make: Any) -> None:
     components = make.model(layers=2, heads=2)
-    scores = {c.name: 100.0 if c.kind == "classifier" else float(i) for i, c in enumerate(components)}
+    scores = {c.name: -1.0 if c.kind == "classifier" else float(i) for i, c in enumerate(components)}
     situation = make.situation(components, scores)
     policy = Composed(mask=TopFraction(fraction=0.5), always_on=("classifier", "layers.0.ffn"))
     on = policy.decide(situation).active()

@@ -27,8 +27,8 @@ class FIMStatic(SelectionPolicy):
 
     Sung et al., "Training Neural Networks with Fixed Sparse Masks" (FISH Mask), NeurIPS 2021 (arXiv:2111.09839), which
     chooses single weights; signal `fisher`. Until every component has been observed, the unobserved are on and the
-    choice among the others stays open. The plan in force is the memory: a complete choice is known by its size. Fixed
-    for good, by design. Outside a plan nothing.
+    choice among the others stays open. The plan in force is the memory: a complete choice is known by its size (so at
+    a share near 1 the last partial one may pass for it). Fixed for good, by design. Outside a plan nothing.
 
     Attributes:
         fraction: share of components on, in (0, 1].

@@ -100,6 +100,15 @@ def test_a_choice_waits_for_the_last_observation(make: Any) -> None:
     assert follow(FIMStatic(fraction=1 / 3), [partly, later]) == [{"c3", "c4", "c5"}, {"c0", "c1"}]
 
 
+def test_a_partial_choice_is_open_even_when_its_size_is_right(make: Any) -> None:
+    components = make.flat(10)
+    rising, falling = ({f"c{i}": sign * i for i in range(9)} for sign in (1.0, -1.0))
+    situations = [make.situation(components, s, step=t) for t, s in enumerate((rising, falling), start=1)]
+    assert [len(on) for on in follow(FIMStatic(fraction=0.85), situations)] == [9, 9]
+    assert "c0" not in follow(FIMStatic(fraction=0.85), situations)[0]
+    assert "c8" not in follow(FIMStatic(fraction=0.85), situations)[1]
+
+
 def test_lift_renews_its_choice(make: Any) -> None:
     components = make.model(layers=1, heads=8)
     maps = [random_scores(len(components), t) for t in range(4)]

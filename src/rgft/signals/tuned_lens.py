@@ -70,7 +70,7 @@ def leave_one_out_error(states_ND: Tensor, targets_NC: Tensor, *, ridge: float) 
     """Mean over samples of the squared leave-one-out error, for ridge regression with intercept on centred data.
 
     With H = 11ᵀ/N + K(K + λI)⁻¹, K the centred Gram matrix and λ = ridge · tr K / N, sample i's error without itself is
-    ((I − H)Y)_i / (1 − H_ii); exact for the intercept and weights refitted at the same λ and centre.
+    ((I − H)Y)_i / (1 − H_ii); exact for intercept and weights refitted at the same λ.
     """
     centred = at_least_float32(states_ND) - at_least_float32(states_ND).mean(0)
     gram = (centred @ centred.T).double().cpu()

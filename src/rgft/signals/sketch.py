@@ -42,7 +42,7 @@ class LinearSketch:
 
     One draw of ‖dW‖² has variance 2 Σ_{i≠j} M_ij² with M = dW dWᵀ (dWᵀdW for signs on the input side), at most
     2‖M‖_F²: a relative standard error of √2 for a gradient of rank one and √(2/r) for r equal singular values. Measured
-    with m = 8 on 64 × 48 gradients, 4,000 sketches: 0.50 for a near-rank-one gradient and 0.06 for one with independent
+    with m = 8 on 64 × 48 gradients, 4,000 sketches: 0.49 for a near-rank-one gradient and 0.06 for one with independent
     normal entries. The square root of an estimated ‖dW‖² is biased downwards, by about an eighth of the squared
     relative error (3 % near rank one).
 

@@ -23,9 +23,7 @@ LAYERS = {
 
 
 def part(model: nn.Module, name: str, dim: int | None = None, start: int = 0, stop: int = 0) -> ParameterSlice:
-    return ParameterSlice(
-        parameter=name, shape=tuple(model.get_parameter(name).shape), dim=dim, start=start, stop=stop
-    )
+    return ParameterSlice(parameter=name, shape=tuple(model.get_parameter(name).shape), dim=dim, start=start, stop=stop)
 
 
 def by_layer(model: nn.Module, layers: tuple[str, ...]) -> Partition:
@@ -85,9 +83,7 @@ def gpt2_heads(model: nn.Module) -> Iterable[Component]:
         yield _rest(model, layer, depth, skip=("attn.c_attn.weight", "attn.c_proj.weight"))
 
 
-def _head(
-    model: nn.Module, layer: str, depth: int, head: int, names: list[tuple[str, int]], size: int
-) -> Component:
+def _head(model: nn.Module, layer: str, depth: int, head: int, names: list[tuple[str, int]], size: int) -> Component:
     slices = tuple(part(model, name, dim, head * size, (head + 1) * size) for name, dim in names)
     return Component(name=f"{layer}.head.{head}", kind="head", slices=slices, depth=depth, layer=layer, index=head)
 

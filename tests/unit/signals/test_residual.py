@@ -80,9 +80,7 @@ def test_layers_and_heads_equal_two_direct_vector_jacobian_products(family: str)
     path, width, heads = PROJECTIONS[family]
     for layer in LAYERS[family]:
         delta = zeros(batch, 32)
-        of_r, of_l = both_gradients(
-            family, model, batch, delta, added_to_output(model.get_submodule(layer), delta)
-        )
+        of_r, of_l = both_gradients(family, model, batch, delta, added_to_output(model.get_submodule(layer), delta))
         assert scores[f"{layer}.rest"] == pytest.approx(float((of_r * of_l).sum()), rel=1e-9)
         for head in range(heads):
             delta = zeros(batch, width)
@@ -178,6 +176,22 @@ def test_torch_transformer_encoder_scores_layers(signal) -> None:
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+def scaled_input(module: nn.Module, start: int, width: int):
+    """Attaches a hook that scales columns of the module's input by s."""
+    mask = torch.zeros(32, dtype=torch.float64)
+    mask[start : start + width] = 1.0
+    return lambda s: module.register_forward_pre_hook(lambda m, args: (args[0] * (1.0 + (s - 1.0) * mask),))
+
+
+def scaled_output(module: nn.Module):
+    """Attaches a hook that scales the module's (first) output by s."""
+
+    def hook(s, out):
+        return (out[0] * s, *out[1:]) if isinstance(out, tuple) else out * s
+
+    return lambda s: module.register_forward_hook(lambda m, args, out: hook(s, out))
+
+
 @pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])
 def test_act_x_grad_is_the_derivative_along_the_activation(family: str) -> None:
     """⟨h, ∂L/∂h⟩ is dL/ds at s = 1 of scaling the unit by s, for every unit."""
@@ -199,16 +213,9 @@ def test_act_x_grad_is_the_derivative_along_the_activation(family: str) -> None:
         assert component.layer is not None
         if component.kind == "head":
             module = model.get_submodule(f"{component.layer}.{path}")
-            mask = torch.zeros(32, dtype=torch.float64)
-            mask[component.index * width : (component.index + 1) * width] = 1.0
-            unit = lambda s, module=module, mask=mask: module.register_forward_pre_hook(  # noqa: E731
-                lambda m, args: (args[0] * (1.0 + (s - 1.0) * mask),)
-            )
+            unit = scaled_input(module, component.index * width, width)
         else:
-            module = model.get_submodule(component.layer)
-            unit = lambda s, module=module: module.register_forward_hook(  # noqa: E731
-                lambda m, args, out: (out[0] * s, *out[1:]) if isinstance(out, tuple) else out * s
-            )
+            unit = scaled_output(model.get_submodule(component.layer))
         assert scores[component.name] == pytest.approx(slope(unit), rel=1e-4, abs=1e-9)
 
 

@@ -43,9 +43,7 @@ def data(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 def sketch_of(x, dy, *, side, seed=0, signs=8, transposed=False) -> LinearSketch:
     generator = torch.Generator().manual_seed(seed)
-    sketch = LinearSketch(
-        inputs=D, outputs=E, signs=signs, side=side, generator=generator, transposed=transposed
-    )
+    sketch = LinearSketch(inputs=D, outputs=E, signs=signs, side=side, generator=generator, transposed=transposed)
     sketch.add(sketch.keep(x), dy)
     return sketch
 
@@ -89,7 +87,7 @@ def test_unbiased_within_four_standard_errors_of_many_draws(kind, side, bounds, 
         assert found.standard_error < 0.05 * abs(float(truth))
 
 
-@pytest.mark.parametrize(("kind", "stated"), [("random", 0.06), ("near_rank_one", 0.50)])
+@pytest.mark.parametrize(("kind", "stated"), [("random", 0.06), ("near_rank_one", 0.49)])
 def test_the_relative_error_that_the_docstring_states(kind: str, stated: float) -> None:
     """m = 8: 4,000 sketches as one of 32,000 draws, eight by eight; the reported standard error agrees."""
     x, dy = data(kind)

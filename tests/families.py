@@ -247,7 +247,13 @@ def efficientnet() -> nn.Module:
         in_channels=[32, 16, 24], out_channels=[16, 24, 32], depthwise_padding=[], strides=[1, 2, 2],
         num_block_repeats=[1, 2, 2], expand_ratios=[1, 6, 6], hidden_dim=320, num_labels=CLASSES,
     )  # fmt: skip
-    return EfficientNetForImageClassification(config)
+    model = EfficientNetForImageClassification(config)
+    for module in model.modules():  # as a trained one has it: drawn with deviation 0.02, every gradient would vanish
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+    return model
 
 
 @_family("peft_lora", "text")

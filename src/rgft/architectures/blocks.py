@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
@@ -40,30 +39,20 @@ class Block:
 
 
 def find_blocks(layer: nn.Module) -> list[Block]:
-    """Blocks of a layer in forward order: attention, cross-attention, feed-forward; else its units in registration order.
+    """Blocks of a layer in forward order: attention, cross-attention, feed-forward; without attention, its units.
 
     What belongs to none of them (norms between the blocks) is left out.
     """
-    blocks = [
-        Block(name=found.name, kind=found.kind, members=found.members, pattern=found)
-        for found in matches(layer, ATTENTION)
-    ]
-    blocks = blocks or [
-        Block(name=path, kind="attention", members=(path,)) for path in _named(layer, _is_attention_name)
-    ]
+    blocks = [_known(pattern) for pattern in matches(layer, ATTENTION)]
+    blocks = blocks or [Block(name=path, kind="attention", members=(path,)) for path in _attention_by_name(layer)]
+    has_attention = bool(blocks)
     experts = match_experts(layer)
-    dense = [
-        Block(name=found.name, kind=found.kind, members=found.members, pattern=found) for found in matches(layer, FFN)
-    ]
+    dense = [_known(pattern) for pattern in matches(layer, FFN)]
     if experts is not None:
         # A shared expert lies inside the mixture's module and is split by a pattern of its own.
-        blocks += [block for block in dense if block.name.startswith(f"{experts.name}.")]
-        blocks.append(Block(name=experts.name, kind="ffn", members=(experts.name,), experts=experts))
-    else:
-        blocks += dense or [
-            Block(name=path, kind="ffn", members=(path,)) for path in _named(layer, lambda name: name in _FFN_NAMES)
-        ]
-    return blocks if any(block.kind == "attention" for block in blocks) else blocks + _units(layer, blocks)
+        dense = [block for block in dense if block.name.startswith(f"{experts.name}.")]
+        dense.append(Block(name=experts.name, kind="ffn", members=(experts.name,), experts=experts))
+    return blocks + dense + _units(layer, blocks + dense, has_attention=has_attention)
 
 
 def is_transformer(blocks: list[Block]) -> bool:
@@ -71,18 +60,36 @@ def is_transformer(blocks: list[Block]) -> bool:
     return any(block.kind == "attention" for block in blocks)
 
 
-def _is_attention_name(name: str) -> bool:
-    return "norm" not in name and any(part in name for part in _ATTENTION_NAMES)
+def outermost(blocks: list[Block]) -> list[Block]:
+    """Blocks without those that lie inside another one (a shared expert inside its mixture)."""
+    return [
+        block
+        for block in blocks
+        if not any(other is not block and all(other.owns(f"{m}.") for m in block.members) for other in blocks)
+    ]
 
 
-def _named(layer: nn.Module, accept: Callable[[str], bool]) -> list[str]:
-    """Outermost submodules with a matrix inside whose own name is accepted."""
+def _known(pattern: BlockPattern) -> Block:
+    return Block(name=pattern.name, kind=pattern.kind, members=pattern.members, pattern=pattern)
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    return any(
+        p.dim() >= 2
+        for inner in module.modules()
+        if not isinstance(inner, nn.Embedding)
+        for p in inner.parameters(recurse=False)
+    )
+
+
+def _attention_by_name(layer: nn.Module) -> list[str]:
+    """Outermost submodules with a matrix inside that are called attention and are no norm."""
     found: list[str] = []
 
     def walk(path: str, module: nn.Module) -> None:
         for name, child in parametered(module).items():
-            below = join(path, name)
-            if accept(name.lower()) and any(p.dim() >= 2 for p in child.parameters()):
+            below, lower = join(path, name), name.lower()
+            if "norm" not in lower and any(part in lower for part in _ATTENTION_NAMES) and _has_matrix(child):
                 found.append(below)
             else:
                 walk(below, child)
@@ -91,8 +98,11 @@ def _named(layer: nn.Module, accept: Callable[[str], bool]) -> list[str]:
     return found
 
 
-def _units(layer: nn.Module, blocks: list[Block]) -> list[Block]:
-    """The layer's remaining children, containers opened; a norm joins the unit before it."""
+def _units(layer: nn.Module, blocks: list[Block], *, has_attention: bool) -> list[Block]:
+    """The layer's remaining children with matrices, containers opened.
+
+    Beside attention, vectors (norms, scales) are left to the layer's rest; elsewhere a norm joins the unit before it.
+    """
     units: list[tuple[str, nn.Module, list[str]]] = []
 
     def walk(path: str, module: nn.Module) -> None:
@@ -100,19 +110,23 @@ def _units(layer: nn.Module, blocks: list[Block]) -> list[Block]:
             below = join(path, name)
             if any(block.owns(f"{below}.") for block in blocks):
                 continue
-            if isinstance(child, _CONTAINERS):
+            if isinstance(child, _CONTAINERS) or _holds_block(below):
                 walk(below, child)
+            elif has_attention and not _has_matrix(child):
+                continue
             elif units and is_norm(child):
                 units[-1][2].append(below)
             else:
                 units.append((below, child, [below]))
 
+    def _holds_block(path: str) -> bool:
+        return any(member.startswith(f"{path}.") for block in blocks for member in block.members)
+
     walk("", layer)
-    return [
-        Block(name=path, kind="conv_block" if _has_conv(unit) else "other", members=tuple(members))
-        for path, unit, members in units
-    ]
+    return [Block(name=path, kind=_kind(path, unit), members=tuple(members)) for path, unit, members in units]
 
 
-def _has_conv(module: nn.Module) -> bool:
-    return any(isinstance(inner, _ConvNd) for inner in module.modules())
+def _kind(path: str, module: nn.Module) -> str:
+    if path.rpartition(".")[2].lower() in _FFN_NAMES:
+        return "ffn"
+    return "conv_block" if any(isinstance(inner, _ConvNd) for inner in module.modules()) else "other"

@@ -15,8 +15,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from rgft.architectures.patterns import (
-    ATTENTION, CLASSIFIERS, LM_HEADS, RUNS_AFTER_LAYERS, RUNS_BEFORE_LAYERS, find, matches,
-)  # fmt: skip
+    ATTENTION,
+    CLASSIFIERS,
+    LM_HEADS,
+    RUNS_AFTER_LAYERS,
+    RUNS_BEFORE_LAYERS,
+    matches,
+)
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential)
 
@@ -230,10 +235,3 @@ def _kind(path: str, module: nn.Module, depth: int, layers: int) -> str:
     if isinstance(module, nn.Embedding) or "embed" in last:
         return "embedding"
     return "conv_block" if isinstance(module, _ConvNd) else "other"
-
-
-def module_at(model: nn.Module, parameter: str) -> nn.Module:
-    """The module that holds the parameter of that name."""
-    module = find(model, parameter.rpartition(".")[0])
-    assert module is not None
-    return module

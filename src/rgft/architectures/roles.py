@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -50,9 +51,10 @@ class _Linear(NamedTuple):
 
 
 def _linear(layer: nn.Module, path: str, weight: str = "weight", bias: str = "bias") -> _Linear:
-    module = find(layer, path)
-    assert module is not None
-    module, path = unwrapped(module, path)
+    found = find(layer, path)
+    assert found is not None
+    module: Any
+    module, path = unwrapped(found, path)
     bias_name = f"{path}.{bias}" if getattr(module, bias, None) is not None else None
     if weight != "weight":  # nn.MultiheadAttention holds a bare parameter
         outputs, inputs = getattr(module, weight).shape
@@ -180,7 +182,7 @@ def neuron_ranges(layer: nn.Module, pattern: BlockPattern, blocks: int) -> list[
         raise PartitionError(f"{pattern.name!r} has {neurons} neurons, too few for ffn_blocks={blocks}")
     bounds = [neurons * block // blocks for block in range(blocks + 1)]
     found: list[list[Range]] = []
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise(bounds):
         ranges: list[Range] = []
         for projection in pattern.inputs:
             linear = _project(layer, projection)

@@ -84,7 +84,7 @@ def test_decrease_holds_components_without_a_step_and_refuses_a_probe_without_an
     check = untouched(model)
     assert set(GeneralisingDecrease().measure(probe_of(model, partition, batch, update=steps.get))) == {known}
     check()
-    with pytest.raises(ConfigError, match="generalising_decrease.*optimizer"):
+    with pytest.raises(ConfigError, match=r"generalising_decrease.*optimizer"):
         GeneralisingDecrease().measure(probe_of(model, partition, batch))
     part = PartGradient(weight=torch.ones(2), gradient=torch.ones(2))
     with pytest.raises(ConfigError, match="step"):

@@ -115,7 +115,7 @@ def test_every_signal_on_every_family_moves_nothing() -> None:
 
 
 def test_whole_matrices_are_assembled_from_views() -> None:
-    model, binding, probe = bound_probe("llama")
+    _, binding, probe = bound_probe("llama")
     plain: nn.Module = FAMILIES["llama"].build()
     scores = LowRankMagnitude(rank=2).measure(probe)
     head = next(c for c in binding.partition if c.kind == "head")

@@ -41,9 +41,10 @@ class Layout:
             return torch.addmm(bias, x.view(-1, x.size(-1)), weight).view(*x.shape[:-1], weight.shape[1])
         if x.dim() < 3 or x.is_contiguous():
             return F.linear(x, weight, bias)
-        # torch folds rows when the weight is trained but not under no_grad, where this runs; the bits differ.
-        y = F.linear(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[0])
-        return y if bias is None else y.add_(bias)
+        # For such inputs torch takes another path, with other last bits, unless the weight requires a gradient.
+        with torch.enable_grad():
+            trained = weight.detach().requires_grad_().view_as(weight)  # no leaf: autocast would cache its cast
+            return F.linear(x.detach(), trained, bias).detach()
 
     def dx(self, dy_NO: Tensor, weight: Tensor) -> Tensor:
         return dy_NO @ (weight if self.output_dim == 0 else weight.t())

@@ -99,7 +99,8 @@ class SplitModule(nn.Module):
         state = dict(_state_of(self))
         del state[_KEY]
         state["_parameters"] = plain_parameters(self._parameters, splits.weights, splits.views)
-        return copyreg.__newobj__, (splits.plain,), state  # type: ignore[attr-defined]
+        # The standard library's own constructor: __newobj__ insists on the class that the object has now.
+        return copyreg._reconstructor, (splits.plain, object, None), state  # type: ignore[attr-defined]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy with views of its own over a fused weight of its own."""

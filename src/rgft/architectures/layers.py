@@ -104,9 +104,10 @@ def find_structure(model: nn.Module) -> Structure:
     opened = {join(*path.split(".")[:length]) for path in layers for length in range(path.count(".") + 1)} | {""}
     outside: list[Outside] = []
     for path, module in _units(model, opened, set(layers)):
-        holder = path if path in position else path.rpartition(".")[0]
+        is_module = path in position
+        holder = path if is_module else path.rpartition(".")[0]
         before = sum(position[layer] < position[holder] for layer in layers)
-        depth = _depth(path, module, before, ranges, len(layers))
+        depth = _depth(path, module, before, ranges, len(layers), is_module=is_module)
         outside.append(Outside(path=path, depth=depth, kind=_kind(path, module, depth, len(layers))))
     return Structure(layers=tuple(layers), outside=tuple(outside))
 
@@ -197,8 +198,8 @@ def _units(model: nn.Module, opened: set[str], layers: set[str]) -> list[tuple[s
     return units
 
 
-def _depth(path: str, module: nn.Module, before: int, stacks: list[Stack], layers: int) -> int:
-    """Registration order says what runs first, except for embeddings and final norms, which their names give away."""
+def _depth(path: str, module: nn.Module, before: int, stacks: list[Stack], layers: int, *, is_module: bool) -> int:
+    """Registration order says what runs first, except for embeddings, final norms and heads: their names do."""
 
     def shared(stack: Stack) -> int:
         pairs = zip(path.split("."), stack.container.split("."), strict=False)
@@ -208,7 +209,7 @@ def _depth(path: str, module: nn.Module, before: int, stacks: list[Stack], layer
 
     nearest = [stack for stack in stacks if shared(stack) == max(map(shared, stacks))]
     last = path.rpartition(".")[2]
-    if nearest and last in RUNS_AFTER_LAYERS:
+    if nearest and is_module and last in RUNS_AFTER_LAYERS + LM_HEADS:
         before = max(stack.stop for stack in nearest)
     elif nearest and _runs_before(path, module):
         before = min(stack.first for stack in nearest)

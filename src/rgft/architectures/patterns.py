@@ -195,7 +195,10 @@ EXPERTS: tuple[ExpertsPattern, ...] = (
 RUNS_BEFORE_LAYERS = ("encoder.relative_attention_bias", "encoder.rel_embeddings", "deberta.encoder.LayerNorm")
 
 #: Last names of modules outside the layers that run after them, wherever they are registered.
-RUNS_AFTER_LAYERS = ("final_layer_norm", "final_layernorm", "final_norm", "ln_f", "norm_f", "embed_out")
+RUNS_AFTER_LAYERS = (
+    "final_layer_norm", "final_layernorm", "final_norm", "ln_f", "norm_f", "classifier", "pooler", "score",
+    "qa_outputs",
+)  # fmt: skip
 
 #: Last names of modules that map hidden states to the vocabulary.
 LM_HEADS = ("lm_head", "embed_out", "cls", "generator_lm_head", "vocab_projector", "vocab_transform")

@@ -93,8 +93,12 @@ def head_counts(layer: nn.Module, pattern: BlockPattern, config: Any) -> HeadCou
         raise PartitionError(
             f"{pattern.name!r} and its configuration tell no number of heads (looked for {', '.join(_HEADS)})"
         )
-    groups = _first(sources, ("num_key_value_groups",))
-    keys = _first(sources, _KV_HEADS) or (queries // groups if groups else queries)
+    keys = queries
+    for source in sources:  # a module's own attributes come before any configuration's
+        own, groups = _first([source], _KV_HEADS), _first([source], ("num_key_value_groups",))
+        if own or groups:
+            keys = own or max(1, queries // (groups or 1))
+            break
     size = _first(sources, _HEAD_DIM) or _linear(layer, pattern.output).inputs // queries
     return HeadCounts(queries=queries, keys=keys, size=size)
 

@@ -1,0 +1,285 @@
+"""The ledger: everything a run spends, by axis, beside what full fine-tuning would have spent on the same batches.
+
+All FLOPs are modelled ones (`rgft.cost`), padding included. Audited ones, counted while a step really ran, stand beside
+the modelled ones of the very same steps, so that the model's error can be read off.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, Self
+
+import torch
+
+from rgft.cost import StepCost
+from rgft.errors import ConfigError
+
+try:
+    import resource
+except ModuleNotFoundError:  # not on Windows
+    resource = None
+
+Part = Literal["step", "probe", "fill", "evaluation"]
+
+
+def peak_memory_bytes() -> int | None:
+    """Highest resident memory of this process so far, in bytes; None where the system does not say."""
+    if resource is None:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_accelerator_bytes() -> int:
+    """Highest memory that tensors held on any one CUDA device so far, in bytes; 0 without one. Does not synchronise."""
+    if not torch.cuda.is_initialized():
+        return 0
+    return max(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))
+
+
+@dataclass(kw_only=True)
+class Ledger:
+    """Running sums of a run. Every call costs O(1), but for one addition per component that was updated.
+
+    Attributes:
+        steps: optimizer steps.
+        passes: training forward and backward passes (several per step with gradient accumulation).
+        examples: rows trained on, repetitions included.
+        tokens: positions trained on, padding included.
+        padding_tokens: those of them that were padding, as far as told.
+        tokens_with_known_padding: tokens of the passes that told their padding.
+        reference_flops: what full fine-tuning spends on the same batches.
+        forward_flops, dx_flops, dw_flops: what the training passes spent.
+        forward_cached_flops, dx_truncated_flops, dw_skipped_flops: what they saved against the reference, by axis.
+        probe_flops, fill_flops: scoring, and filling the activation cache; part of what is spent.
+        evaluation_flops: not part of it.
+        audited_flops, audited_modelled_flops, audits: counted and modelled FLOPs of the same audited pieces of work.
+        seconds: wall-clock by part.
+        peak_memory_bytes: highest resident memory of the process; None when unknown.
+        peak_accelerator_bytes: highest tensor memory on one device.
+        updated_parameters: parameters updated, summed over steps.
+        last_updated_parameters: parameters updated in the last step.
+        component_parameters: size of every component updated at least once.
+        component_steps: number of steps in which each of them was updated.
+    """
+
+    steps: int = 0
+    passes: int = 0
+    examples: int = 0
+    tokens: int = 0
+    padding_tokens: int = 0
+    tokens_with_known_padding: int = 0
+    reference_flops: float = 0.0
+    forward_flops: float = 0.0
+    dx_flops: float = 0.0
+    dw_flops: float = 0.0
+    forward_cached_flops: float = 0.0
+    dx_truncated_flops: float = 0.0
+    dw_skipped_flops: float = 0.0
+    probe_flops: float = 0.0
+    probes: int = 0
+    fill_flops: float = 0.0
+    evaluation_flops: float = 0.0
+    audited_flops: float = 0.0
+    audited_modelled_flops: float = 0.0
+    audits: int = 0
+    seconds: dict[Part, float] = field(
+        default_factory=lambda: {"step": 0.0, "probe": 0.0, "fill": 0.0, "evaluation": 0.0}
+    )
+    peak_memory_bytes: int | None = None
+    peak_accelerator_bytes: int = 0
+    updated_parameters: int = 0
+    last_updated_parameters: int = 0
+    component_parameters: dict[str, int] = field(default_factory=dict)
+    component_steps: dict[str, int] = field(default_factory=dict)
+
+    # ---------------------------------------------------------------- adding
+
+    def add_forward(
+        self, *, full: StepCost, spent: StepCost, rows: int, tokens: int, padding_tokens: int | None = None
+    ) -> None:
+        """Books one training pass (forward and backward) over a batch.
+
+        Args:
+            full: what full fine-tuning spends on the batch.
+            spent: what the plan in force spends; no axis exceeds `full`'s.
+            rows: examples in the batch.
+            tokens: positions in the batch, padding included.
+            padding_tokens: those of them that are padding; None when unknown.
+        """
+        self.passes += 1
+        self.examples += rows
+        self.tokens += tokens
+        if padding_tokens is not None:
+            self.padding_tokens += padding_tokens
+            self.tokens_with_known_padding += tokens
+        self.reference_flops += full.total
+        self.forward_flops += spent.forward
+        self.dx_flops += spent.dx
+        self.dw_flops += spent.dw
+        self.forward_cached_flops += full.forward - spent.forward
+        self.dx_truncated_flops += full.dx - spent.dx
+        self.dw_skipped_flops += full.dw - spent.dw
+
+    def end_step(self, *, seconds: float, updated: Mapping[str, int]) -> None:
+        """Books the end of an optimizer step.
+
+        Args:
+            seconds: wall-clock of the step, probes excluded.
+            updated: name → number of parameters, of the components that were updated.
+        """
+        self.steps += 1
+        self.seconds["step"] += seconds
+        self.last_updated_parameters = sum(updated.values())
+        self.updated_parameters += self.last_updated_parameters
+        for name, numel in updated.items():
+            self.component_parameters[name] = numel
+            self.component_steps[name] = self.component_steps.get(name, 0) + 1
+        self.observe_memory()
+
+    def add_probe(self, *, flops: float, seconds: float) -> None:
+        """Books one look at held-out examples."""
+        self.probes += 1
+        self.probe_flops += flops
+        self.seconds["probe"] += seconds
+
+    def add_fill(self, *, flops: float, seconds: float) -> None:
+        """Books passes that filled the activation cache and trained nothing."""
+        self.fill_flops += flops
+        self.seconds["fill"] += seconds
+
+    def add_evaluation(self, *, seconds: float, flops: float = 0.0) -> None:
+        """Books an evaluation: recorded, and outside the budget."""
+        self.evaluation_flops += flops
+        self.seconds["evaluation"] += seconds
+
+    def add_audit(self, *, counted: float, modelled: float) -> None:
+        """Books the FLOPs counted while some work ran, beside those modelled for the same work. Spends nothing itself."""
+        self.audits += 1
+        self.audited_flops += counted
+        self.audited_modelled_flops += modelled
+
+    def observe_memory(self) -> None:
+        """Takes note of the peak memory so far; a resumed run keeps the higher one."""
+        peak = peak_memory_bytes()
+        if peak is not None:
+            self.peak_memory_bytes = max(peak, self.peak_memory_bytes or 0)
+        self.peak_accelerator_bytes = max(peak_accelerator_bytes(), self.peak_accelerator_bytes)
+
+    # ---------------------------------------------------------------- reading
+
+    @property
+    def training_flops(self) -> float:
+        """Spent by training passes."""
+        return self.forward_flops + self.dx_flops + self.dw_flops
+
+    @property
+    def spent_flops(self) -> float:
+        """What counts against the budget: training, probes and cache filling; evaluation does not."""
+        return self.training_flops + self.probe_flops + self.fill_flops
+
+    @property
+    def parameters_ever_updated(self) -> int:
+        """Parameters updated in at least one step."""
+        return sum(self.component_parameters.values())
+
+    @property
+    def audit_error(self) -> float | None:
+        """Relative error of the modelled FLOPs against the counted ones; None without an audit."""
+        return self.audited_modelled_flops / self.audited_flops - 1.0 if self.audited_flops else None
+
+    def summary(self, full_flops: float | None = None) -> dict[str, Any]:
+        """All figures of the run, fit for JSON.
+
+        Args:
+            full_flops: what full fine-tuning of the whole run spends; None: not known, and no `fraction_of_full`.
+
+        Returns:
+            Nested by topic: `flops` (`spent` and its parts; `saved` against full fine-tuning on the *same* batches, by
+            axis, with probes and filling as `added`; the fractions), `audit`, `seconds`, `memory`, `data`,
+            `parameters`.
+        """
+        saved = self.forward_cached_flops + self.dx_truncated_flops + self.dw_skipped_flops
+        return {
+            "steps": self.steps,
+            "flops": {
+                "spent": self.spent_flops,
+                "full": full_flops,
+                "fraction_of_full": self.spent_flops / full_flops if full_flops else None,
+                "same_batches_in_full": self.reference_flops,
+                "fraction_of_same_batches": self.spent_flops / self.reference_flops if self.reference_flops else None,
+                "forward": self.forward_flops, "dx": self.dx_flops, "dw": self.dw_flops,
+                "probes": self.probe_flops, "cache_filling": self.fill_flops,
+                "scoring_fraction": self.probe_flops / self.spent_flops if self.spent_flops else None,
+                "saved": {
+                    "dw_skipped": self.dw_skipped_flops, "dx_truncated": self.dx_truncated_flops,
+                    "forward_cached": self.forward_cached_flops, "added": self.probe_flops + self.fill_flops,
+                    "net": saved - self.probe_flops - self.fill_flops,
+                },
+                "evaluation": self.evaluation_flops,
+            },
+            "audit": {
+                "audits": self.audits, "counted": self.audited_flops, "modelled": self.audited_modelled_flops,
+                "error": self.audit_error,
+            },
+            "seconds": {**self.seconds, "total": sum(self.seconds.values()) - self.seconds["evaluation"]},
+            "memory": {
+                "peak_bytes": self.peak_memory_bytes, "peak_accelerator_bytes": self.peak_accelerator_bytes or None,
+            },
+            "data": {
+                "passes": self.passes, "examples": self.examples, "tokens": self.tokens,
+                # Told by some passes only, a share would be a guess.
+                "padding_tokens": self.padding_tokens if self.tokens_with_known_padding == self.tokens else None,
+            },
+            "parameters": {
+                "updated_in_last_step": self.last_updated_parameters,
+                "updated_per_step": self.updated_parameters / self.steps if self.steps else 0.0,
+                "updated_in_all": self.parameters_ever_updated,
+                "steps_by_component": dict(self.component_steps),
+            },
+        }  # fmt: skip
+
+    def as_rows(self, full_flops: float | None = None) -> list[tuple[str, float, float | None]]:
+        """Rows of a table of FLOPs: (what, FLOPs, share of full fine-tuning); savings are negative.
+
+        The rows between the reference and the total add up to the total.
+
+        Args:
+            full_flops: as in `summary`; None gives shares of full fine-tuning on the same batches.
+        """
+        whole = full_flops or self.reference_flops
+        rows = [
+            ("full fine-tuning, same batches", self.reference_flops),
+            ("dW skipped", -self.dw_skipped_flops),
+            ("dX truncated", -self.dx_truncated_flops),
+            ("F cached", -self.forward_cached_flops),
+            ("probes", self.probe_flops),
+            ("cache filling", self.fill_flops),
+            ("spent", self.spent_flops),
+        ]
+        return [(what, flops, flops / whole if whole else None) for what, flops in rows]
+
+    # ---------------------------------------------------------------- saving
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, exactly: `Ledger.from_dict(ledger.to_dict()) == ledger`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Restores `to_dict`.
+
+        Raises:
+            ConfigError: keys are missing, or unknown.
+        """
+        names = {item.name for item in fields(cls)}
+        problems = [f"ledger: expected the entry {name!r}, found none" for name in sorted(names - data.keys())]
+        problems += [
+            f"ledger: unknown entry {name!r}; made by another version?" for name in sorted(data.keys() - names)
+        ]
+        if problems:
+            raise ConfigError(problems)
+        restored: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in data.items()}
+        return cls(**restored)

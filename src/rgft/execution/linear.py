@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -85,7 +84,6 @@ class _Run:
     members: tuple[tuple[int, Range], ...]
 
 
-@lru_cache(maxsize=4096)
 def _runs(ranges: tuple[Range, ...]) -> tuple[_Run, ...]:
     """Joins sorted ranges that touch."""
     groups: list[list[tuple[int, Range]]] = []

@@ -109,6 +109,12 @@ class SplitModule(nn.Module):
         twin.__setstate__(copy.deepcopy(_state_of(self), memo))
         return twin
 
+    def _replicate_for_data_parallel(self) -> Any:
+        raise AttachError(
+            "nn.DataParallel gives every replica tensors that are no views, so that slices would not be trained; use "
+            "DistributedDataParallel (torchrun), or one device (CUDA_VISIBLE_DEVICES=0)"
+        )
+
     def __setattr__(self, name: str, value: Any) -> None:
         splits = self.__dict__.get(_KEY)
         if splits is not None and name in splits.weights and not splits.in_plain_layout:

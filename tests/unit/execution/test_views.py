@@ -158,13 +158,15 @@ def test_casts_keep_views_over_their_weight(cast: str) -> None:
         torch.testing.assert_close(model.state_dict()[key], value, rtol=tolerance, atol=tolerance)
 
 
-def test_casts_that_replace_parameters_keep_views() -> None:
+@pytest.mark.parametrize("way", ["overwrite_module_params", "swap_module_params"])
+def test_casts_that_replace_parameters_keep_views(way: str) -> None:
     model, _, binding = bound()
-    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    switch = getattr(torch.__future__, f"set_{way}_on_conversion")
+    switch(True)
     try:
         model.double()
     finally:
-        torch.__future__.set_overwrite_module_params_on_conversion(False)
+        switch(False)
     binding.check()
     assert model.up.weight.dtype == binding.parameters["head.0"][0].dtype == torch.float64
 
@@ -182,6 +184,25 @@ def test_deepcopy_has_views_of_its_own() -> None:
     twin.double()
     assert torch.equal(twin(torch.ones(1, 8).double()), twin.double()(torch.ones(1, 8).double()))
     binding.check()
+
+
+def test_averaged_models_average_the_weights() -> None:
+    model, plain, _ = bound()
+    averages = [torch.optim.swa_utils.AveragedModel(net) for net in (model, plain)]
+    for net, average in zip((model, plain), averages, strict=True):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+        for _ in range(2):
+            train(net, optimizer, steps=1)
+            average.update_parameters(net)
+    assert not torch.equal(averages[0].module.up.weight, model.up.weight)
+    for key, value in averages[1].state_dict().items():
+        torch.testing.assert_close(averages[0].state_dict()[key], value)
+
+
+def test_data_parallel_is_refused() -> None:
+    model, _, _ = bound()
+    with pytest.raises(AttachError, match="DistributedDataParallel"):
+        model.up._replicate_for_data_parallel()
 
 
 def test_pickles_are_plain() -> None:

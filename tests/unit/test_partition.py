@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -10,15 +11,73 @@ from torch import Tensor, nn
 from rgft.components import Component, ParameterSlice, Partition
 from rgft.errors import PartitionError
 from rgft.partition import partition
-from tests.families import FAMILIES
+from tests.families import FAMILIES, Family
 
 PEFT_FAMILIES = [name for name in FAMILIES if name.startswith("peft")]
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+    "max_position_embeddings": 64, "pad_token_id": 1,
+}  # fmt: skip
+
+
+def modernbert() -> nn.Module:
+    from transformers import ModernBertConfig, ModernBertForSequenceClassification
+
+    ids = {"bos_token_id": 0, "eos_token_id": 2, "cls_token_id": 0, "sep_token_id": 2, "num_labels": 3}
+    return ModernBertForSequenceClassification(ModernBertConfig(**SIZES, **ids))
+
+
+def deberta() -> nn.Module:
+    from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
+
+    config = DebertaV2Config(
+        **SIZES, relative_attention=True, pos_att_type=["p2c", "c2p"], norm_rel_ebd="layer_norm", num_labels=3
+    )
+    return DebertaV2ForSequenceClassification(config)
+
+
+def albert() -> nn.Module:
+    from transformers import AlbertConfig, AlbertForSequenceClassification
+
+    return AlbertForSequenceClassification(AlbertConfig(**SIZES, embedding_size=16, num_labels=3))
+
+
+def bart() -> nn.Module:
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    sides = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in
+             (("layers", 2), ("attention_heads", 4), ("ffn_dim", 48))}  # fmt: skip
+    return BartForConditionalGeneration(BartConfig(vocab_size=60, d_model=32, max_position_embeddings=64, **sides))
+
+
+def opt() -> nn.Module:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    sizes = {name: n for name, n in SIZES.items() if name != "intermediate_size"}
+    return OPTForCausalLM(OPTConfig(**sizes, ffn_dim=48, word_embed_proj_dim=16))
+
+
+def qwen2_moe() -> nn.Module:
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    experts = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 4}
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**SIZES, num_key_value_heads=2, **experts))
+
+
+#: Families that only this file looks at.
+OTHERS = {
+    "modernbert": Family("modernbert", modernbert, "text"), "deberta": Family("deberta", deberta, "text"),
+    "albert": Family("albert", albert, "text"), "bart": Family("bart", bart, "seq2seq"),
+    "opt": Family("opt", opt, "lm"), "qwen2_moe": Family("qwen2_moe", qwen2_moe, "lm"),
+}  # fmt: skip
+ZOO = {**FAMILIES, **OTHERS}
 
 
 @cache
 def model_of(family: str) -> nn.Module:
     """Shared between tests that only look."""
-    return FAMILIES[family].build()
+    return ZOO[family].build()
 
 
 def owners(model: nn.Module, split: Partition) -> dict[str, Tensor]:
@@ -43,7 +102,7 @@ def owned_by(split: Partition, **where: object) -> list[str]:
 
 @pytest.mark.parametrize("ffn_blocks", [1, 4])
 @pytest.mark.parametrize("granularity", ["layer", "block", "head", "adapter"])
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", list(ZOO))
 def test_every_trainable_element_is_in_exactly_one_component(family: str, granularity: str, ffn_blocks: int):
     model = model_of(family)
     if granularity == "adapter" and family not in PEFT_FAMILIES:
@@ -84,6 +143,23 @@ def test_every_trainable_element_is_in_exactly_one_component(family: str, granul
             ["efficientnet.encoder.top_conv", "efficientnet.encoder.top_bn", "classifier"],
         ),
         ("torch_transformer_encoder", 2, ["embedding"], ["classifier"]),
+        (
+            "albert", 1, ["albert.embeddings", "albert.encoder.embedding_hidden_mapping_in"],
+            ["albert.pooler", "classifier"],
+        ),
+        (
+            "opt", 2, [f"model.decoder.{name}" for name in ("embed_tokens", "embed_positions", "project_in")],
+            ["model.decoder.project_out", "model.decoder.final_layer_norm"],
+        ),
+        (
+            "bart", 4,
+            ["model.shared", "model.encoder.embed_positions", "model.encoder.layernorm_embedding"], [],
+        ),
+        (
+            "deberta", 2,
+            ["deberta.embeddings", "deberta.encoder.rel_embeddings", "deberta.encoder.LayerNorm"],
+            ["pooler", "classifier"],
+        ),
         ("mlp", 3, [], []),
     ],
 )  # fmt: skip
@@ -154,6 +230,9 @@ ATTENTION_BLOCKS = [
     ("phi3", "model.layers.0", "self_attn", "self_attn.o_proj", 2),
     ("mixtral", "model.layers.0", "self_attn", "self_attn.o_proj", 2),
     ("vit", "vit.layers.0", "attention", "attention.o_proj", 4),
+    ("modernbert", "model.layers.0", "attn", "attn.Wo", 4),
+    ("deberta", "deberta.encoder.layer.0", "attention", "attention.output.dense", 4),
+    ("bart", "model.decoder.layers.0", "encoder_attn", "encoder_attn.out_proj", 4),
     ("t5", "encoder.block.0", "layer.0.SelfAttention", "layer.0.SelfAttention.o", 4),
     ("t5", "decoder.block.0", "layer.1.EncDecAttention", "layer.1.EncDecAttention.o", 4),
 ]
@@ -167,6 +246,8 @@ FFN_BLOCKS = [
     ("llama", "model.layers.0", "mlp", "mlp.down_proj"),
     ("phi3", "model.layers.0", "mlp", "mlp.down_proj"),
     ("vit", "vit.layers.0", "mlp", "mlp.fc2"),
+    ("modernbert", "model.layers.0", "mlp", "mlp.Wo"),
+    ("qwen2_moe", "model.layers.0", "mlp.shared_expert", "mlp.shared_expert.down_proj"),
     ("t5", "encoder.block.0", "layer.1.DenseReluDense", "layer.1.DenseReluDense.wo"),
     ("torch_transformer_encoder", "encoder.layers.0", "ffn", "linear2"),
 ]
@@ -180,7 +261,7 @@ def input_and_output(family: str, model: nn.Module, path: str) -> tuple[Tensor, 
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.no_grad():
-            model.eval()(**FAMILIES[family].batch())
+            model.eval()(**ZOO[family].batch())
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
         handle.remove()
@@ -195,7 +276,7 @@ def changed_features(
     family: str, component: Component, output: str, change: Callable[[Tensor], object]
 ) -> tuple[Tensor, int]:
     """Which input features of `output` change when the rows of the component do; and how many features there are."""
-    model = FAMILIES[family].build()
+    model = ZOO[family].build()
     before, _ = input_and_output(family, model, output)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
@@ -240,7 +321,7 @@ def test_rows_of_a_neuron_block_move_its_own_neurons_and_no_other(family: str, l
 @pytest.mark.parametrize(("family", "layer", "block", "output", "heads"), ATTENTION_BLOCKS)
 def test_columns_of_a_head_take_away_its_own_contribution(family: str, layer: str, block: str, output: str, heads: int):
     component = partition(model_of(family), "head")[f"{layer}.{block}.head.1"]
-    model = FAMILIES[family].build()
+    model = ZOO[family].build()
     path = f"{layer}.{output}"
     context, before = input_and_output(family, model, path)
     share = context.shape[-1] // heads
@@ -293,6 +374,30 @@ def test_experts_and_router():
     assert [(p.dim, p.start, p.stop) for p in split["model.layers.0.mlp.expert.2"].slices] == [(0, 2, 3), (0, 2, 3)]
     (router,) = split["model.layers.1.mlp.router"].slices
     assert router.parameter == "model.layers.1.mlp.gate.weight"
+
+
+class ExpertList(nn.Module):
+    """A decoder layer whose experts are modules of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attn = nn.Module()
+        self.self_attn.num_heads = 2
+        for name in "qkvo":
+            self.self_attn.add_module(f"{name}_proj", nn.Linear(8, 8))
+        self.block_sparse_moe = nn.Module()
+        self.block_sparse_moe.gate = nn.Linear(8, 3, bias=False)
+        self.block_sparse_moe.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 8)) for _ in range(3))
+
+
+def test_experts_that_are_modules_are_components():
+    split = partition(nn.ModuleList(ExpertList() for _ in range(2)), "head")
+    assert owned_by(split, layer="1", kind="head") == ["1.self_attn.head.0", "1.self_attn.head.1"]
+    assert owned_by(split, layer="1", kind="expert") == [f"1.block_sparse_moe.expert.{i}" for i in range(3)]
+    assert [part.parameter for part in split["1.block_sparse_moe.expert.2"].slices] == [
+        f"1.block_sparse_moe.experts.2.{i}.{kind}" for i in (0, 1) for kind in ("weight", "bias")
+    ]
+    assert split["0.block_sparse_moe.router"].numel == 24
 
 
 def test_layer_1_is_not_layer_10():

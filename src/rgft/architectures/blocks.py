@@ -114,8 +114,9 @@ def _units(layer: nn.Module, blocks: list[Block], *, has_attention: bool) -> lis
                 walk(below, child)
             elif has_attention and not _has_matrix(child):
                 continue
-            elif units and is_norm(child):
-                units[-1][2].append(below)
+            elif is_norm(child):
+                if units:
+                    units[-1][2].append(below)
             else:
                 units.append((below, child, [below]))
 

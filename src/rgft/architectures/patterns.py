@@ -112,6 +112,9 @@ def _torch_attention(block: str) -> BlockPattern:
 ATTENTION: tuple[BlockPattern, ...] = (
     _attention("bert", "attention", "self.query self.key self.value", "output.dense"),
     _attention("bert", "crossattention", "self.query self.key self.value", "output.dense"),
+    _attention("albert", "attention", "query key value", "dense"),
+    _attention("deberta", "attention", "self.query_proj self.key_proj self.value_proj", "output.dense"),
+    _fused("modernbert", "attn", "Wqkv", "Wo"),
     _attention("distilbert", "attention", "q_lin k_lin v_lin", "out_lin"),
     _attention("mpnet", "attention", "attn.q attn.k attn.v", "attn.o"),
     _fused("gpt2", "attn", "c_attn", "c_proj"),
@@ -165,6 +168,8 @@ def _t5_ffn(name: str) -> tuple[BlockPattern, BlockPattern]:
 
 FFN: tuple[BlockPattern, ...] = (
     _ffn("bert", "ffn", "intermediate.dense", "output.dense", members="intermediate output"),
+    _ffn("albert", "ffn", "ffn", "ffn_output", members="ffn ffn_output"),
+    _ffn("modernbert", "mlp", "mlp.Wi", "mlp.Wo", "up gate"),
     _ffn("distilbert", "ffn", "ffn.lin1", "ffn.lin2"),
     _ffn("gpt2", "mlp", "mlp.c_fc", "mlp.c_proj"),
     _ffn("gptj", "mlp", "mlp.fc_in", "mlp.fc_out"),
@@ -197,7 +202,7 @@ RUNS_BEFORE_LAYERS = ("encoder.relative_attention_bias", "encoder.rel_embeddings
 #: Last names of modules outside the layers that run after them, wherever they are registered.
 RUNS_AFTER_LAYERS = (
     "final_layer_norm", "final_layernorm", "final_norm", "ln_f", "norm_f", "classifier", "pooler", "score",
-    "qa_outputs",
+    "qa_outputs", "project_out",
 )  # fmt: skip
 
 #: Last names of modules that map hidden states to the vocabulary.

@@ -49,6 +49,7 @@ INPUTS: dict[str, Callable[[], Tensor]] = {
     "2d": lambda: torch.randn(7, WIDTH),
     "3d": lambda: torch.randn(3, 5, WIDTH),
     "3d transposed": lambda: torch.randn(5, 3, WIDTH).transpose(0, 1),
+    "3d transposed, few": lambda: torch.randn(2, 5, WIDTH).transpose(0, 1),  # torch multiplies in batches if it may
     "4d": lambda: torch.randn(2, 3, 5, WIDTH),
     "empty": lambda: torch.randn(0, WIDTH),
 }
@@ -58,7 +59,7 @@ INPUTS: dict[str, Callable[[], Tensor]] = {
 @pytest.mark.parametrize("layers", LAYERS)
 @pytest.mark.parametrize("shape", INPUTS)
 def test_all_active_is_the_plain_module_bit_for_bit(layers: str, shape: str, autocast: bool) -> None:
-    if layers == "conv1d" and shape == "3d transposed":
+    if layers == "conv1d" and shape.startswith("3d transposed"):
         pytest.skip("Conv1D's own view() refuses such inputs")
     model, plain, binding = bound(layers)
     x = INPUTS[shape]()

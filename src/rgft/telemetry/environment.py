@@ -14,8 +14,8 @@ import torch
 
 #: Packages whose version may change a result. Read from their metadata: importing them would take seconds.
 PACKAGES = (
-    "rgft", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "tokenizers", "safetensors", "bitsandbytes",
-    "torchao", "numpy", "pydantic",
+    "rgft", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "tokenizers", "safetensors",
+    "bitsandbytes", "torchao", "numpy", "pydantic",
 )  # fmt: skip
 
 #: Environment variables that change speed or behaviour. Nothing else is recorded: others may hold secrets.

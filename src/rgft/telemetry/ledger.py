@@ -156,7 +156,7 @@ class Ledger:
         self.seconds["evaluation"] += seconds
 
     def add_audit(self, *, counted: float, modelled: float) -> None:
-        """Books the FLOPs counted while some work ran, beside those modelled for the same work. Spends nothing itself."""
+        """Books the FLOPs counted while some work ran, beside those modelled for it. Spends nothing itself."""
         self.audits += 1
         self.audited_flops += counted
         self.audited_modelled_flops += modelled

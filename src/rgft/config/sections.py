@@ -1,0 +1,138 @@
+"""The groups of settings. Every field says what it is, and its unit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+def _integer_or_auto(value: Any) -> Any:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+        return value
+    raise ValueError("expected an integer >= 0 or 'auto'")
+
+
+def _as_tuples(value: Any) -> Any:
+    """Lists as tuples, all the way down: files know lists only, and equal settings must be equal."""
+    if isinstance(value, (list, tuple)):
+        return tuple(_as_tuples(item) for item in value)
+    return {key: _as_tuples(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+
+
+IntegerOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_integer_or_auto)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuples)]
+
+
+class Section(BaseModel):
+    """A frozen group of settings; unknown keys are errors, and values are not converted."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True
+    )
+
+
+class StageConfig(Section):
+    """A signal, scaling, mask, period or policy: its name and its settings.
+
+    Wherever one is expected, a name alone ("rank"), or name and settings in one mapping
+    ({"name": "rank", "alpha": 0.3}) will do.
+    """
+
+    name: str = Field(description="name in the registry of its kind")
+    params: Annotated[Mapping[str, Any], BeforeValidator(_as_tuples)] = Field(
+        default_factory=dict, description="its settings; what is left out has the default of its class"
+    )
+
+
+class ErrorMapConfig(Section):
+    """The running scores."""
+
+    beta: float = Field(default=0.9, ge=0, lt=1, description="β of the running average, per observation")
+    bias_correction: bool = Field(
+        default=True, description="divide by 1 − βⁿ after n observations, so that early scores are not too small"
+    )
+
+
+class StabilityConfig(Section):
+    """What keeps decisions from flapping and multipliers from running away."""
+
+    hysteresis: float = Field(
+        default=0.0, ge=0, description="relative advantage that components already on have when the mask chooses"
+    )
+    exploration: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="share of the components left off by the mask that is on nevertheless, in turn",
+    )
+    f_min: float | None = Field(
+        default=None, gt=0, description="smallest learning-rate multiplier; None: the scaling's own"
+    )
+    f_max: float | None = Field(
+        default=None, gt=0, description="largest learning-rate multiplier; None: the scaling's own"
+    )
+    preserve_mean: bool = Field(
+        default=False,
+        description="divide multipliers by their mean, so that scaling is not also a higher learning rate",
+    )
+    off_multiplier: float = Field(
+        default=0.0, ge=0, lt=1, description="multiplier of what the mask leaves off; above 0 nothing is saved"
+    )
+    always_on: Names = Field(
+        default=(),
+        description="kinds (classifier, embedding, …) or component names that the mask does not decide about",
+    )
+
+    @model_validator(mode="after")
+    def _bounds_in_order(self) -> Self:
+        low, high = self.f_min, self.f_max
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"expected f_min <= f_max, found f_min {low} and f_max {high}")
+        if self.preserve_mean and not (low or 1.0) <= 1.0 <= (high or 1.0):
+            raise ValueError(f"expected f_min <= 1 <= f_max with preserve_mean, found f_min {low} and f_max {high}")
+        return self
+
+
+class ProbeConfig(Section):
+    """Looks at examples that are never trained on."""
+
+    interval: IntegerOrAuto = Field(
+        default="auto",
+        description="steps between probes; 0: none; 1: scores at every step; auto: from the run's length",
+    )
+    size: IntegerOrAuto = Field(
+        default="auto", description="examples per probe; 0: score training batches instead; auto: from max_fraction"
+    )
+    max_fraction: float = Field(
+        default=0.02,
+        gt=0,
+        le=1,
+        description="share of the run's own FLOPs that all probes may spend, where interval or size is auto",
+    )
+
+
+class UpdateConfig(Section):
+    """How updates are made."""
+
+    moments: Literal["keep", "decay", "reset", "offload"] = Field(
+        default="keep",
+        description="optimizer state of what is off: untouched, decayed as if by zero gradients, dropped, or moved to "
+        "the CPU's memory",
+    )
+
+
+class ExecutionConfig(Section):
+    """How the plan is carried out."""
+
+    cache: Literal["auto", "none", "memory"] = Field(
+        default="auto",
+        description="where the frozen prefix's activations are kept; auto: in memory where the plan has a cut",
+    )
+    cache_dtype: Literal["model", "float32", "bfloat16", "float16"] = Field(
+        default="model", description="how cached activations are stored; model: as computed, so that a hit is exact"
+    )
+    cache_max_bytes: int = Field(
+        default=4 << 30, ge=0, description="bytes the cache may hold; examples beyond are recomputed each time"
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch.utils.data import DataLoader, default_collate
@@ -84,7 +84,7 @@ class BatchStream:
         """From the current position on; `position` counts batches handed out."""
         # A loader draws its workers' seed from the global generator: given one of its own, it leaves that alone.
         loader = DataLoader(
-            _WithIds(self.dataset), batch_sampler=_Indices(self, self.position), num_workers=self.workers,
+            cast("Any", _WithIds(self.dataset)), batch_sampler=_Indices(self, self.position), num_workers=self.workers,
             collate_fn=_CollateWithIds(self.collate_fn), generator=torch.Generator().manual_seed(self.seed),
         )  # fmt: skip
         for batch in loader:

@@ -25,7 +25,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from rgft.allocation.base import Situation
-from rgft.assembly import build_policy, build_signal
+from rgft.allocation.selection import depends_on_map
+from rgft.assembly import build_cache, build_policy, build_signal
 from rgft.batches import BatchStream, SizedDataset, Subset
 from rgft.config import Config
 from rgft.cost import CostModel, trace_costs
@@ -77,11 +78,12 @@ class Guide:
         self.partition = partition(model, self.config.granularity, ffn_blocks=self.config.ffn_blocks)
         self._binding = bind(model, self.partition)
         self._policy = build_policy(self.config)
-        cache = self.config.execution.cache != "none" and self._policy is not None and self.partition.layers
         self._executor = Executor(
-            model, self._binding, moments=self.config.update.moments,
-            cache=ActivationCache(model, self.partition) if cache else None,
-        )  # fmt: skip
+            model,
+            self._binding,
+            moments=self.config.update.moments,
+            cache=build_cache(self.config, model, self.partition),
+        )
         signal = build_signal(self.config)
         settings = self.config.error_map
         self._measurement = signal and Measurement(
@@ -99,7 +101,10 @@ class Guide:
         self._restored: Mapping[str, Any] | None = None
         self._last_probe = (0, 0.0)  # step and progress
         self._gradient_norm_squared: float | None = None
-        self.is_measuring = self._policy is not None
+        # A policy that follows the step alone has nothing to wait for, and decides at every step.
+        self._follows_map = self._policy is not None and depends_on_map(self._policy)
+        self._has_decided = False
+        self.is_measuring = self._follows_map
         self.step_count = 0
         self.run_plan: RunPlan | None = None
         self.ledger = Ledger()
@@ -166,7 +171,9 @@ class Guide:
         Raises:
             BudgetError: no plan fits the budget.
         """
-        self._costs = trace_costs(self.model, self.partition, stream.load(next(stream.indices())), loss=self._mean_loss)
+        example = stream.load(next(stream.indices()))
+        with self._binding.plain():
+            self._costs = trace_costs(self.model, self.partition, example, loss=self._mean_loss)
         workload = Workload.scan(stream)
         self._typical = rows, tokens = workload.typical
         full = workload.full_flops(self._costs) if full_flops is None else full_flops
@@ -180,11 +187,11 @@ class Guide:
                 f"of the cheapest plan ({cheapest:.3g}); the smallest budget of this run is {cheapest / full:.2g}"
             )
         steps = max(1, round(allowed / step)) if self.config.budget else stream.total_batches
-        if self._measurement is not None and self._policy is not None:
+        if self._measurement is not None and self._follows_map:
             self._probes = ProbeSchedule.derive(
                 interval=self.config.probe.interval, size=self.config.probe.size, steps=steps,
                 flops_allowed=allowed * self.config.probe.max_fraction,
-                flops_per_example=self._costs.full_step(1, tokens).total,
+                flops_per_example=self._costs.probe_flops(1, tokens, weights=True),
             )  # fmt: skip
         self.run_plan = RunPlan(
             steps=steps, cache="memory" if self._executor.cache is not None else "none",
@@ -200,7 +207,7 @@ class Guide:
         self, dataset: SizedDataset, *, batch_size: int, collate_fn: Callable[[list[Any]], Any] | None = None,
         epochs: float = 1, workers: int = 0, full_flops: float | None = None,
     ) -> Iterator[Any]:  # fmt: skip
-        """Collated batches until the budget is spent (or, without one, until the epochs are over).
+        """Collated batches until the budget is spent or the epochs are over, whichever comes first.
 
         Args:
             dataset: map-style. A small part of it is set aside for probes and never trained on.
@@ -220,8 +227,8 @@ class Guide:
             train, pool = set_aside(len(dataset), 4 * self._probes.size, seed=self.config.seed)
             self._pool = ProbePool(pool, everything.load, seed=self.config.seed)
         self._stream = BatchStream(
-            Subset(dataset, train), batch_size=batch_size, collate_fn=collate_fn, seed=self.config.seed, workers=workers,
-            epochs=epochs if self.config.budget is None else None,
+            Subset(dataset, train), batch_size=batch_size, collate_fn=collate_fn, epochs=epochs, seed=self.config.seed,
+            workers=workers,
         )  # fmt: skip
         if self._restored is not None:
             self._restore_data(self._restored)
@@ -297,7 +304,7 @@ class Guide:
         return self.is_measuring and (self._stream is None or self._stream.epoch == 0)
 
     def _measure_and_decide(self) -> None:
-        fresh = self.config.probe.interval == 1 and self.step_count > 0
+        fresh = not self._follows_map or (self.config.probe.interval == 1 and self.step_count > 0)
         last_step, last_progress = self._last_probe
         if self._pool is not None and self._probes.is_due(
             step=self.step_count, last_step=last_step, progress=self.progress, last_progress=last_progress
@@ -310,7 +317,7 @@ class Guide:
             self.is_measuring, fresh = False, True
         if fresh and not self.is_measuring:
             assert self._policy is not None
-            self.plan = self._policy.decide(self.situation())
+            self.plan, self._has_decided = self._policy.decide(self.situation()), True
 
     def _probe(self, pool: ProbePool) -> None:
         assert self._measurement is not None
@@ -320,7 +327,8 @@ class Guide:
         batch = pool.draw(size - size // 2 if own is not None else size)
         self._measurement.probe(batch, own=own, step=self.step_count)
         self._last_probe = (self.step_count, self.progress)
-        flops = sum(self._costs.full_step(*batch_shape(b)).total for b in (own, batch) if b is not None and self._costs)
+        looked_at = [batch_shape(b) for b in (own, batch) if b is not None]
+        flops = sum(self._costs.probe_flops(*shape, weights=True) for shape in looked_at) if self._costs else 0.0
         self.ledger.add_probe(flops=flops, seconds=time.perf_counter() - started)
 
     def situation(self) -> Situation:
@@ -329,8 +337,8 @@ class Guide:
         return Situation(
             step=self.step_count, components=self.partition.components, error_map=self.error_map,
             total_steps=self.run_plan.steps if self.run_plan else None,
-            previous=self.plan if self.plan.step > 0 else None, seed=self.config.seed,
-            gradient_norm_squared=self._gradient_norm_squared,
+            previous=self.plan if self._has_decided else None, seed=self.config.seed,
+            gradient_norm_squared=self._gradient_norm_squared, steps_left=self._steps_left,
             same_batch_map=self._measurement.same_batch_map if self._measurement and same_batch else None,
             costs=self._costs, flops_left=self.flops_left, rows=self._typical[0], tokens=self._typical[1],
         )  # fmt: skip
@@ -345,8 +353,8 @@ class Guide:
         if culprit is not None:
             loss = "unknown" if self._step_loss is None else f"{float(self._step_loss):.6g}"
             raise NonFiniteError(
-                f"step {self.step_count}: the gradient of {culprit!r} is not finite (loss {loss}); nothing was updated. "
-                "Lower the learning rate, or check this step's examples"
+                f"step {self.step_count}: the gradient of {culprit!r} is not finite (loss {loss}); nothing was "
+                "updated. Lower the learning rate, or check this step's examples"
             )
         if len(self._executor.active) == len(self.partition):
             squared, old, beta = sum(norms.values()), self._gradient_norm_squared, self.config.error_map.beta
@@ -410,21 +418,23 @@ class Guide:
         return None if self.run_plan is None else self.run_plan.flops - self.ledger.spent_flops
 
     @property
+    def _steps_left(self) -> int | None:
+        return None if self._stream is None else self._stream.total_batches - self._stream.position
+
+    @property
     def progress(self) -> float:
-        """Share of the run that is done, 0…1: of the FLOPs under a budget, else of the steps."""
+        """Share of the run that is done, 0…1: of the budget or of the epochs, whichever is further."""
         if self.run_plan is None:
             return 0.0
-        if self.config.budget is not None:
-            return min(1.0, self.ledger.spent_flops / self.run_plan.flops)
-        return min(1.0, self.step_count / self.run_plan.steps)
+        spent = self.ledger.spent_flops / self.run_plan.flops if self.config.budget is not None else 0.0
+        seen = self._stream.position / self._stream.total_batches if self._stream is not None else 0.0
+        return min(1.0, max(spent, seen))
 
     @property
     def is_done(self) -> bool:
         """Whether the budget would not pay for another step."""
-        if self.run_plan is None or self._in_step:
+        if self.run_plan is None or self._in_step or self.config.budget is None:
             return False
-        if self.config.budget is None:
-            return self.step_count >= self.run_plan.steps
         assert self._costs is not None
         rows, tokens = self._typical
         hit = self.cache is not None and self._stream is not None and self._stream.epoch > 0
@@ -442,6 +452,7 @@ class Guide:
             "step_count": self.step_count,
             "plan": self.plan.to_dict(),
             "is_measuring": self.is_measuring,
+            "has_decided": self._has_decided,
             "last_probe": self._last_probe,
             "gradient_norm_squared": self._gradient_norm_squared,
             "measurement": self._measurement.state_dict() if self._measurement else None,
@@ -465,6 +476,7 @@ class Guide:
         self.step_count = state["step_count"]
         self.plan = UpdatePlan.from_dict(state["plan"])
         self.is_measuring = state["is_measuring"]
+        self._has_decided = state["has_decided"]
         self._last_probe = tuple(state["last_probe"])
         self._gradient_norm_squared = state["gradient_norm_squared"]
         if self._measurement is not None:

@@ -117,7 +117,7 @@ class Measurement:
                 updates = self._steps_from(own if own is not None else batch, step)
             probe = Probe(
                 model=self._model, partition=self._binding.partition, parameters=self._binding.parameters, batch=batch,
-                loss=self._finite_loss(step), update=updates.get if updates else None,
+                loss=self._finite_loss(step), step=step, update=updates.get if updates else None,
                 initial=self._initial.get if self._initial else None,
             )  # fmt: skip
             scores = self.signal.measure(probe)

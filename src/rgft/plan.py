@@ -18,7 +18,8 @@ class UpdatePlan:
     Attributes:
         step: first step the plan is applied to; it was decided from scores up to step−1.
         multipliers: learning-rate multiplier per component; 0 is off: no dW, no step, no decay, no momentum.
-        periods: update every n-th step, for components whose n is not 1.
+        periods: update at steps divisible by n, for components whose n is not 1. The phase is the run's,
+            so that a plan decided anew at every step keeps its rhythm.
         cut: depth below which everything is off and backward stops.
         reason: which policy decided, and why, in a few words.
     """
@@ -41,7 +42,7 @@ class UpdatePlan:
         """Whether the component is updated at all, or (with `step`) at that step."""
         if self.multipliers[name] == 0.0:
             return False
-        return step is None or (step - self.step) % self.periods.get(name, 1) == 0
+        return step is None or step % self.periods.get(name, 1) == 0
 
     def active(self, step: int | None = None) -> tuple[str, ...]:
         """Names of the components that are on (at `step`, when given), in order."""

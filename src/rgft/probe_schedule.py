@@ -18,7 +18,8 @@ MAX_PROBE_SIZE = 64
 class ProbeSchedule:
     """Probes of `size` examples: every `interval` steps, or `number` of them evenly over what the run spends.
 
-    Steps cost less once a cut is made, so that an interval in steps would overshoot its share; shares of the run cannot.
+    Steps cost less once a cut is made, so that an interval in steps would overshoot its share.
+    Shares of the run cannot.
     """
 
     size: int = 0

@@ -245,7 +245,7 @@ class Run:
 def evaluate(
     task: Task, dataset: SizedDataset, *, batch_size: int, loss: Callable[[nn.Module, Any], Tensor]
 ) -> dict[str, float]:
-    """Evaluates in order of length where examples have one (less padding); results do not depend on it but for rounding.
+    """Evaluates in order of length where examples have one (less padding); only rounding depends on it.
 
     Returns:
         "loss": mean over examples; and what `task.metrics` gives for all logits and labels.

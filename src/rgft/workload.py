@@ -8,33 +8,17 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from torch import Tensor
-
 from rgft.batches import BatchStream
-from rgft.cost import CostModel
+from rgft.cost import BatchShape, CostModel
 
 #: Scanning more batches than this costs more time than their shapes are worth; beyond, a spread sample is taken.
 MAX_SCANNED = 1024
 
 
 def batch_shape(batch: Any) -> tuple[int, int]:
-    """(rows, tokens) of a batch: the first two sizes of its token ids, or (rows, 1) without a token dimension."""
-    values = (
-        list(batch.values())
-        if isinstance(batch, Mapping)
-        else list(batch)
-        if isinstance(batch, tuple | list)
-        else [batch]
-    )
-    named = dict(batch) if isinstance(batch, Mapping) else {}
-    for key in ("input_ids", "inputs_embeds", "decoder_input_ids"):
-        if isinstance(named.get(key), Tensor):
-            return int(named[key].shape[0]), int(named[key].shape[1])
-    for value in values:
-        if isinstance(value, Tensor) and value.dim() > 0:
-            is_tokens = value.dim() == 2 and not value.is_floating_point()
-            return int(value.shape[0]), int(value.shape[1]) if is_tokens else 1
-    return 1, 1
+    """(rows, tokens) of a batch; tokens are 1 without a token dimension."""
+    shape = BatchShape.of(batch)
+    return shape.rows, shape.tokens or 1
 
 
 @dataclass(frozen=True, kw_only=True)

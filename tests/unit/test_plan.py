@@ -9,7 +9,7 @@ from rgft.plan import Budget, RunPlan, UpdatePlan
 def test_off_and_periods() -> None:
     plan = UpdatePlan(step=10, multipliers={"a": 1.0, "b": 0.0, "c": 0.5}, periods={"c": 3})
     assert plan.active() == ("a", "c")
-    assert [plan.is_on("c", step) for step in range(10, 17)] == [True, False, False, True, False, False, True]
+    assert [plan.is_on("c", step) for step in range(10, 17)] == [False, False, True, False, False, True, False]
     assert not any(plan.is_on("b", step) for step in range(10, 20))
 
 

@@ -34,6 +34,7 @@ class Situation:
         same_batch_map: Ê_k of the same-batch decrease, beside a map of the generalising one; None when not measured.
         costs: FLOPs of any plan; None when the run has no cost model.
         flops_left: what the run may still spend; None without a budget.
+        steps_left: batches until the epochs are over; None when unknown.
         rows, tokens: shape of a typical batch, for `costs`.
     """
 
@@ -47,6 +48,7 @@ class Situation:
     same_batch_map: ErrorMap | None = None
     costs: CostModel | None = None
     flops_left: float | None = None
+    steps_left: int | None = None
     rows: int = 1
     tokens: int = 1
 

@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 
 from rgft.allocation.base import Scaling, Situation
 from rgft.allocation.selection import depends_on_map, observed_scores, require_at_least
+from rgft.allocation.shrinkage import shrunk
 from rgft.errors import ConfigError
 
 
@@ -140,22 +141,26 @@ class DecreaseRatio(Scaling):
     ICML 2018, eq. 13). Adam's division by √E[g²] has already taken its square root, hence `power` 0.5; 1 is for SGD.
 
     A component with S_k ≤ 0, or missing from either map, tells nothing and gets 1. When the learned share is not
-    positive (G_k ≤ 0: it memorises), the floor holds, so that it can come back.
+    positive (G_k ≤ 0: it memorises), the floor holds, so that it can come back. Ratios are shrunk towards their mean by
+    the standard error of G_k, so that few observations leave all rates alike.
 
     Attributes:
         power: exponent ≥ 0; 0 turns the scaling off.
+        spread: prior standard deviation of the ratios, relative to their mean.
         floor: smallest ratio that is believed, in (0, 1].
         f_min, f_max: bounds of the multiplier, 0 < f_min ≤ 1 ≤ f_max.
     """
 
     name: ClassVar[str] = "decrease_ratio"
     power: float = 0.5
+    spread: float = 0.5
     floor: float = 0.01
     f_min: float = 0.25
     f_max: float = 4.0
 
     def __post_init__(self) -> None:
         require_at_least("scaling.power", self.power, 0.0)
+        require_at_least("scaling.spread", self.spread, 0.0)
         if not 0.0 < self.floor <= 1.0:
             raise ConfigError(f"scaling.floor: expected 0 < floor <= 1, found {self.floor}")
         _require_bounds("scaling.f_min, f_max", self.f_min, self.f_max, around_one=True)
@@ -165,11 +170,19 @@ class DecreaseRatio(Scaling):
         same_batch = situation.same_batch_map
         if same_batch is None:
             return factors
-        raw: dict[str, float] = {}
+        ratios: dict[str, float] = {}
+        errors: dict[str, float | None] = {}
         for name, generalising in observed_scores(situation).items():
             memorised_too = same_batch.value(name) if name in same_batch.names else None
             if memorised_too is not None and memorised_too > 0.0:
-                raw[name] = _clamped(generalising / memorised_too, self.floor, 1.0) ** self.power
+                ratios[name] = _clamped(generalising / memorised_too, -1.0, 1.0)
+                error = situation.error_map.standard_error(name)
+                errors[name] = None if error is None else error / memorised_too
+        if not ratios:
+            return factors
+        mean = max(self.floor, sum(ratios.values()) / len(ratios))
+        believed = shrunk(ratios, errors, mean=mean, spread=self.spread * mean)
+        raw = {name: _clamped(ratio, self.floor, 1.0) ** self.power for name, ratio in believed.items()}
         factors.update(with_mean_one(raw, self.f_min, self.f_max))
         return factors
 

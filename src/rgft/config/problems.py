@@ -14,7 +14,9 @@ from rgft.errors import ConfigError
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint: the valid names nearest to `word`, or all of them when none is near."""
     names = sorted(known)
-    near = get_close_matches(word, names, n=1, cutoff=0.5)
+    # A beginning is a clearer sign than likeness: `bias` is nearer to `bias_correction` than to `beta`.
+    begun = [name for name in names if len(word) > 2 and name.startswith(word)]
+    near = begun or get_close_matches(word, names, n=1, cutoff=0.5)
     if near:
         return f"did you mean {near[0]!r}?"
     return f"known: {', '.join(names)}" if names else "it has none"

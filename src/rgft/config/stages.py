@@ -58,7 +58,7 @@ def check_stage(role: Role, stage: StageConfig) -> None:
         if key not in known
     ]
     problems += [
-        f"{role}.{key}: {stage.name!r} needs this setting, and it has no default; found none"
+        f"{role}.{key}: {stage.name!r} needs this setting, and it has no default, found none"
         for key, parameter in known.items()
         if parameter.default is inspect.Parameter.empty and key not in stage.params
     ]
@@ -86,7 +86,7 @@ def _type_problems(path: str, hint: Any, value: Any) -> list[str]:
         adapter.validate_python(value, strict=True)
     except ValidationError as error:
         expected = " or ".join(dict.fromkeys(expectation(item) for item in error.errors()))
-        return [f"{path}: expected {expected}; found {value!r}"]
+        return [f"{path}: expected {expected}, found {value!r}"]
     return []
 
 

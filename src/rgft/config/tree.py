@@ -180,18 +180,6 @@ class Config(Section):
             stages["scaling"] = StageConfig(name=scaling.name, params={**scaling.params, **bounds})
         return self.model_copy(update=stages)
 
-    def replace(self, **settings: Unpack[Settings]) -> Config:
-        """A copy with other settings, validated; groups and stages are merged as over a preset."""
-        data = self.to_dict()
-        for key, value in settings.items():
-            old = data.get(key)
-            if isinstance(value, Section) and key not in STAGES:
-                value = {name: getattr(value, name) for name in value.model_fields_set}
-            if isinstance(value, Mapping) and isinstance(old, dict) and value.get("name") in (None, old.get("name")):
-                value = {**old, **value}
-            data[key] = value
-        return type(self).from_dict(data)
-
     # ---------------------------------------------------------------- reading and writing
 
     def to_dict(self) -> dict[str, Any]:

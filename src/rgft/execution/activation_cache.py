@@ -8,6 +8,7 @@ without padding; they belong to one cut and to weights that have not moved since
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 from rgft.components import Partition
 from rgft.errors import CacheError
+
+log = logging.getLogger("rgft")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,19 +43,23 @@ class ActivationCache:
         partition: gives the layers.
         dtype: how states are stored; None keeps the model's (then a hit is exact).
         max_bytes: examples beyond this size are not stored, and recomputed each time.
+        required: whether a model whose layers cannot be skipped is an error; else the cache says so once and stays out.
 
     Raises:
         CacheError: a layer returns more than hidden states (T5's position bias), or the model has no layers.
     """
 
     def __init__(
-        self, model: nn.Module, partition: Partition, *, dtype: torch.dtype | None = None, max_bytes: int = 4 << 30
-    ) -> None:
+        self, model: nn.Module, partition: Partition, *, dtype: torch.dtype | None = None, max_bytes: int = 4 << 30,
+        required: bool = True,
+    ) -> None:  # fmt: skip
         if not partition.layers:
             raise CacheError("the activation cache needs a model with layers; this one has none. Use cache='none'")
         self._layers = [model.get_submodule(path) for path in partition.layers]
         self._dtype = dtype
         self._max_bytes = max_bytes
+        self._required = required
+        self._is_usable = True
         self._states: dict[int, CachedState] = {}
         self._bytes = 0
         self._cut = 0
@@ -85,6 +92,8 @@ class ActivationCache:
         self.detach()
         self.clear()
         self._cut = cut
+        if not self._is_usable:
+            return
         frozen = min(cut - 1, len(self._layers))
         for position, layer in enumerate(self._layers[: max(frozen, 0)]):
             self._replaced.append((layer, layer.__dict__.get("forward")))
@@ -140,7 +149,15 @@ class ActivationCache:
             if self._hit:
                 return self._returns(self._read(hidden_BTD) if is_last else hidden_BTD)
             output = forward(*args, **kwargs)
-            states = self._hidden_of(output)
+            try:
+                states = self._hidden_of(output)
+            except CacheError as error:
+                if self._required:
+                    raise
+                log.warning("no activation cache: %s", error)
+                self._is_usable, self._ids = False, None
+                self.detach()
+                return output
             if is_last:
                 self._write(states.detach())
             return output
@@ -164,13 +181,15 @@ class ActivationCache:
 
     _returns: Callable[[Tensor], Any] = staticmethod(lambda states: states)
 
-    def _read(self, like_BTD: Tensor) -> Tensor:
+    def _read(self, like: Tensor) -> Tensor:
         assert self._ids is not None
-        output_BTD = torch.zeros_like(like_BTD)
-        for row, example in enumerate(self._ids):
-            state = self._states[example]
-            stop = state.offset + len(state.states_TD)
-            output_BTD[row, state.offset : stop] = state.states_TD.to(like_BTD.device, like_BTD.dtype)
+        states = [self._states[example] for example in self._ids]
+        if self._spans is None:
+            return torch.stack([state.states_TD for state in states]).to(like.device, like.dtype)
+        width = states[0].states_TD.shape[1:]
+        output_BTD = torch.zeros(len(states), like.shape[1], *width, device=like.device, dtype=like.dtype)
+        for row_TD, state in zip(output_BTD, states, strict=True):
+            row_TD[state.offset : state.offset + len(state.states_TD)] = state.states_TD.to(like.device, like.dtype)
         return output_BTD
 
     def _write(self, states_BTD: Tensor) -> None:

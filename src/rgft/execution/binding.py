@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -23,6 +24,7 @@ class Binding:
         names: parameter names as the model shows them now, aligned with `parameters`.
         restore: puts the model back as it was; no trace is left.
         check: raises StorageError when a view no longer shares its weight's memory.
+        plain: a context in which the model shows whole parameters, as before binding.
     """
 
     partition: Partition
@@ -30,6 +32,7 @@ class Binding:
     names: dict[str, tuple[str, ...]]
     restore: Callable[[], None]
     check: Callable[[], None]
+    plain: Callable[[], AbstractContextManager[None]] = nullcontext
     _owners: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from rgft.execution.views import check_optimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -20,6 +19,7 @@ from rgft.execution.binding import Binding
 from rgft.execution.moments import MomentMode, Moments
 from rgft.execution.multipliers import Multipliers
 from rgft.execution.switching import Switch
+from rgft.execution.views import check_optimizer
 from rgft.plan import UpdatePlan
 
 
@@ -100,7 +100,13 @@ class Executor:
         if not named:
             return {}
         norms = (
-            torch.stack(torch._foreach_norm([gradient for _, gradient in named], 2, torch.float32)).square().tolist()
+            torch.stack(
+                torch._foreach_norm(  # pyright: ignore[reportPrivateImportUsage]
+                    [gradient for _, gradient in named], 2, torch.float32
+                )
+            )
+            .square()
+            .tolist()
         )
         totals: dict[str, float] = {}
         for (name, _), squared in zip(named, norms, strict=True):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import copyreg
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, cast
@@ -195,6 +195,21 @@ def uninstall(module: SplitModule) -> None:
     module.__dict__["_parameters"] = plain_parameters(module._parameters, splits.weights, splits.views)
     del module.__dict__[_KEY]
     cast("nn.Module", module).__class__ = splits.plain
+
+
+@contextmanager
+def shown_plain(modules: Iterable[SplitModule]) -> Iterator[None]:
+    """Inside, the modules are plain: their own class and whole parameters. The views come back unchanged."""
+    shown = [(module, type(module), module.__dict__["_parameters"], module._splits) for module in modules]
+    try:
+        for module, _, parameters, splits in shown:
+            module.__dict__["_parameters"] = plain_parameters(parameters, splits.weights, splits.views)
+            cast("nn.Module", module).__class__ = splits.plain
+        yield
+    finally:
+        for module, bound_class, parameters, _ in shown:
+            cast("nn.Module", module).__class__ = bound_class
+            module.__dict__["_parameters"] = parameters
 
 
 def is_intact(module: SplitModule) -> bool:

@@ -75,7 +75,7 @@ class Switch:
             self._handles.append(module.register_forward_pre_hook(self._enter_eval))
             self._handles.append(module.register_forward_hook(self._leave_eval, always_call=True))
         for layer in self._layers[:cut]:
-            self._handles.append(layer.register_forward_pre_hook(_detach_inputs, with_kwargs=True))
+            self._handles.append(layer.register_forward_pre_hook(self._detach_inputs, with_kwargs=True))
 
     def _remove_hooks(self) -> None:
         for handle in self._handles:
@@ -91,14 +91,18 @@ class Switch:
         if self._was_training.pop(module, False):
             module.train()
 
+    def _detach_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """Cuts the graph at a frozen layer's input, whatever made it require gradients (input_require_grads hooks).
 
-def _detach_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """Cuts the graph at a frozen layer's input, whatever made it require gradients (input_require_grads hooks)."""
+        Not in eval mode: a probe looks through the cut, down to the bottom.
+        """
+        if not self._model.training:
+            return args, kwargs
+        return tuple(_detached(a) for a in args), {name: _detached(value) for name, value in kwargs.items()}
 
-    def cut(value: Any) -> Any:
-        return value.detach() if isinstance(value, Tensor) and value.requires_grad else value
 
-    return tuple(cut(a) for a in args), {name: cut(v) for name, v in kwargs.items()}
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) and value.requires_grad else value
 
 
 def _module_depths(model: nn.Module, binding: Binding) -> dict[nn.Module, int]:

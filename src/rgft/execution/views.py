@@ -18,7 +18,7 @@ from rgft.components import Component, ParameterSlice, Partition
 from rgft.errors import AttachError, PartitionError, StorageError
 from rgft.execution.binding import Binding
 from rgft.execution.optimizers import check_optimizer
-from rgft.execution.split_module import SplitModule, install, is_intact, uninstall
+from rgft.execution.split_module import SplitModule, install, is_intact, shown_plain, uninstall
 from rgft.execution.split_weight import SplitWeight
 
 __all__ = ["bind", "check_optimizer"]
@@ -113,6 +113,7 @@ def _binding(
         names={c.name: tuple(slots[c.name][i][0] for i in range(len(c.slices))) for c in partition},
         restore=restore,
         check=check,
+        plain=lambda: shown_plain(bound_modules()),
     )
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from rgft.allocation.scaling import (
     Uniform,
     with_mean_one,
 )
+from rgft.error_map import ErrorMap
 from rgft.errors import ConfigError
 
 scores_lists = st.lists(st.floats(-10.0, 10.0).filter(lambda x: x == 0 or abs(x) > 1e-6), min_size=1, max_size=12)
@@ -69,7 +71,11 @@ def test_decrease_ratio(make: Any, pairs: list[tuple[float, float]], power: floa
     situation = make.situation(
         components, [g for g, _ in pairs], same_batch_map=make.map(components, [s for _, s in pairs])
     )
-    found = DecreaseRatio(power=power, floor=0.01, f_min=0.25, f_max=4.0).multipliers(situation)
+    # Seen twice alike: no uncertainty, so nothing is shrunk.
+    values = situation.error_map.values()
+    certain = ErrorMap.empty(values).observe(values, step=0).observe(values, step=1)
+    situation = replace(situation, error_map=certain)
+    found = DecreaseRatio(power=power, spread=1.0, floor=0.01, f_min=0.25, f_max=4.0).multipliers(situation)
     usable = {c.name: (g, s) for c, (g, s) in zip(components, pairs, strict=True) if s > 0}
     raw = {name: min(1.0, max(0.01, g / s)) ** power for name, (g, s) in usable.items()}
     assert all(found[c.name] == 1.0 for c in components if c.name not in raw)
@@ -79,6 +85,20 @@ def test_decrease_ratio(make: Any, pairs: list[tuple[float, float]], power: floa
         assert all(0.25 - 1e-12 <= f <= 4.0 + 1e-12 for f in chosen.values())
         free = [name for name, f in chosen.items() if 0.2501 < f < 3.999]
         assert all(chosen[a] * raw[b] == pytest.approx(chosen[b] * raw[a]) for a in free for b in free)
+
+
+def test_uncertain_ratios_are_alike(make: Any) -> None:
+    components = make.flat(3)
+    same_batch = make.map(components, [1.0, 1.0, 1.0])
+    situation = make.situation(components, [0.9, 0.1, 0.2], same_batch_map=same_batch)
+    assert list(DecreaseRatio().multipliers(situation).values()) == pytest.approx([1.0] * 3)
+    noisy = ErrorMap.empty(situation.error_map.names)
+    for step in range(1, 200):
+        noisy = noisy.observe(
+            {c.name: v + (-1) ** step * 0.1 for c, v in zip(components, [0.9, 0.1, 0.2], strict=True)}, step=step
+        )
+    factors = list(DecreaseRatio(spread=1.0).multipliers(replace(situation, error_map=noisy)).values())
+    assert factors[0] > 1.5 * factors[2] > 1.5 * factors[1]
 
 
 def test_decrease_ratio_without_the_second_map(make: Any) -> None:

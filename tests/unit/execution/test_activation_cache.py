@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rgft.components import Partition
 from rgft.errors import CacheError
 from rgft.execution.activation_cache import ActivationCache
 from rgft.execution.switching import Switch
@@ -135,6 +136,38 @@ def test_a_layer_that_returns_more_than_states_is_refused() -> None:
     cache.set_cut(3)
     with pytest.raises(CacheError, match="cache='none'"):
         forward(model, cache, [0, 1, 2, 3], toy_batch())
+
+
+def test_where_the_cache_is_not_required_it_stays_out_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    class Biased(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            for layer in self.layers:
+                layer.forward = lambda hidden_states, own=layer.forward: (own(hidden_states), torch.ones(1))
+
+    model = Biased()
+    cache = ActivationCache(model, toy_partition(model), required=False)
+    cache.set_cut(2)
+    cache.begin([0, 1, 2, 3], None)
+    model.layers[0](torch.randn(4, 5, 8))
+    cache.end()
+    assert "cache='none'" in caplog.text
+    assert not cache.begin([0, 1, 2, 3], None)
+    cache.set_cut(3)
+    assert len(cache) == 0
+
+
+def test_layers_that_change_the_shape_are_cached_whole() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 8), nn.Linear(8, 2))
+    partition = Partition(components=(), layers=("0", "1", "2"), granularity="layer")
+    cache, inputs = ActivationCache(model, partition), torch.randn(3, 4)
+    cache.set_cut(3)
+    outputs = []
+    for hit in (False, True):
+        assert cache.begin([5, 6, 7], None) is hit
+        outputs.append(model(inputs))
+        cache.end()
+    assert torch.equal(outputs[0], outputs[1])
 
 
 def test_non_finite_states_are_not_cached() -> None:

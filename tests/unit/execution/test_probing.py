@@ -19,7 +19,7 @@ def test_a_probe_moves_nothing() -> None:
     buffers = {n: b.clone() for n, b in model.named_buffers()}
     random_state = torch.get_rng_state()
 
-    with pytest.raises(RuntimeError, match="inside"), still(model, toy_binding(model)):
+    with pytest.raises(RuntimeError, match="inside"), still(model, toy_binding(model)):  # noqa: PT012
         assert all(p.requires_grad for n, p in model.named_parameters() if not n.startswith("norm"))
         assert not any(m.training for m in model.modules())
         assert all(p.grad is None for p in model.parameters())

@@ -4,6 +4,7 @@ from torch import nn
 
 from rgft.components import Component, ParameterSlice, Partition
 from rgft.execution.binding import Binding
+from rgft.execution.probing import still
 from rgft.execution.switching import Switch
 from rgft.plan import UpdatePlan
 from tests.unit.execution.toy import Toy, toy_batch, toy_binding
@@ -57,6 +58,15 @@ def test_an_input_that_requires_gradients_does_not_undo_the_truncation() -> None
     model.layers[0].register_forward_hook(lambda m, a, out: seen.append(out.requires_grad))
     model(toy_batch()).sum().backward()
     assert seen == [False]
+
+
+def test_a_probe_looks_through_the_cut() -> None:
+    model = Toy()
+    binding = toy_binding(model)
+    Switch(model, binding).apply(plan({"head"}, cut=4), 0)
+    with still(model, binding):
+        model(toy_batch()).sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
 
 
 def test_periods_switch_within_a_plan() -> None:

@@ -1,0 +1,55 @@
+"""From a configuration to the stages it names."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from rgft.allocation import Policy, make_mask, make_period, make_policy, make_scaling
+from rgft.allocation.compose import Composed
+from rgft.components import Partition
+from rgft.config import Config
+from rgft.execution.activation_cache import ActivationCache
+from rgft.signals import Signal
+from rgft.signals import make as make_signal
+
+
+def build_signal(config: Config) -> Signal | None:
+    """The configured signal; None for full fine-tuning, which measures nothing."""
+    return None if config.signal is None else make_signal(config.signal.name, **config.signal.params)
+
+
+def build_policy(config: Config) -> Policy | None:
+    """The configured policy; None for full fine-tuning, which decides nothing."""
+    if config.policy is not None:
+        return make_policy(config.policy.name, **config.policy.params)
+    if config.scaling is None and config.mask is None and config.period is None:
+        return None
+    stability = config.stability
+    stages = {}
+    if config.scaling is not None:
+        # A scaling with bounds of its own has had stability's filled in when the configuration was resolved.
+        bounds = {key: getattr(stability, key) for key in ("f_min", "f_max") if key not in config.scaling.params}
+        stages["scaling"] = make_scaling(
+            config.scaling.name, preserve_mean=stability.preserve_mean, **bounds, **config.scaling.params
+        )
+    if config.mask is not None:
+        stages["mask"] = make_mask(
+            config.mask.name, margin=stability.hysteresis, exploration=stability.exploration, **config.mask.params
+        )
+    if config.period is not None:
+        stages["period"] = make_period(config.period.name, **config.period.params)
+    return Composed(
+        **stages, off_multiplier=stability.off_multiplier, always_on=tuple(stability.always_on), label=config.preset
+    )
+
+
+def build_cache(config: Config, model: nn.Module, partition: Partition) -> ActivationCache | None:
+    """The configured activation cache; None where it is off or the model has no layers to skip."""
+    settings = config.execution
+    if settings.cache == "none" or (settings.cache == "auto" and not partition.layers):
+        return None
+    return ActivationCache(
+        model, partition, dtype=None if settings.cache_dtype == "model" else getattr(torch, settings.cache_dtype),
+        max_bytes=settings.cache_max_bytes, required=settings.cache != "auto",
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Comparing methods: experiments, statistics, tables."""

@@ -1,0 +1,1 @@
+"""Acting on plans: views, switching, multipliers, moments, truncation, activation cache."""

@@ -1,0 +1,1 @@
+"""What a run writes and counts: records, run folder, ledger, environment."""

@@ -239,7 +239,8 @@ def test_bad_budgets(budget: Any, part: str) -> None:
 @pytest.mark.parametrize(("settings", "key"), [
     ({"seed": True}, "seed"), ({"seed": 1.0}, "seed"), ({"warmup_fraction": float("nan")}, "warmup_fraction"),
     ({"probe": {"interval": "often"}}, "probe.interval"), ({"probe": {"size": True}}, "probe.size"),
-    ({"error_map": {"beta": float("inf")}}, "error_map.beta"), ({"stability": {"always_on": "classifier"}}, "stability"),
+    ({"error_map": {"beta": float("inf")}}, "error_map.beta"),
+    ({"stability": {"always_on": "classifier"}}, "stability"),
     ({"stability": {"f_min": 2.0}}, "stability"), ({"mask": {"name": 3}}, "mask.name"), ({"scaling": []}, "scaling"),
 ])  # fmt: skip
 def test_values_are_not_converted(settings: dict[str, Any], key: str) -> None:

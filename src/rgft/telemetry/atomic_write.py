@@ -12,6 +12,9 @@ from typing import Any, cast
 
 from rgft.errors import RunFolderError
 
+#: Names of files that are being written, as a glob pattern.
+TEMPORARY = ".*.tmp"
+
 
 def write_all(descriptor: int, data: Any) -> int:
     """Writes all bytes of `data`; the system may take them in several goes. Returns their number."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rgft.errors import RunFolderError
-from rgft.telemetry.atomic_write import atomic_file, write_bytes, write_error
+from rgft.telemetry.atomic_write import TEMPORARY, atomic_file, write_bytes, write_error
 from rgft.telemetry.records import Record, RecordWriter, decoded, encoded, read_records
 
 CONFIG = "config.json"
@@ -76,6 +76,7 @@ class RunFolder:
         if resume:
             if not folder._is_run:
                 raise RunFolderError(f"{path}: nothing to resume, there is no {CONFIG} in it; start without --resume")
+            folder._remove_leftovers()
             return folder
         if not content:
             return folder
@@ -108,7 +109,17 @@ class RunFolder:
     def _is_run(self) -> bool:
         return (self.path / CONFIG).is_file()
 
+    def _remove_leftovers(self) -> None:
+        """Removes what killed processes were writing: nobody reads it, and a half checkpoint is large."""
+        try:
+            for folder in (self.path, self.path / CHECKPOINT):
+                for item in folder.glob(TEMPORARY):
+                    item.unlink()
+        except OSError as error:
+            raise write_error(self.path, error) from error
+
     def _clear(self) -> None:
+        self._remove_leftovers()
         try:
             for name in (item for item in LAYOUT if item != CONFIG):
                 item = self.path / name

@@ -235,6 +235,8 @@ def test_killed_while_saving_a_checkpoint(folder: RunFolder, moment: str) -> Non
     assert torch.equal(folder.load_checkpoint()["model"]["weight"], torch.full((300, 100), expected))
     folder.save_checkpoint(state(3.0))  # what the killed process left behind is in nobody's way
     assert folder.load_checkpoint()["model"]["weight"][0, 0] == 3.0
+    RunFolder.create(folder.path, resume=True)
+    assert set(content(folder.path)) == {CONFIG, f"{CHECKPOINT}/state.pt"}
 
 
 @pytest.mark.parametrize("count", [0, 50_000, 120_500])

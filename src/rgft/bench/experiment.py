@@ -1,0 +1,172 @@
+"""An experiment: tasks, methods with their grids, and seeds. Its result is a folder with one JSON file per run.
+
+Learning rates are chosen on validation data with seeds of their own; test data is looked at only by the final runs, once
+each. Runs that are done are skipped, so that an experiment can be stopped and started again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from rgft.bench.methods import method
+from rgft.errors import ConfigError, DataError
+from rgft.telemetry.atomic_write import write_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """A method at one budget, with the learning rates it may choose from.
+
+    Attributes:
+        label: its row in tables.
+        method: name in `methods.METHODS`.
+        budget: share of full fine-tuning's FLOPs.
+        lrs: grid of learning rates.
+        settings: of the method.
+        seeds: seeds of the final runs; None: the experiment's.
+    """
+
+    label: str
+    method: str
+    budget: float
+    lrs: tuple[float, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    seeds: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One run: a contender at one learning rate with one seed."""
+
+    contender: Contender
+    lr: float
+    seed: int
+    is_final: bool
+
+    @property
+    def file_name(self) -> str:
+        kind = "final" if self.is_final else "tuning"
+        return f"{self.contender.label}--{kind}--lr{self.lr:g}--seed{self.seed}.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """What is compared.
+
+    Attributes:
+        name: of the result folder.
+        task: settings of the task (see `tasks.demo`).
+        run: settings of every run (`rgft.run.Settings`), without the learning rate.
+        config: RGFT settings that all contenders share.
+        contenders: what is compared.
+        tuning_seeds, seeds: disjoint.
+    """
+
+    name: str
+    task: Mapping[str, Any]
+    run: Mapping[str, Any]
+    config: Mapping[str, Any]
+    contenders: tuple[Contender, ...]
+    tuning_seeds: tuple[int, ...]
+    seeds: tuple[int, ...]
+
+    @classmethod
+    def load(cls, path: Path) -> Experiment:
+        """Reads an experiment file.
+
+        Raises:
+            ConfigError: the file cannot be used; all problems at once.
+        """
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: expected an experiment in JSON: {error}") from error
+        known = set(cls.__dataclass_fields__)
+        problems = [f"{path}: unknown key {key!r}; known: {', '.join(sorted(known))}" for key in set(data) - known]
+        problems += [f"{path}: the key {key!r} is missing" for key in known - set(data)]
+        if not problems and set(data["tuning_seeds"]) & set(data["seeds"]):
+            problems.append(f"{path}: tuning_seeds and seeds must be disjoint")
+        if problems:
+            raise ConfigError(problems)
+        contenders = tuple(
+            Contender(
+                **{
+                    **item, "lrs": tuple(item["lrs"]),
+                    "seeds": tuple(item["seeds"]) if item.get("seeds") is not None else None,
+                }
+            )
+            for item in data["contenders"]
+        )  # fmt: skip
+        for contender in contenders:
+            method(contender.method)
+        return cls(
+            **{
+                **data, "contenders": contenders, "tuning_seeds": tuple(data["tuning_seeds"]),
+                "seeds": tuple(data["seeds"]),
+            }
+        )  # fmt: skip
+
+    def tuning_cells(self) -> Iterator[Cell]:
+        for contender in self.contenders:
+            if len(contender.lrs) > 1:
+                for lr in contender.lrs:
+                    for seed in self.tuning_seeds:
+                        yield Cell(contender=contender, lr=lr, seed=seed, is_final=False)
+
+    def final_cells(self, results: Results) -> Iterator[Cell]:
+        """The final runs, seed by seed, so that an interrupted experiment has complete pairs."""
+        for seed in self.seeds:
+            for contender in self.contenders:
+                if contender.seeds is None or seed in contender.seeds:
+                    lr = results.best_lr(contender, self.tuning_seeds)
+                    yield Cell(contender=contender, lr=lr, seed=seed, is_final=True)
+
+
+class Results:
+    """The result files of an experiment."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def path(self, cell: Cell) -> Path:
+        return self.folder / cell.file_name
+
+    def read(self, cell: Cell) -> dict[str, Any] | None:
+        """A finished result, or None.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        path = self.path(cell)
+        if not path.exists():
+            return None
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(f"{path}: expected a result in JSON, found a damaged file; delete it and run again") from error
+
+    def write(self, cell: Cell, result: Mapping[str, Any]) -> None:
+        """Writes aside, then renames: a result is whole or absent."""
+        text = json.dumps(result, indent=1, sort_keys=True, allow_nan=False)
+        write_bytes(self.path(cell), (text + "\n").encode())
+
+    def best_lr(self, contender: Contender, tuning_seeds: tuple[int, ...]) -> float:
+        """The learning rate with the lowest mean validation loss over the tuning seeds."""
+        if len(contender.lrs) == 1:
+            return contender.lrs[0]
+        losses: dict[float, float] = {}
+        for lr in contender.lrs:
+            cells = [Cell(contender=contender, lr=lr, seed=seed, is_final=False) for seed in tuning_seeds]
+            found = [result for cell in cells if (result := self.read(cell)) is not None]
+            if len(found) == len(cells):
+                losses[lr] = mean(result["metrics"]["validation"]["loss"] for result in found)
+        if len(losses) < len(contender.lrs):
+            missing = sorted(set(contender.lrs) - set(losses))
+            raise DataError(f"{contender.label}: no tuning result yet for learning rates {missing}")
+        return min(losses, key=lambda lr: losses[lr])

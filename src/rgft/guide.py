@@ -15,9 +15,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,23 @@ log = logging.getLogger("rgft")
 
 #: model, batch → per-example losses [B] or their mean.
 Loss = Callable[[nn.Module, Any], Tensor]
+
+
+class Course(Protocol):
+    """Where a run is in its data. `BatchStream` is one; a trainer that owns its batches keeps its own.
+
+    Attributes:
+        total_batches: micro-batches of the whole run.
+        position: micro-batches handed out so far; writable.
+        epoch: of the micro-batch handed out last.
+    """
+
+    position: int
+
+    @property
+    def total_batches(self) -> int: ...
+    @property
+    def epoch(self) -> int: ...
 
 
 def model_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -93,7 +110,9 @@ class Guide:
         self._typical = (1, 1)
         self._probes = ProbeSchedule()
         self._pool: ProbePool | None = None
-        self._stream: BatchStream | None = None
+        self._stream: Course | None = None
+        #: Micro-batches per optimizer step: a step is begun only if the budget pays for all of them.
+        self.accumulation = 1
         self._ids: Sequence[int] | None = None
         self._in_step = False
         self._step_loss: Tensor | None = None
@@ -119,21 +138,25 @@ class Guide:
     # ---------------------------------------------------------------- setting up
 
     def param_groups(
-        self, lr: float, *, weight_decay: float = 0.0, classifier_lr: float | None = None
-    ) -> list[dict[str, Any]]:
+        self, lr: float, *, weight_decay: float = 0.0, classifier_lr: float | None = None,
+        decays: Collection[str] | None = None,
+    ) -> list[dict[str, Any]]:  # fmt: skip
         """Parameter groups for any elementwise optimizer: all components, whether on now or not.
 
         Args:
             lr: learning rate at multiplier 1.
             weight_decay: for weights; biases and norms (one-dimensional parameters) have none.
             classifier_lr: for classifier components; None is `lr` × `config.classifier_lr_multiplier`.
+            decays: names of the parameters that decay, as the model shows them now; None: as under `weight_decay`.
         """
         head_rate = lr * self.config.classifier_lr_multiplier if classifier_lr is None else classifier_lr
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for component, parameters in self._binding:
             rate = head_rate if component.kind == "classifier" else lr
-            for part, parameter in zip(component.slices, parameters, strict=True):
-                decay = weight_decay if len(part.shape) > 1 else 0.0
+            names = self._binding.names[component.name]
+            for part, parameter, name in zip(component.slices, parameters, names, strict=True):
+                is_decayed = len(part.shape) > 1 if decays is None else name in decays
+                decay = weight_decay if is_decayed else 0.0
                 groups.setdefault((rate, decay), []).append(parameter)
         return [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
 
@@ -224,15 +247,15 @@ class Guide:
             self.prepare(everything, full_flops=full_flops)
         train: Sequence[int] = range(len(dataset))
         if self._probes.is_on:
-            train, pool = set_aside(len(dataset), 4 * self._probes.size, seed=self.config.seed)
+            train, pool = set_aside(len(dataset), self.probe_examples, seed=self.config.seed)
             self._pool = ProbePool(pool, everything.load, seed=self.config.seed)
-        self._stream = BatchStream(
+        self._stream = stream = BatchStream(
             Subset(dataset, train), batch_size=batch_size, collate_fn=collate_fn, epochs=epochs, seed=self.config.seed,
             workers=workers,
         )  # fmt: skip
         if self._restored is not None:
             self._restore_data(self._restored)
-        for indexed in self._stream:
+        for indexed in stream:
             if self.is_done:
                 return
             self._ids = indexed.ids
@@ -263,6 +286,26 @@ class Guide:
         self.end_step()
 
     # ---------------------------------------------------------------- the seams for trainers
+
+    @property
+    def probe_examples(self) -> int:
+        """How many examples `prepare` wants set aside for probes; 0: none."""
+        return 4 * self._probes.size if self._probes.is_on else 0
+
+    def follow(self, course: Course, *, pool: ProbePool | None = None) -> None:
+        """For trainers that own the batches: says where the run is in them, and what may be probed.
+
+        Call it after `prepare` and before the first step; advance `course.position` with each micro-batch.
+
+        Args:
+            course: position and length of the run.
+            pool: examples that the trainer never trains on; None: scores come from training batches alone.
+        """
+        self._stream, self._pool = course, pool
+
+    def announce(self, ids: Sequence[int] | None) -> None:
+        """Says which examples the rows of the next training batch are (`batches` does it itself); None: unknown."""
+        self._ids = ids
 
     def begin_step(self) -> None:
         """Probes when due, decides, and puts the plan in force. Uses nothing of the batch that follows."""
@@ -441,7 +484,7 @@ class Guide:
         next_step = self._costs.step_flops(
             self.plan.active(self.step_count), rows=rows, tokens=tokens, cached_below=self.plan.cut if hit else 0
         )
-        return self.ledger.spent_flops + next_step.total > self.run_plan.flops
+        return self.ledger.spent_flops + self.accumulation * next_step.total > self.run_plan.flops
 
     # ---------------------------------------------------------------- saving and leaving
 
@@ -465,8 +508,8 @@ class Guide:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores `state_dict` into a guide of the same model, config and data, before `batches` and after
-        `set_optimizer`.
+        """Restores `state_dict` into a guide of the same model, config and data, before `batches` (or after `follow`)
+        and after `set_optimizer`.
 
         Raises:
             ConfigError: the state was made with another configuration.
@@ -483,13 +526,19 @@ class Guide:
             self._measurement.load_state_dict(state["measurement"])
         self._executor.load_state_dict(state["executor"])
         self.ledger = Ledger.from_dict(state["ledger"])
-        self._restored = state
+        if self._stream is None:
+            self._restored = state
+        else:
+            self._restore_place(state)
 
-    def _restore_data(self, state: Mapping[str, Any]) -> None:
+    def _restore_place(self, state: Mapping[str, Any]) -> None:
         assert self._stream is not None
         self._stream.position = state["position"]
         if self._pool is not None and state["pool"] is not None:
             self._pool.load_state_dict(state["pool"])
+
+    def _restore_data(self, state: Mapping[str, Any]) -> None:
+        self._restore_place(state)
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"]:
             torch.cuda.set_rng_state_all(state["cuda_rng"])

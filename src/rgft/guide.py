@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from rgft.allocation.base import Situation
-from rgft.allocation.selection import depends_on_map
+from rgft.allocation.selection import depends_on_map, matching
 from rgft.assembly import build_cache, build_policy, build_signal
 from rgft.batches import BatchStream, SizedDataset, Subset
 from rgft.config import Config
@@ -74,6 +74,9 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
 class Guide:
     """Fine-tunes a model where it errs, within a budget.
 
+    Beside its methods it shows `plan` (in force), `plans` (all that acted differently, in order), `error_map`,
+    `map_history` (step and values at each probe), `run_plan`, `ledger` and `partition`.
+
     Args:
         model: changed in place while attached; `detach` (or leaving the context) leaves no trace but trained weights.
         config: a `Config`; None is the preset `rgft`.
@@ -93,15 +96,13 @@ class Guide:
         self.config = (config or Config()).resolved()
         self._loss = loss or model_loss
         self.partition = partition(model, self.config.granularity, ffn_blocks=self.config.ffn_blocks)
-        self._binding = bind(model, self.partition)
+        matching(self.partition, self.config.stability.always_on, setting="stability.always_on")
         self._policy = build_policy(self.config)
-        self._executor = Executor(
-            model,
-            self._binding,
-            moments=self.config.update.moments,
-            cache=build_cache(self.config, model, self.partition),
-        )
         signal = build_signal(self.config)
+        cache = build_cache(self.config, model, self.partition)
+        # Whatever may be refused was refused above, while the model was still as it came.
+        self._binding = bind(model, self.partition)
+        self._executor = Executor(model, self._binding, moments=self.config.update.moments, cache=cache)
         settings = self.config.error_map
         self._measurement = signal and Measurement(
             model, self._binding, signal, self._mean_loss, beta=settings.beta, bias_correction=settings.bias_correction
@@ -124,6 +125,8 @@ class Guide:
         self._follows_map = self._policy is not None and depends_on_map(self._policy)
         self._has_decided = False
         self.is_measuring = self._follows_map
+        self.plans: list[UpdatePlan] = []
+        self.map_history: list[tuple[int, dict[str, float]]] = []
         self.step_count = 0
         self.run_plan: RunPlan | None = None
         self.ledger = Ledger()
@@ -360,7 +363,10 @@ class Guide:
             self.is_measuring, fresh = False, True
         if fresh and not self.is_measuring:
             assert self._policy is not None
-            self.plan, self._has_decided = self._policy.decide(self.situation()), True
+            decided = self._policy.decide(self.situation())
+            if not self.plans or not decided.same_effect(self.plans[-1]):
+                self.plans.append(decided)
+            self.plan, self._has_decided = decided, True
 
     def _probe(self, pool: ProbePool) -> None:
         assert self._measurement is not None
@@ -370,6 +376,7 @@ class Guide:
         batch = pool.draw(size - size // 2 if own is not None else size)
         self._measurement.probe(batch, own=own, step=self.step_count)
         self._last_probe = (self.step_count, self.progress)
+        self.map_history.append((self.step_count, self.error_map.values()))
         looked_at = [batch_shape(b) for b in (own, batch) if b is not None]
         flops = sum(self._costs.probe_flops(*shape, weights=True) for shape in looked_at) if self._costs else 0.0
         self.ledger.add_probe(flops=flops, seconds=time.perf_counter() - started)
@@ -408,9 +415,14 @@ class Guide:
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not (self._in_step and module.training and torch.is_grad_enabled()):
             return
+        rows, tokens = batch_shape(kwargs or args)
+        started = time.perf_counter()
+        filled = self._executor.fill_cache(args, kwargs, self._ids)
+        if filled and self._costs is not None:
+            flops = self._costs.forward_flops(filled, tokens, below=self.plan.cut)
+            self.ledger.add_fill(flops=flops, seconds=time.perf_counter() - started)
         hit = self._executor.begin_forward(self._ids, kwargs.get("attention_mask"))
         if self._costs is not None:
-            rows, tokens = batch_shape(kwargs or args)
             self.ledger.add_forward(
                 full=self._costs.full_step(rows, tokens), rows=rows, tokens=rows * tokens,
                 spent=self._costs.step_flops(
@@ -496,6 +508,8 @@ class Guide:
             "plan": self.plan.to_dict(),
             "is_measuring": self.is_measuring,
             "has_decided": self._has_decided,
+            "plans": [plan.to_dict() for plan in self.plans],
+            "map_history": [[step, values] for step, values in self.map_history],
             "last_probe": self._last_probe,
             "gradient_norm_squared": self._gradient_norm_squared,
             "measurement": self._measurement.state_dict() if self._measurement else None,
@@ -520,6 +534,8 @@ class Guide:
         self.plan = UpdatePlan.from_dict(state["plan"])
         self.is_measuring = state["is_measuring"]
         self._has_decided = state["has_decided"]
+        self.plans = [UpdatePlan.from_dict(plan) for plan in state["plans"]]
+        self.map_history = [(step, dict(values)) for step, values in state["map_history"]]
         self._last_probe = tuple(state["last_probe"])
         self._gradient_norm_squared = state["gradient_norm_squared"]
         if self._measurement is not None:
@@ -546,6 +562,8 @@ class Guide:
 
     def detach(self) -> None:
         """Takes everything back: modules, parameter names, flags, hooks. Only the trained weights stay."""
+        if self.model.__dict__.get("_rgft_guide") is not self:
+            return  # detached already; another guide may hold the model now
         for handle in self._handles:
             handle.remove()
         self._executor.detach()

@@ -149,7 +149,7 @@ class Results:
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise DataError(f"{path}: expected a result in JSON, found a damaged file; delete it and run again") from error
+            raise DataError(f"{path}: expected a result in JSON, found a damaged file; delete it") from error
 
     def write(self, cell: Cell, result: Mapping[str, Any]) -> None:
         """Writes aside, then renames: a result is whole or absent."""

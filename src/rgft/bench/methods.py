@@ -53,7 +53,7 @@ class Method:
 
     def configuration(self, *, budget: float, seed: int, settings: Mapping[str, Any]) -> Config:
         """The configuration of one run; `settings["config"]` is laid over the method's own."""
-        return Config(**{**self.config, **settings.get("config", {}), "budget": budget, "seed": seed})
+        return Config.from_dict({**self.config, **settings.get("config", {}), "budget": budget, "seed": seed})
 
 
 METHODS: Mapping[str, Method] = {

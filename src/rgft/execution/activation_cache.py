@@ -35,6 +35,10 @@ class CachedState:
     offset: int
 
 
+class _PrefixComputed(Exception):
+    """Ends a filling pass at the cut: what lies above is not wanted."""
+
+
 class ActivationCache:
     """Reads and writes prefix activations of one model at one cut, in memory.
 
@@ -67,6 +71,7 @@ class ActivationCache:
         self._ids: Sequence[int] | None = None
         self._spans: list[tuple[int, int]] | None = None
         self._hit = False
+        self._filling = False
         self.hits = 0
         self.misses = 0
 
@@ -124,18 +129,53 @@ class ActivationCache:
         if self._ids is None:
             return False
         self._spans = _spans(attention_mask)
-        known = [self._states.get(example) for example in self._ids]
-        if all(state is not None for state in known):
-            spans = self._spans
-            self._hit = spans is None or all(
-                state is not None and (state.offset, len(state.states_TD)) == span
-                for state, span in zip(known, spans, strict=True)
-            )
+        self._hit = not self._unknown(self._ids, self._spans)
         if self._hit:
             self.hits += len(self._ids)
         else:
             self.misses += len(self._ids)
         return self._hit
+
+    def unknown_rows(self, ids: Sequence[int] | None, attention_mask: Tensor | None) -> list[int]:
+        """Rows whose states are not stored (at their place in the row); all of them while nothing is frozen."""
+        if ids is None or not self._replaced:
+            return list(range(len(ids or ())))
+        return self._unknown(ids, _spans(attention_mask))
+
+    def _unknown(self, ids: Sequence[int], spans: list[tuple[int, int]] | None) -> list[int]:
+        def is_known(row: int) -> bool:
+            state = self._states.get(ids[row])
+            return state is not None and (spans is None or (state.offset, len(state.states_TD)) == spans[row])
+
+        return [row for row in range(len(ids)) if not is_known(row)]
+
+    def fill(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ids: Sequence[int], rows: list[int]
+    ) -> None:
+        """Computes and stores the states of some rows of a batch, and nothing above the cut.
+
+        Args:
+            model: whose layers these are.
+            args, kwargs: what the model's forward takes for the whole batch.
+            ids: example ids of the whole batch.
+            rows: which rows.
+        """
+
+        def chosen(value: Any) -> Any:
+            is_batched = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == len(ids)
+            return value[rows] if is_batched else value
+
+        some = {name: chosen(value) for name, value in kwargs.items()}
+        self.begin([ids[row] for row in rows], some.get("attention_mask"))
+        self._filling = True
+        try:
+            with torch.no_grad():
+                model(*(chosen(value) for value in args), **some)
+        except _PrefixComputed:
+            pass
+        finally:
+            self._filling = False
+            self.end()
 
     def end(self) -> None:
         """Ends the batch: forwards until the next `begin` bypass the cache."""
@@ -160,6 +200,8 @@ class ActivationCache:
                 return output
             if is_last:
                 self._write(states.detach())
+                if self._filling:
+                    raise _PrefixComputed
             return output
 
         return cached_forward

@@ -35,6 +35,7 @@ class Executor:
     def __init__(
         self, model: nn.Module, binding: Binding, *, moments: MomentMode = "keep", cache: ActivationCache | None = None
     ) -> None:
+        self._model = model
         self._binding = binding
         self._mode: MomentMode = moments
         self._switch = Switch(model, binding)
@@ -80,6 +81,16 @@ class Executor:
             self._moments.switch(turned_off=before - active, turned_on=active - before, step=step)
         if self.cache is not None:
             self.cache.set_cut(plan.cut)
+
+    def fill_cache(self, args: tuple[Any, ...], kwargs: dict[str, Any], ids: Sequence[int] | None) -> int:
+        """Computes the prefix of the rows that the cache lacks, where it knows others; returns how many these were."""
+        if self.cache is None or ids is None:
+            return 0
+        rows = self.cache.unknown_rows(ids, kwargs.get("attention_mask"))
+        if not 0 < len(rows) < len(ids):
+            return 0
+        self.cache.fill(self._model, args, kwargs, ids, rows)
+        return len(rows)
 
     def begin_forward(self, ids: Sequence[int] | None, attention_mask: Tensor | None) -> bool:
         """Announces a training forward; returns whether the prefix will be read from the cache."""

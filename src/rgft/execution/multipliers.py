@@ -22,6 +22,7 @@ class Multipliers:
         self._binding = binding
         self._by_parameter: dict[int, float] = {}
         self._saved: list[dict[str, Any]] | None = None
+        self._optimizer = optimizer
         self._handles = [
             optimizer.register_step_pre_hook(self._split),
             optimizer.register_step_post_hook(self.restore),
@@ -37,6 +38,7 @@ class Multipliers:
         }
 
     def detach(self) -> None:
+        self.restore(self._optimizer)  # a step may have raised
         for handle in self._handles:
             handle.remove()
 

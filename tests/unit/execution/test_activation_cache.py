@@ -77,6 +77,27 @@ def test_a_partly_known_batch_is_recomputed_and_stored() -> None:
     assert len(cache) == 6
 
 
+def test_filling_computes_the_prefix_of_the_missing_rows_alone() -> None:
+    model, cache = cached_toy()
+    model.layers[2].eval()
+    tokens, mask = toy_batch(), torch.tensor([[1] * 5, [1] * 4 + [0], [1] * 3 + [0] * 2, [1] * 5])
+    _, expected = forward(model, cache, [0, 1, 2, 3], tokens, mask)
+    other, partial = cached_toy()
+    other.layers[2].eval()
+    forward(other, partial, [0, 3], tokens[[0, 3]], mask[[0, 3]])
+    ran: list[tuple[int, int]] = []
+    for position, layer in enumerate(other.layers):
+        layer.linear.register_forward_hook(lambda m, a, o, position=position: ran.append((position, len(o))))
+    assert partial.unknown_rows([0, 1, 2, 3], mask) == [1, 2]
+    partial.fill(other, (tokens,), {"attention_mask": mask}, [0, 1, 2, 3], [1, 2])
+    assert ran == [(0, 2), (1, 2)]
+    assert partial.unknown_rows([0, 1, 2, 3], mask) == []
+    hit, output = forward(other, partial, [0, 1, 2, 3], tokens, mask)
+    assert hit
+    assert torch.allclose(output, expected, atol=1e-6)
+    assert all(m.training for m in other.layers[:2])
+
+
 def test_without_ids_or_outside_a_batch_the_cache_is_bypassed() -> None:
     model, cache = cached_toy()
     forward(model, cache, [0, 1, 2, 3], toy_batch())

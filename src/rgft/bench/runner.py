@@ -1,0 +1,116 @@
+"""Running experiments: one cell after the other, each written when done."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from rgft.batches import BatchStream
+from rgft.bench.experiment import Cell, Experiment, Results
+from rgft.bench.methods import method
+from rgft.cost import trace_costs
+from rgft.partition import partition
+from rgft.run import Run, Settings, Task
+from rgft.tasks.demo import demo_task
+from rgft.telemetry.environment import environment
+from rgft.workload import Workload
+
+log = logging.getLogger("rgft")
+
+
+def run_experiment(experiment: Experiment, folder: Path, *, stop_after_seconds: float | None = None) -> Iterator[Path]:
+    """Runs what is not done yet; yields the path of each new result.
+
+    Args:
+        experiment: what to run.
+        folder: of the result files.
+        stop_after_seconds: no new run is begun after this time.
+    """
+    results, started = Results(folder), time.perf_counter()
+
+    def pending(cells: Callable[[], Iterator[Cell]]) -> Iterator[Cell]:
+        for cell in cells():
+            if stop_after_seconds is not None and time.perf_counter() - started > stop_after_seconds:
+                return
+            if results.read(cell) is None:
+                yield cell
+
+    for cell in pending(experiment.tuning_cells):
+        results.write(cell, run_cell(experiment, cell))
+        yield results.path(cell)
+    if any(results.read(cell) is None for cell in experiment.tuning_cells()):
+        return
+    for cell in pending(lambda: experiment.final_cells(results)):
+        results.write(cell, run_cell(experiment, cell))
+        yield results.path(cell)
+
+
+def run_cell(experiment: Experiment, cell: Cell) -> dict[str, Any]:
+    """One run from a fresh model to its figures. Test data is evaluated by final runs only."""
+    contender = cell.contender
+    chosen = method(contender.method)
+    task = demo_task(seed=cell.seed, **experiment.task)
+    settings = Settings(**{**experiment.run, "lr": cell.lr})
+    config = chosen.configuration(
+        budget=contender.budget, seed=cell.seed, settings={**contender.settings, "config": {
+            **experiment.config, **contender.settings.get("config", {})}},
+    )  # fmt: skip
+    full_flops = full_fine_tuning_flops(task, settings, seed=cell.seed) if chosen.changes_model else None
+    torch.manual_seed(cell.seed)
+    task.model = chosen.prepare(task.model, contender.settings)
+    trainable = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
+    run = Run(task, config, settings, full_flops=full_flops)
+    started = time.perf_counter()
+    try:
+        run.train()
+        seconds = time.perf_counter() - started
+        metrics = {"validation": run.evaluate(task.validation)} if task.validation is not None else {}
+        if cell.is_final and task.test is not None:
+            metrics["test"] = run.evaluate(task.test)
+        result = run.result(metrics)
+        plans = [plan.to_dict() for plan in run.guide.plans]
+        error_map, map_history = run.guide.error_map.to_dict(), run.guide.map_history
+    finally:
+        run.close()
+    log.info("%s: %s in %.0f s", cell.file_name, metrics, seconds)
+    return {
+        "schema": "rgft.result/1",
+        "contender": contender.label,
+        "method": contender.method,
+        "budget": contender.budget,
+        "settings": dict(contender.settings),
+        "lr": cell.lr,
+        "seed": cell.seed,
+        "is_final": cell.is_final,
+        "task": dict(experiment.task),
+        "run": dict(experiment.run),
+        "config": config.to_dict(),
+        "metrics": metrics,
+        "steps": result.steps,
+        "seconds": seconds,
+        "median_step_seconds": median(result.step_seconds),
+        "trainable_parameters": trainable,
+        "ledger": result.ledger,
+        "plans": plans,
+        "error_map": error_map,
+        "map_history": map_history,
+        "environment": environment(),
+    }
+
+
+def full_fine_tuning_flops(task: Task, settings: Settings, *, seed: int) -> float:
+    """FLOPs of fully fine-tuning the task's plain model over all epochs."""
+    stream = BatchStream(
+        task.train, batch_size=settings.batch_size, collate_fn=task.collate, epochs=settings.epochs, seed=seed
+    )
+    costs = trace_costs(
+        task.model, partition(task.model), stream.load(next(stream.indices())),
+        loss=lambda model, batch: task.loss(model, batch).mean(),
+    )  # fmt: skip
+    return Workload.scan(stream).full_flops(costs)

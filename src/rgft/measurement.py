@@ -45,6 +45,8 @@ class Measurement:
         self._same_batch = PredictedDecrease()
         self._directions: Directions | None = None
         self._rates: dict[int, float] = {}
+        #: ‖∇L‖² over all components on the last probe that was asked for it.
+        self.gradient_norm_squared: float | None = None
         self._initial: dict[str, Parts] | None = None
         if signal.needs_initial:
             self._initial = {c.name: tuple(p.detach().clone() for p in params) for c, params in binding}
@@ -100,13 +102,14 @@ class Measurement:
             )
         return parts
 
-    def probe(self, batch: Any, *, own: Any = None, step: int) -> dict[str, float]:
+    def probe(self, batch: Any, *, own: Any = None, step: int, gradient_norm: bool = False) -> dict[str, float]:
         """Measures on a batch that is not trained on, every component on. Moves nothing.
 
         Args:
             batch: what the scores are measured on.
             own: for signals of the step: another batch, whose gradient makes the step that `batch` judges.
             step: the step that comes next.
+            gradient_norm: also measure ‖∇L‖² over all components, by one more backward pass.
 
         Raises:
             NonFiniteError: the probe's loss is not finite.
@@ -121,6 +124,10 @@ class Measurement:
                 initial=self._initial.get if self._initial else None,
             )  # fmt: skip
             scores = self.signal.measure(probe)
+            if gradient_norm:
+                self._finite_loss(step)(self._model, batch).backward()
+                gradients = [p.grad for _, parameters in self._binding for p in parameters if p.grad is not None]
+                self.gradient_norm_squared = float(torch.stack([g.float().square().sum() for g in gradients]).sum())
         self.error_map = self.error_map.observe(scores, step=step)
         return scores
 

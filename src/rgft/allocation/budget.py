@@ -9,8 +9,8 @@ examples) and h_d their same-batch decrease, h_d − r_d is what a step merely m
     cost(c)     = bias(c) + λ · variance(c)
 
 over the layers and what runs before them (what runs after the last layer is on at every cut), n_c being the number of
-steps that the FLOPs left buy at cut c, no more than the epochs have left. The cut with the lowest cost is taken. A
-linear rate per FLOP would take everything (early-stopped full fine-tuning), a bare ratio the classifier alone.
+steps that the FLOPs left buy at cut c, no more than the epochs have left. A cut of which they buy no step is out of
+the question, but for the cheapest. The cut with the lowest cost is taken. A linear rate per FLOP would take everything (early-stopped full fine-tuning), a bare ratio the classifier alone.
 
 Scores are shrunk towards equal layers by their standard errors: a short run, whose scores are noise, decides by the
 costs alone; a long one by what it measured.
@@ -109,6 +109,8 @@ class BudgetMask(Mask):
             bought = situation.flops_left / flops
             limit = bought if situation.steps_left is None else situation.steps_left
             rows.append((cut, flops, max(1.0, min(bought, limit))))
+        affordable = [row for row in rows if row[1] <= situation.flops_left]
+        rows = affordable or [min(rows, key=lambda row: row[1])]
         all_steps = rows[0][2]
         choices = []
         for cut, flops, steps in rows:

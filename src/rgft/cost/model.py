@@ -121,7 +121,8 @@ class CostModel:
         Args:
             active: names of the components that are on.
             rows, tokens: shape of the batch, padding included; tokens are ignored by models without them.
-            cached_below: a cut: operations of lower depth do not run, their result is read from the activation cache.
+            cached_below: a cut: layers of lower depth do not run, their result is read from the activation cache. What
+                runs before the layers (a vision model's stem) still does.
             training: whether the step runs in training mode; False: in eval mode.
 
         Raises:
@@ -214,7 +215,7 @@ class CostModel:
         mask = sum(self._bits[name] for name in active)
         forward = dx = dw = _ZERO
         for op in self.training if training else self.probing:
-            if op.depth >= cached_below:
+            if op.depth >= cached_below or op.depth == 0:
                 forward = add(forward, op.flops)
             for product in op.products_for(mask):
                 if not product.upstream & mask:

@@ -243,9 +243,9 @@ class _Engagement:
         save_state(self.guide, output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        self._original("_load_optimizer_and_scheduler")(checkpoint)
-        if checkpoint is not None:
+        if checkpoint is not None:  # first: it says more clearly than the optimizer what does not fit
             load_state(self.guide, checkpoint)
+        self._original("_load_optimizer_and_scheduler")(checkpoint)
 
     def _train(self, *args: Any, **kwargs: Any) -> Any:
         try:

@@ -1,0 +1,572 @@
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, set_seed
+
+from rgft import Config
+from rgft.errors import AttachError, BudgetError, ConfigError, NonFiniteError, OptimizerError, RGFTWarning
+from rgft.guide import Guide
+from rgft.integrations import RGFTCallback, enable
+from tests.families import FAMILIES
+from tests.integration.trainers import Watch, arguments, assert_equal, examples, make_trainer, weights
+
+
+def train_plain(folder: Path, **settings: Any) -> dict[str, Tensor]:
+    trainer = make_trainer(folder, **settings)
+    trainer.train()
+    return weights(trainer.model)
+
+
+# -------------------------------------------------------------------- nothing changes
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"gradient_accumulation_steps": 3, "weight_decay": 0.1, "lr_scheduler_type": "cosine", "warmup_steps": 4},
+        {"family": "llama", "max_grad_norm": 0.0, "max_steps": 5},
+        {"family": "t5", "weight_decay": 0.1, "num_train_epochs": 1},
+    ],
+)
+def test_full_preset_is_the_plain_trainer_bit_for_bit(tmp_path: Path, settings: dict[str, Any]) -> None:
+    plain = train_plain(tmp_path / "plain", **settings)
+    trainer = make_trainer(tmp_path / "guided", **settings)
+    with pytest.warns(RGFTWarning, match="preset 'full' decides nothing"):
+        guide = enable(trainer, preset="full")
+    trainer.train()
+    assert guide.step_count == trainer.state.global_step > 0
+    assert guide.flops_fraction == pytest.approx(1.0, rel=1e-9)
+    assert_equal(plain, weights(trainer.model))
+
+
+def test_enabling_draws_no_random_numbers(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, dataset=examples(200))
+    set_seed(5)
+    before = torch.get_rng_state()
+    enable(trainer, budget=0.5)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_everything_is_taken_back(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, dataset=examples(200))
+    model, dataset, collator = trainer.model, trainer.train_dataset, trainer.data_collator
+    names = [name for name, _ in model.named_parameters()]
+    callbacks = list(trainer.callback_handler.callbacks)
+    enable(trainer, budget=0.3, granularity="head")
+    assert [name for name, _ in model.named_parameters()] != names
+    trainer.train()
+    assert [name for name, _ in model.named_parameters()] == names
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert trainer.train_dataset is dataset
+    assert trainer.data_collator is collator
+    assert trainer.callback_handler.callbacks == callbacks
+    assert not {"train", "log", "training_step", "create_optimizer", "create_scheduler"} & vars(trainer).keys()
+    trainer.train()  # plain, with an optimizer of its own
+    assert not any(key.startswith("rgft/") for key in trainer.state.log_history[0])
+
+
+# -------------------------------------------------------------------- the budget
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"gradient_accumulation_steps": 2},
+        {"label_smoothing_factor": 0.1, "max_grad_norm": 0.1},
+        {"family": "llama"},
+        {"bf16": True},
+        {"gradient_checkpointing": True},
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_a_run_ends_within_its_budget_and_reads_the_cache(tmp_path: Path, settings: dict[str, Any]) -> None:
+    family = settings.get("family", "bert")
+    trainer = make_trainer(tmp_path, dataset=examples(120, kind=FAMILIES[family].kind), **settings)
+    before = weights(trainer.model)
+    guide = enable(trainer, budget=0.5)
+    seen = Watch(lambda: (guide.cache.hits, guide.ledger.spent_flops, guide.plan.cut))  # type: ignore[union-attr]
+    trainer.add_callback(seen)
+    trainer.train()
+    plan = guide.run_plan
+    assert plan is not None
+    accumulation = settings.get("gradient_accumulation_steps", 1)
+    one_step = (seen.seen[-1][1] - seen.seen[-2][1]) * 1.01
+    assert plan.flops - one_step < guide.ledger.spent_flops <= plan.flops == pytest.approx(0.5 * plan.full_flops)
+    # 120 examples, a probe pool may be aside: 15 batches at most in the first epoch
+    per_epoch = -(-15 // accumulation)
+    assert len(seen.seen) > per_epoch + 1
+    assert seen.seen[per_epoch // 2][0] == 0
+    assert seen.seen[-1][0] > 0
+    assert seen.seen[-1][2] > 0
+    assert any(not torch.equal(before[name], value) for name, value in weights(trainer.model).items())
+
+
+def test_the_schedule_ends_with_the_budget(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, dataset=examples(160), warmup_steps=0.1)
+    enable(trainer, budget=0.4)
+    trainer.train()
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert max(rates) == pytest.approx(1e-3, rel=0.05)
+    assert rates[0] < 0.5e-3
+    assert rates[-1] < 0.05 * max(rates)
+    assert len(rates) < 60  # 20 batches × 3 epochs, had it gone to the end
+
+
+def test_a_schedule_that_cannot_follow_the_budget_is_said(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, dataset=examples(160), lr_scheduler_type="polynomial")
+    enable(trainer, budget=0.4)
+    with pytest.warns(RGFTWarning, match="'polynomial'.*not with the budget"):
+        trainer.train()
+
+
+def test_off_components_do_not_move(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, dataset=examples(120), weight_decay=0.1)
+    guide = enable(trainer, budget=0.3)
+    model = trainer.model
+
+    def look() -> tuple[frozenset[str], dict[str, Tensor]]:
+        return guide.active, {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    watch = Watch(look)
+    trainer.add_callback(watch)
+    trainer.train()
+    names = {c.name: [part.parameter for part in c.slices] for c in guide.partition}
+    checked = 0
+    for (_, before), (active, after) in zip(watch.seen, watch.seen[1:], strict=False):
+        for component, parameters in names.items():
+            moved = [name for name in parameters if not torch.equal(before[name], after[name])]
+            if component not in active:
+                assert not moved
+                checked += 1
+            elif component == "classifier":
+                assert moved
+    assert checked > 20
+
+
+def test_what_is_logged(tmp_path: Path) -> None:
+    reported: list[dict[str, float]] = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            reported.append(dict(logs))
+
+    trainer = make_trainer(tmp_path, dataset=examples(120), more={"callbacks": [Tracker()]})
+    enable(trainer, budget=0.5)
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    keys = {"rgft/budget_spent", "rgft/flops_fraction", "rgft/active_components", "rgft/cut"}
+    assert all(keys <= entry.keys() for entry in steps)
+    assert all(isinstance(value, float) for entry in steps for key, value in entry.items() if key.startswith("rgft/"))
+    assert [entry["rgft/budget_spent"] for entry in steps] == sorted(entry["rgft/budget_spent"] for entry in steps)
+    assert 0.9 < steps[-1]["rgft/budget_spent"] <= 1.0
+    assert 0.0 < steps[-1]["rgft/captured_share"] <= 1.0
+    assert steps[-1]["rgft/cut"] > 0
+    assert keys <= reported[0].keys()
+    json.dumps(trainer.state.log_history)
+
+
+# -------------------------------------------------------------------- beside training
+
+
+def test_evaluation_and_generation_in_between_change_nothing(tmp_path: Path) -> None:
+    class Generate(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step % 4 == 0:
+                model.eval()
+                model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, do_sample=False)
+
+    def trained(name: str, **settings: Any) -> tuple[dict[str, Tensor], float]:
+        more = {"eval_dataset": examples(16, kind="lm", seed=1)} if settings else {}
+        more |= {"callbacks": [Generate()]} if settings else {}
+        trainer = make_trainer(tmp_path / name, family="llama", dataset=examples(120, kind="lm"), more=more, **settings)
+        guide = enable(trainer, budget=0.4)
+        trainer.train()
+        return weights(trainer.model), guide.ledger.spent_flops
+
+    plain, spent = trained("plain")
+    watched, spent_watched = trained("watched", eval_strategy="steps", eval_steps=3)
+    assert spent == spent_watched
+    assert_equal(plain, watched)
+
+
+def test_evaluation_sees_what_the_plain_model_gives(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, dataset=examples(120), more={"eval_dataset": examples(24, seed=1)})
+    enable(trainer, budget=0.4, granularity="head")
+    losses: list[float] = []
+    trainer.add_callback(Watch(lambda: losses.append(trainer.evaluate()["eval_loss"])))
+    trainer.train()
+    fresh = FAMILIES["bert"].build(seed=3)
+    fresh.load_state_dict(trainer.model.state_dict())
+    other = make_trainer(tmp_path / "other", model=fresh, more={"eval_dataset": examples(24, seed=1)})
+    assert other.evaluate()["eval_loss"] == losses[-1]
+
+
+# -------------------------------------------------------------------- saving and resuming
+
+
+@pytest.mark.parametrize(
+    ("stop", "settings", "config"),
+    [
+        (3, {}, {"budget": 0.4}),
+        (20, {}, {"budget": 0.4}),
+        (14, {"gradient_accumulation_steps": 2}, {"budget": 0.6, "granularity": "head"}),
+        (16, {"family": "llama"}, {"budget": 0.5, "probe": {"interval": 5, "size": 4}}),
+        (12, {"num_train_epochs": 1}, {"preset": "proposal_b"}),
+    ],
+)
+def test_a_resumed_run_equals_the_uninterrupted_one(
+    tmp_path: Path, stop: int, settings: dict[str, Any], config: dict[str, Any]
+) -> None:
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == stop:
+                control.should_training_stop = control.should_save = True
+
+    def trainer(name: str, callbacks: list[TrainerCallback]) -> tuple[Any, Guide]:
+        dataset = examples(160, kind=FAMILIES[settings.get("family", "bert")].kind)
+        made = make_trainer(
+            tmp_path / name, dataset=dataset, more={"callbacks": callbacks}, save_strategy="steps", save_steps=1000,
+            **settings,
+        )  # fmt: skip
+        return made, enable(made, **config)
+
+    whole, whole_guide = trainer("whole", [])
+    whole.train()
+    stopped, _ = trainer("stopped", [Stop()])
+    stopped.train()
+    assert (tmp_path / "stopped" / f"checkpoint-{stop}" / "rgft_state.pt").is_file()
+    resumed, guide = trainer("stopped", [])
+    resumed.train(resume_from_checkpoint=str(tmp_path / "stopped" / f"checkpoint-{stop}"))
+    assert resumed.state.global_step == whole.state.global_step > stop
+    assert guide.plan == whole_guide.plan
+    assert guide.error_map == whole_guide.error_map
+    assert guide.ledger.spent_flops == whole_guide.ledger.spent_flops
+    assert_equal(weights(whole.model), weights(resumed.model))
+
+
+def test_resuming_without_rgfts_state_is_refused(tmp_path: Path) -> None:
+    make_trainer(tmp_path, save_strategy="steps", save_steps=4, max_steps=4).train()
+    trainer = make_trainer(tmp_path, dataset=examples(64))
+    enable(trainer, budget=0.9)
+    with pytest.raises(AttachError, match="checkpoint was written without RGFT"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_resuming_with_another_configuration_is_refused(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, dataset=examples(80), save_strategy="steps", save_steps=4, max_steps=8)
+    enable(trainer, budget=0.9)
+    trainer.train()
+    trainer = make_trainer(tmp_path, dataset=examples(80), max_steps=8)
+    enable(trainer, budget=0.8)
+    with pytest.raises(ConfigError, match="another configuration"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+@pytest.mark.parametrize("granularity", ["layer", "head"])
+def test_saved_models_load_plainly_and_are_what_was_trained(tmp_path: Path, granularity: Any) -> None:
+    trainer = make_trainer(tmp_path, dataset=examples(120), save_strategy="steps", save_steps=6)
+    enable(trainer, budget=0.4, granularity=granularity)
+    at_six: dict[str, Tensor] = {}
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 6:
+                at_six.update(weights(trainer.model))
+
+    trainer.add_callback(Keep())
+    trainer.train()
+    saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "checkpoint-6")
+    assert_equal(at_six, weights(saved))
+    trainer.save_model(str(tmp_path / "final"))
+    final = AutoModelForSequenceClassification.from_pretrained(tmp_path / "final")
+    assert_equal(weights(trainer.model), weights(final))
+    # The run's last step is saved too, as the Trainer does at its own last step.
+    assert (tmp_path / f"checkpoint-{trainer.state.global_step}").is_dir()
+
+
+# -------------------------------------------------------------------- optimizers
+
+
+def test_fused_default_gives_way_at_head_granularity(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = make_trainer(tmp_path, dataset=examples(120))
+    assert trainer.args.optim == "adamw_torch_fused"
+    guide = enable(trainer, budget=0.4, granularity="head")
+    kinds: list[tuple[Any, Any]] = []
+    trainer.add_callback(
+        Watch(lambda: kinds.append([(g["fused"], g["foreach"]) for g in trainer.optimizer.param_groups][0]))
+    )
+    with caplog.at_level(logging.WARNING, logger="rgft"):
+        trainer.train()
+    assert set(kinds) == {(False, True)}
+    assert "fused kernels would write beyond slices" in caplog.text
+    assert guide.plan.cut > 0
+
+
+@pytest.mark.parametrize(("granularity", "optim"), [("layer", "adafactor"), ("head", "adafactor")])
+def test_optimizers_that_slices_would_change(tmp_path: Path, granularity: Any, optim: str) -> None:
+    trainer = make_trainer(tmp_path, dataset=examples(120), optim=optim)
+    enable(trainer, budget=0.4, granularity=granularity, signal={"name": "grad_norm"}, scaling=None)
+    if granularity == "layer":
+        trainer.train()
+        return
+    with pytest.raises(OptimizerError, match="Adafactor keeps one statistic"):
+        trainer.train()
+    assert not any(hasattr(m, "_rgft_guide") for m in [trainer.model])
+
+
+def test_weight_decay_follows_the_trainers_own_rule(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, dataset=examples(120), weight_decay=0.1)
+    enable(trainer, budget=0.5, granularity="head")
+    found: dict[str, float] = {}
+
+    def look() -> None:
+        names = {id(p): name for name, p in trainer.model.named_parameters()}
+        for group in trainer.optimizer.param_groups:
+            found.update({names[id(p)]: group["weight_decay"] for p in group["params"]})
+
+    trainer.add_callback(Watch(look))
+    trainer.train()
+    assert {name for name, decay in found.items() if decay} == {
+        name for name in found if not ("bias" in name or "LayerNorm" in name)
+    }
+
+
+def test_an_optimizer_of_the_users(tmp_path: Path) -> None:
+    model = FAMILIES["bert"].build()
+    mine = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    trainer = make_trainer(tmp_path, model=model, dataset=examples(120), more={"optimizers": (mine, None)})
+    guide = enable(trainer, budget=0.4)
+    trainer.train()
+    assert guide.step_count > 10
+    part = torch.optim.SGD(model.classifier.parameters(), lr=0.1)  # type: ignore[union-attr]
+    trainer = make_trainer(tmp_path, model=model, dataset=examples(120), more={"optimizers": (part, None)})
+    with pytest.raises(AttachError, match="the optimizer lacks parameters of 4 components"):
+        enable(trainer, budget=0.4)
+    assert all(p.requires_grad for p in model.parameters())
+    assert Guide(model) is not None  # nothing was left attached
+
+
+# -------------------------------------------------------------------- data
+
+
+class Texts(torch.utils.data.Dataset[dict[str, Any]]):
+    """Map-style, not of the datasets library, of different lengths and with a field that no model knows."""
+
+    def __init__(self, count: int) -> None:
+        self.rows = list(examples(count))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        length = 4 + index % 6
+        row = {key: value[:length] if isinstance(value, list) else value for key, value in self.rows[index].items()}
+        return {**row, "remark": str(index)}
+
+
+class Pad:
+    """A tokenizer-like padding collator without a tokenizer."""
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        width = max(len(row["input_ids"]) for row in rows)
+        assert all(row.keys() == {"input_ids", "attention_mask", "labels"} for row in rows), rows[0].keys()
+        return {
+            "input_ids": torch.tensor([row["input_ids"] + [1] * (width - len(row["input_ids"])) for row in rows]),
+            "attention_mask": torch.tensor(
+                [row["attention_mask"] + [0] * (width - len(row["input_ids"])) for row in rows]
+            ),
+            "labels": torch.tensor([row["labels"] for row in rows]),
+        }
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_other_data_sets_and_collators(tmp_path: Path, workers: int) -> None:
+    trainer = make_trainer(
+        tmp_path, dataset=Texts(120), more={"data_collator": Pad()}, dataloader_num_workers=workers,
+        dataloader_pin_memory=False, num_train_epochs=3,
+    )  # fmt: skip
+    guide = enable(trainer, budget=0.5)
+    trainer.train()
+    assert guide.cache is not None
+    assert guide.cache.hits > 0
+    assert guide.flops_fraction <= 0.5
+
+
+def test_probes_are_never_trained_on(tmp_path: Path) -> None:
+    dataset = examples(160)
+    trainer = make_trainer(tmp_path, dataset=dataset)
+    guide = enable(trainer, budget=0.5, probe={"interval": 4, "size": 4})
+    seen: set[int] = set()
+    step = trainer.training_step
+    trainer.training_step = lambda model, inputs, *a, **k: (
+        seen.update(inputs["rgft_example"].tolist()),
+        step(model, inputs, *a, **k),
+    )[1]
+    trainer.train()
+    assert guide.ledger.probe_flops > 0
+    assert len(trainer.train_dataset) == 160
+    assert seen < set(range(160))
+    assert len(seen) == 160 - 16
+
+
+def test_examples_that_differ_each_time_are_not_cached(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def noisy(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = Pad()(rows)
+        batch["input_ids"][torch.rand(batch["input_ids"].shape) < 0.15] = 4
+        return batch
+
+    trainer = make_trainer(tmp_path, dataset=examples(120), more={"data_collator": noisy})
+    with caplog.at_level(logging.WARNING, logger="rgft"):
+        guide = enable(trainer, budget=0.5)
+    trainer.train()
+    assert "no activation cache" in caplog.text
+    assert guide.cache is not None
+    assert guide.cache.hits == 0
+    assert guide.flops_fraction <= 0.5
+
+
+# -------------------------------------------------------------------- said loudly
+
+
+def test_too_late_and_twice(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, dataset=examples(80))
+    enable(trainer, budget=0.5)
+    with pytest.raises(AttachError, match="has a guide already"):
+        enable(trainer, budget=0.5)
+
+    class Late(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            enable(trainer, budget=0.5)
+
+    trainer = make_trainer(tmp_path, dataset=examples(80), more={"callbacks": [Late()]})
+    with pytest.raises(AttachError, match="training has begun"):
+        trainer.train()
+    trainer = make_trainer(tmp_path, dataset=examples(80), more={"callbacks": [RGFTCallback(budget=0.5)]})
+    with pytest.raises(AttachError, match="has an RGFTCallback already"):
+        enable(trainer, budget=0.5)
+    trainer = Trainer(args=arguments(tmp_path), train_dataset=examples(80), model_init=lambda: FAMILIES["bert"].build())
+    with pytest.raises(AttachError, match="model_init"):
+        enable(trainer, budget=0.5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"auto_find_batch_size": True}, "auto_find_batch_size"),
+        (
+            {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+            "use_reentrant",
+        ),
+    ],
+)
+def test_trainings_that_are_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    trainer = make_trainer(tmp_path, dataset=examples(80), **settings)
+    with pytest.raises(AttachError, match=message):
+        enable(trainer, budget=0.5)
+    assert not hasattr(trainer.model, "_rgft_guide")
+
+
+def test_streams_and_impossible_budgets_leave_nothing_attached(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, dataset=examples(80).to_iterable_dataset(), max_steps=4)
+    with pytest.raises(AttachError, match="map-style"):
+        enable(trainer, budget=0.5)
+    trainer = make_trainer(tmp_path, model=trainer.model, dataset=examples(80))
+    with pytest.raises(BudgetError, match="smallest budget"):
+        enable(trainer, budget=1e-4)
+    with pytest.raises(ConfigError, match="config, or single settings"):
+        enable(trainer, Config(), budget=0.5)
+    enable(trainer, budget=0.5)
+
+
+def test_a_loss_that_is_no_number_stops_before_the_step(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, dataset=examples(80))
+    guide = enable(trainer, budget=0.5)
+    states: list[dict[str, Tensor]] = []
+
+    def poison() -> None:
+        states.append(weights(trainer.model))
+        if len(states) == 3:
+            handle.append(trainer.model.classifier.register_forward_hook(lambda m, a, out: out * float("nan")))
+
+    handle: list[Any] = []
+    trainer.add_callback(Watch(poison))
+    with pytest.raises(NonFiniteError, match="step 3: the gradient of"):
+        trainer.train()
+    handle[0].remove()
+    assert guide.step_count == 3
+    assert_equal(states[-1], weights(trainer.model))
+    assert not hasattr(trainer.model, "_rgft_guide")
+
+
+# -------------------------------------------------------------------- the callback
+
+
+def test_callback_does_its_subset(tmp_path: Path) -> None:
+    model = FAMILIES["bert"].build()
+    callback = RGFTCallback(budget=0.4)
+    trainer = make_trainer(
+        tmp_path, model=model, dataset=examples(160), more={"callbacks": [callback]}, lr_scheduler_type="constant"
+    )
+    names = [name for name, _ in model.named_parameters()]
+    seen: list[tuple[frozenset[str], int]] = []
+    trainer.add_callback(Watch(lambda: seen.append((callback.guide.active, callback.guide.plan.cut))))  # type: ignore[union-attr]
+    trainer.train()
+    assert callback.guide is None
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(steps) < 60
+    assert 0.35 < steps[-1]["rgft/flops_fraction"] <= 0.4
+    assert len(seen[0][0]) == 5
+    assert seen[-1][1] > 0
+    assert [name for name, _ in model.named_parameters()] == names
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_callback_resumes_bit_for_bit(tmp_path: Path) -> None:
+    def run(name: str, resume: bool = False, **settings: Any) -> dict[str, Tensor]:
+        trainer = make_trainer(
+            tmp_path / name, dataset=examples(120), more={"callbacks": [RGFTCallback(budget=0.5)]},
+            lr_scheduler_type="constant", save_strategy="steps", save_steps=7, **settings,
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=str(tmp_path / name / "checkpoint-7") if resume else None)
+        return weights(trainer.model)
+
+    whole = run("whole")
+    assert_equal(whole, run("whole", resume=True))
+
+
+def test_callback_says_what_it_cannot_do(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        RGFTCallback(granularity="head", signal="residual_dot", execution={"cache": "memory"}, scaling=None)
+    assert len(error.value.problems) == 3
+    assert all("enable(trainer" in problem or "cache" in problem for problem in error.value.problems)
+    trainer = make_trainer(tmp_path, dataset=examples(80), more={"callbacks": [RGFTCallback(budget=0.5)]})
+    with pytest.warns(RGFTWarning, match="not with the budget"):
+        trainer.train()
+
+    class Late(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            trainer.add_callback(RGFTCallback(budget=0.5))
+
+    trainer = make_trainer(tmp_path, dataset=examples(80), more={"callbacks": [Late()]})
+    with pytest.raises(AttachError, match="training has begun without RGFTCallback"):
+        trainer.train()
+
+
+def test_callback_refuses_an_optimizer_that_misses_parameters(tmp_path: Path) -> None:
+    model = FAMILIES["bert"].build()
+    part = torch.optim.SGD(model.classifier.parameters(), lr=0.1)  # type: ignore[union-attr]
+    more = {"callbacks": [RGFTCallback(budget=0.5)], "optimizers": (part, None)}
+    trainer = make_trainer(tmp_path, model=model, dataset=examples(80), more=more)
+    with pytest.raises(AttachError, match="lacks parameters"):
+        trainer.train()
+    assert not hasattr(model, "_rgft_guide")

@@ -37,6 +37,7 @@ from rgft.error_map import ErrorMap
 from rgft.errors import AttachError, BudgetError, ConfigError, NonFiniteError
 from rgft.execution.activation_cache import ActivationCache
 from rgft.execution.executor import Executor
+from rgft.execution.linear import layout_of
 from rgft.execution.views import bind
 from rgft.measurement import Measurement
 from rgft.partition import partition
@@ -211,7 +212,10 @@ class Guide:
         """
         example = stream.load(next(stream.indices()))
         with self._binding.plain():
-            self._costs = trace_costs(self.model, self.partition, example, loss=self._mean_loss)
+            self._costs = trace_costs(
+                self.model, self.partition, example, loss=self._mean_loss,
+                is_sliceable=lambda module: layout_of(module) is not None,
+            )  # fmt: skip
         workload = Workload.scan(stream)
         self._typical = rows, tokens = workload.typical
         full = workload.full_flops(self._costs) if full_flops is None else full_flops

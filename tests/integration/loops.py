@@ -118,7 +118,9 @@ def changed(guide: Guide, before: dict[str, list[Tensor]]) -> set[str]:
     """Names of the components of which any element is not what it was."""
     after = weights_of(guide)
     return {
-        name for name, parts in before.items() if any(not torch.equal(a, b) for a, b in zip(parts, after[name], strict=True))
+        name
+        for name, parts in before.items()
+        if any(not torch.equal(a, b) for a, b in zip(parts, after[name], strict=True))
     }
 
 

@@ -20,10 +20,18 @@ def half_off(guide: Guide, step: int) -> set[str]:
     return set(names[1::2]) if step in PHASES[1] else set(names)
 
 
-def run(name: str, granularity: str, optimizer_of: object = None, moments: str = "keep") -> tuple[Guide, list[set[str]]]:
+def run(
+    name: str, granularity: str, optimizer_of: object = None, moments: str = "keep"
+) -> tuple[Guide, list[set[str]]]:
     family = FAMILIES[name]
-    config = Config(preset="rgft", granularity=granularity, ffn_blocks=2 if granularity == "head" else 1,
-                    signal="grad_norm", scaling=None, update={"moments": moments})
+    config = Config(
+        preset="rgft",
+        granularity=granularity,
+        ffn_blocks=2 if granularity == "head" else 1,
+        signal="grad_norm",
+        scaling=None,
+        update={"moments": moments},
+    )
     guide = Guide(family.build(), config)
     steer(guide, Scripted(lambda situation: half_off(guide, situation.step)))
     optimizer = optimizer_of(guide) if callable(optimizer_of) else adamw(guide, weight_decay=0.1)

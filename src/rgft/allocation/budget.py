@@ -10,7 +10,8 @@ examples) and h_d their same-batch decrease, h_d − r_d is what a step merely m
 
 over the layers and what runs before them (what runs after the last layer is on at every cut), n_c being the number of
 steps that the FLOPs left buy at cut c, no more than the epochs have left. A cut of which they buy no step is out of
-the question, but for the cheapest. The cut with the lowest cost is taken. A linear rate per FLOP would take everything (early-stopped full fine-tuning), a bare ratio the classifier alone.
+the question, but for the cheapest. The cut with the lowest cost is taken. A linear rate per FLOP would take
+everything (early-stopped full fine-tuning), a bare ratio the classifier alone.
 
 Scores are shrunk towards equal layers by their standard errors: a short run, whose scores are noise, decides by the
 costs alone; a long one by what it measured.

@@ -31,12 +31,14 @@ class WeightInfo:
         mask: bit mask of the owners.
         depth: of its layer or its owners; 0 when neither is known.
         in_layer: whether it lies in one of the partition's layers.
+        is_sliceable: whether dW can be made for active slices alone.
     """
 
     owners: tuple[tuple[int, float], ...]
     mask: int
     depth: int
     in_layer: bool
+    is_sliceable: bool = True
 
 
 class MaskedAttention(TorchFunctionMode):
@@ -155,6 +157,7 @@ class _Walk:
                 Product(
                     flops=_batch(flops), upstream=self.upstream[source] if source is not None else 0,
                     shares=None if info is None else info.owners,
+                    is_whole=info is not None and not info.is_sliceable,
                 )
                 for source, info in zip(sources, infos, strict=True)
             )  # fmt: skip

@@ -56,11 +56,13 @@ class Product:
         flops: per row.
         upstream: bit mask over the components; the product is needed iff one of them is active.
         shares: for a product into a weight, (component index, fraction of the weight it owns); None: dX.
+        is_whole: made for the whole weight as soon as one owner is active.
     """
 
     flops: Coefficients
     upstream: int
     shares: tuple[tuple[int, float], ...] | None = None
+    is_whole: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +225,9 @@ class CostModel:
                 if product.shares is None:
                     dx = add(dx, product.flops)
                 else:
-                    dw = add(dw, product.flops, sum(share for index, share in product.shares if on[index]))
+                    counts_all = product.is_whole  # some owner is active, or the product would not be needed
+                    share = sum(share for index, share in product.shares if counts_all or on[index])
+                    dw = add(dw, product.flops, share)
         return forward, dx, dw
 
 
@@ -232,6 +236,7 @@ def _product(data: Mapping[str, Any]) -> Product:
     return Product(
         flops=_coefficients(data["flops"]), upstream=data["upstream"],
         shares=None if shares is None else tuple((int(i), float(f)) for i, f in shares),
+        is_whole=data["is_whole"],
     )  # fmt: skip
 
 

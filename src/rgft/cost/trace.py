@@ -27,8 +27,9 @@ TRACE_ROWS = 2
 
 
 def trace_costs(
-    model: nn.Module, partition: Partition, batch: Any, loss: Loss | None = None, *, elementwise: Collection[str] = ()
-) -> CostModel:
+    model: nn.Module, partition: Partition, batch: Any, loss: Loss | None = None, *, elementwise: Collection[str] = (),
+    is_sliceable: Callable[[nn.Module], bool] = lambda module: True,
+) -> CostModel:  # fmt: skip
     """Reads a model's costs off its autograd graph.
 
     Runs the model forward, on two rows of `batch` and three token counts, in training and in eval mode, and leaves it
@@ -48,13 +49,14 @@ def trace_costs(
             and tokens; a batch without 2-D token ids has no token dimension.
         loss: (model, batch) → scalar; by default `model(**batch).loss`.
         elementwise: names (`…Backward`) of custom autograd functions that hold no matrix product.
+        is_sliceable: whether a module's dW is made for its active slices alone; of any other it is made whole.
 
     Raises:
         PartitionError: a trainable parameter belongs to no component, or a component's parameter is not there.
         RGFTError: quantised weights, work that cannot be read off the graph, products that change with the batch, or
             a modelled forward pass more than 2 % away from the counted one.
     """
-    weights = _weights(model, partition)
+    weights = _weights(model, partition, is_sliceable)
     shape = BatchShape.of(batch)
     small = replace(shape, rows=min(shape.rows, TRACE_ROWS))
     parts = _lengths(small)
@@ -206,7 +208,9 @@ def _polynomial(flops: Sequence[float], shapes: Sequence[BatchShape]) -> Coeffic
     )
 
 
-def _weights(model: nn.Module, partition: Partition) -> dict[int, WeightInfo]:
+def _weights(
+    model: nn.Module, partition: Partition, is_sliceable: Callable[[nn.Module], bool]
+) -> dict[int, WeightInfo]:  # fmt: skip
     """What the graph walk needs to know of each parameter; all problems are reported together."""
     owners: dict[str, dict[int, float]] = {}
     for index, component in enumerate(partition):
@@ -237,5 +241,6 @@ def _weights(model: nn.Module, partition: Partition) -> dict[int, WeightInfo]:
         weights[id(parameter)] = WeightInfo(
             owners=tuple(mine.items()), mask=sum(1 << index for index in mine),
             depth=max(known) if known else (0 if layer is None else layer + 1), in_layer=layer is not None,
+            is_sliceable=is_sliceable(model.get_submodule(name.rpartition(".")[0])),
         )  # fmt: skip
     return weights

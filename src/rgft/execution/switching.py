@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
@@ -18,6 +19,8 @@ from torch.utils.hooks import RemovableHandle
 from rgft.components import Partition
 from rgft.execution.binding import Binding
 from rgft.plan import UpdatePlan
+
+_WITH_FAST_PATH = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 
 class Switch:
@@ -33,6 +36,7 @@ class Switch:
         self._quiet: set[nn.Module] = set()
         self._handles: list[RemovableHandle] = []
         self._was_training: dict[nn.Module, bool] = {}
+        self._fast_paths: list[bool] = []
         self.plan: UpdatePlan | None = None
         self.active: frozenset[str] = frozenset()
 
@@ -74,6 +78,10 @@ class Switch:
         for module in _outermost(self._quiet | inactive_norms):
             self._handles.append(module.register_forward_pre_hook(self._enter_eval))
             self._handles.append(module.register_forward_hook(self._leave_eval, always_call=True))
+        if len(active) < len(self._binding.partition):
+            for module in _outermost({m for m in self._model.modules() if isinstance(m, _WITH_FAST_PATH)}):
+                self._handles.append(module.register_forward_pre_hook(self._leave_fast_path))
+                self._handles.append(module.register_forward_hook(self._restore_fast_path, always_call=True))
         for layer in self._layers[:cut]:
             self._handles.append(layer.register_forward_pre_hook(self._detach_inputs, with_kwargs=True))
 
@@ -90,6 +98,15 @@ class Switch:
     def _leave_eval(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._was_training.pop(module, False):
             module.train()
+
+    def _leave_fast_path(self, module: nn.Module, args: Any) -> None:
+        """Torch's inference kernels round differently, and their nested tensors are an error in active layers."""
+        self._fast_paths.append(torch.backends.mha.get_fastpath_enabled())
+        if torch.is_grad_enabled():
+            torch.backends.mha.set_fastpath_enabled(False)
+
+    def _restore_fast_path(self, module: nn.Module, args: Any, output: Any) -> None:
+        torch.backends.mha.set_fastpath_enabled(self._fast_paths.pop())
 
     def _detach_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Cuts the graph at a frozen layer's input, whatever made it require gradients (input_require_grads hooks).

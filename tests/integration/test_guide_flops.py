@@ -1,0 +1,160 @@
+"""What the ledger says was spent is what ran, counted operation by operation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from rgft import Config, Guide
+from rgft.errors import BudgetError
+from rgft.telemetry.flop_counter import count_flops
+from tests.families import FAMILIES
+from tests.integration.loops import Examples, adamw, collate, guided, trimmed
+
+HEADS = {"bert", "gpt2", "llama", "qwen3", "t5", "mixtral", "vit"}
+TEXT = {"text", "lm"}
+
+
+def audited(name: str, settings: dict[str, Any], *, steps: int, epochs: float = 1) -> tuple[Guide, float]:
+    """Runs under the counter; returns the guide and the FLOPs counted in the loop alone."""
+    family = FAMILIES[name]
+    guide = Guide(family.build(), Config(**settings))
+    optimizer = adamw(guide)
+    data = Examples(family, count=24)
+    collator = trimmed if family.kind in TEXT else collate
+    batches = guide.batches(data, batch_size=4, collate_fn=collator, epochs=epochs)
+    counted = 0.0
+    for _ in range(steps):
+        batch = next(batches)  # traces costs the first time: no part of the run
+        counted += count_flops(lambda batch=batch: guide.loss(batch).backward())
+        guide.step(optimizer)
+        optimizer.zero_grad()
+    guide.detach()
+    return guide, counted
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_ledger_equals_the_count(name: str) -> None:
+    """Two steps with everything on and a probe, a cut, misses in the first epoch, hits in the second."""
+    granularity = {"granularity": "head", "ffn_blocks": 3} if name in HEADS else {}
+    settings = {
+        **granularity, "probe": {"interval": 4, "size": 2}, "warmup_fraction": 0.1, "mask": {"frozen_fraction": 0.5},
+        "stability": {"preserve_mean": True, "always_on": ()},
+    }  # fmt: skip
+    guide, counted = audited(name, settings, steps=10, epochs=2)
+    assert guide.plan.cut > 0
+    assert guide.ledger.probes >= 2
+    if name not in {"t5"}:
+        assert guide.cache is not None and guide.cache.hits > 0 and guide.cache.misses > 0
+        assert guide.ledger.forward_cached_flops > 0
+    assert guide.ledger.spent_flops == pytest.approx(counted, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "mixtral", "vit", "peft_llama_lora"])
+def test_ledger_equals_the_count_with_scattered_heads_on(name: str) -> None:
+    settings: dict[str, Any] = {
+        "granularity": "adapter" if "peft" in name else "head", "probe": {"interval": 2, "size": 2},
+        "warmup_fraction": 0.0, "mask": {"name": "random", "q": 0.3},
+    }  # fmt: skip
+    if "peft" not in name:
+        settings["ffn_blocks"] = 3
+    guide, counted = audited(name, settings, steps=5)
+    assert 0 < len(guide.active) < len(guide.partition)
+    assert guide.ledger.spent_flops == pytest.approx(counted, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "signal", ["residual_dot", "generalising_decrease", "grad_norm", "predicted_decrease", "suppression", "act_x_grad",
+               "fisher", "taylor", "weight_magnitude", "random"],
+)  # fmt: skip
+def test_probes_of_every_kind_are_counted(signal: str) -> None:
+    settings: dict[str, Any] = {"signal": signal, "scaling": "rank", "probe": {"interval": 1000, "size": 2},
+                                "mask": {"name": "target_sparsity"}, "warmup_fraction": 0.0, "granularity": "head",
+                                "stability": {"preserve_mean": False}}  # fmt: skip
+    family = FAMILIES["bert"]
+    guide = Guide(family.build(), Config(**settings))
+    optimizer = adamw(guide)
+    guide.set_optimizer(optimizer)
+    next(guide.batches(Examples(family), batch_size=4, collate_fn=collate, epochs=1000))
+    assert guide._pool is not None
+    counted = count_flops(guide.begin_step)
+    assert guide.ledger.probes == 1
+    assert guide.ledger.probe_flops == pytest.approx(counted, rel=0.02, abs=1.0)
+
+
+# ---------------------------------------------------------------- budgets
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "resnet"])
+@pytest.mark.parametrize("budget", [0.3, 0.6])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_run_spends_its_budget_and_not_more(name: str, budget: float, accumulation: int) -> None:
+    family = FAMILIES[name]
+    collator = trimmed if family.kind in TEXT else collate
+    guide = Guide(family.build(), Config(budget=budget))
+    guided(
+        guide, adamw(guide), Examples(family, count=160), epochs=4, collate_fn=collator, accumulation=accumulation,
+        batch_size=4,
+    )  # fmt: skip
+    spent = guide.summary()["flops"]["fraction_of_full"]
+    assert spent <= budget
+    assert spent > 0.9 * budget or guide.progress == 1.0  # a deep cut may leave something after the last epoch
+    assert spent > 0.9 * budget or budget > 0.5
+    assert guide.flops_fraction == spent
+    assert guide.ledger.probe_flops <= 0.02 * guide.ledger.spent_flops * 1.1
+    assert guide.plan.cut > 0 or guide.plan.reason
+
+
+def test_scoring_stays_within_its_share() -> None:
+    family = FAMILIES["bert"]
+    guide = Guide(family.build(), Config(budget=0.3, probe={"max_fraction": 0.2}))
+    guided(guide, adamw(guide), Examples(family, count=240), epochs=4, collate_fn=trimmed)
+    assert guide.ledger.probes > 1
+    assert guide.run_plan is not None
+    assert 0.0 < guide.ledger.probe_flops <= 0.2 * guide.run_plan.flops
+
+
+def test_without_a_budget_the_epochs_end_the_run() -> None:
+    family = FAMILIES["bert"]
+    guide = Guide(family.build(), Config(preset="full"))
+    batches, _ = guided(guide, adamw(guide), Examples(family), epochs=1.5)
+    assert len(batches) == 9
+    assert guide.summary()["flops"]["fraction_of_full"] == pytest.approx(1.0)
+
+
+def test_too_small_a_budget_says_the_minimum_and_that_minimum_runs() -> None:
+    family = FAMILIES["bert"]
+    data = Examples(family)
+
+    def run(budget: float) -> Guide:
+        guide = Guide(family.build(), Config(budget=budget))
+        guided(guide, adamw(guide), data)
+        return guide
+
+    with pytest.raises(BudgetError, match="less than one step of the cheapest plan") as caught:
+        run(1e-4)
+    minimum = float(str(caught.value).rpartition(" ")[2])
+    guide = run(minimum)
+    assert guide.step_count >= 1
+    assert guide.flops_fraction <= minimum
+    with pytest.raises(BudgetError):
+        run(minimum * 0.97)
+
+
+def test_the_torch_encoder_in_eval_mode_with_gradients() -> None:
+    """Its inference path nests tensors, which its layers with gradients refuse: a model of torch's own fails there."""
+    family = FAMILIES["torch_transformer_encoder"]
+    model = family.build()
+    with Guide(
+        model, Config(mask={"frozen_fraction": 0.5}, warmup_fraction=0.0, probe={"interval": 2, "size": 2})
+    ) as guide:
+        guided(guide, adamw(guide), Examples(family), steps=3)
+        assert guide.plan.cut == 2
+        model.eval()
+        batch = family.batch()
+        with_gradients = model(**batch).logits
+        with torch.no_grad():
+            without = model(**batch).logits
+        assert torch.allclose(with_gradients, without, atol=1e-6)

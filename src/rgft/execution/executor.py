@@ -43,6 +43,7 @@ class Executor:
         self._moments: Moments | None = None
         self.optimizer: Optimizer | None = None
         self.cache = cache
+        self._on: frozenset[str] = frozenset()  # in the last step, also when that was before a resume
 
     @property
     def active(self) -> frozenset[str]:
@@ -72,9 +73,9 @@ class Executor:
 
     def apply(self, plan: UpdatePlan, step: int) -> None:
         """Puts the plan into force for `step`."""
-        before = self._switch.active
+        before = self._on
         self._switch.apply(plan, step)
-        active = self._switch.active
+        self._on = active = self._switch.active
         if self._multipliers is not None:
             self._multipliers.set(plan.multipliers)
         if self._moments is not None and before and before != active:
@@ -126,11 +127,20 @@ class Executor:
 
     def state_dict(self) -> dict[str, Any]:
         return {
+            "on": sorted(self._on),
             "moments": self._moments.state_dict() if self._moments else {},
             "cache": self.cache.state_dict() if self.cache else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores `state_dict`, after `set_optimizer`.
+
+        Raises:
+            AttachError: no optimizer is known yet, so that its moments could not be looked after.
+        """
+        if self._moments is None and state["on"]:
+            raise AttachError("call guide.set_optimizer(optimizer) first: the saved state is about its moments too")
+        self._on = frozenset(state["on"])
         if self._moments is not None:
             self._moments.load_state_dict(state["moments"])
         if self.cache is not None and state["cache"] is not None:

@@ -93,28 +93,28 @@ def test_an_exception_leaves_no_trace_either(where: str) -> None:
     steer(guide, Scripted(lambda s: last, multipliers=dict.fromkeys(last, 0.5)))
     optimizer = adamw(guide, weight_decay=0.1)
     groups = optimizer.param_groups
-    with pytest.raises(Interrupted), guide:
+
+    def interrupted_loop() -> None:
         guided(guide, optimizer, Examples(family), steps=2)
         if where == "in the loop":
             raise Interrupted
         if where == "in the optimizer":
             optimizer.register_step_pre_hook(fail)
         else:
-            culprit = layers[0 if where == "in a frozen layer" else 1].register_forward_hook(fail)
-            culprit_handle.append(culprit)
+            hooks.append(layers[0 if where == "in a frozen layer" else 1].register_forward_hook(fail))
         guided(guide, optimizer, Examples(family), steps=4)
-    for handle in culprit_handle:
-        handle.remove()
-    culprit_handle.clear()
+
+    hooks: list[Any] = []
+    with pytest.raises(Interrupted), guide:
+        interrupted_loop()
+    for hook in hooks:
+        hook.remove()
     after = portrait(model)
     for key, value in before.items():
         assert after[key] == value, key
     assert optimizer.param_groups is groups
     assert [group["lr"] for group in groups] == [1e-2] * len(groups)
     Guide(model).detach()  # the model can have another
-
-
-culprit_handle: list[Any] = []
 
 
 def test_attaching_twice_is_refused_and_changes_nothing() -> None:

@@ -47,7 +47,8 @@ def test_ledger_equals_the_count(name: str) -> None:
     assert guide.plan.cut > 0
     assert guide.ledger.probes >= 2
     if name not in {"t5"}:
-        assert guide.cache is not None and guide.cache.hits > 0 and guide.cache.misses > 0
+        assert guide.cache is not None
+        assert min(guide.cache.hits, guide.cache.misses) > 0
         assert guide.ledger.forward_cached_flops > 0
     assert guide.ledger.spent_flops == pytest.approx(counted, rel=0.02)
 

@@ -104,7 +104,8 @@ def test_resumed_equals_uninterrupted(preset: str) -> None:
     if "rgft" in preset:
         assert whole.guide.ledger.probes >= 2
         assert whole.guide.plan.cut > 1
-        assert whole.guide.cache is not None and whole.guide.cache.hits > 0
+        assert whole.guide.cache is not None
+        assert whole.guide.cache.hits > 0
     for step in INTERRUPTIONS.get(preset, (1, 4, 7)):
         torch.manual_seed(7)
         first = Session(settings)
@@ -131,7 +132,8 @@ def test_phases_are_where_the_test_above_wants_them() -> None:
         session.guide.detach()
         session = Session(PRESETS[preset])
         session.run(cached)
-        assert session.guide.cache is not None and session.guide.cache.hits > 0
+        assert session.guide.cache is not None
+        assert session.guide.cache.hits > 0
 
 
 def test_saving_changes_nothing() -> None:

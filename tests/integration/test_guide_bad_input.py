@@ -1,0 +1,149 @@
+"""NaN and infinity stop a run before anything is updated, and the message says where they came from."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rgft import Config, Guide
+from rgft.errors import NonFiniteError, OptimizerError
+from tests.families import FAMILIES, loss_of
+from tests.integration.loops import Examples, adamw, assert_same_state, collate, guided
+
+
+def snapshot(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    return copy.deepcopy(optimizer.state_dict())
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    assert set(found["state"]) == set(expected["state"])
+    for key, state in expected["state"].items():
+        for name, value in state.items():
+            assert torch.equal(found["state"][key][name], value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_gradient_that_is_not_finite_names_its_component(value: float, clip: float | None) -> None:
+    family = FAMILIES["bert"]
+    model = family.build()
+    guide = Guide(model, Config(granularity="head"))
+    optimizer = adamw(guide, weight_decay=0.1)
+    guided(guide, optimizer, Examples(family), steps=2)
+    before, moments = copy.deepcopy(model.state_dict()), snapshot(optimizer)
+    name = "bert.encoder.layer.1.attention.head.2"
+    (first, *_) = guide._binding.parameters[name]
+    guide.loss(family.batch()).backward()
+    assert first.grad is not None
+    first.grad.view(-1)[3] = value
+    with pytest.raises(NonFiniteError) as caught:
+        guide.step(optimizer, max_grad_norm=clip)
+    message = str(caught.value)
+    assert message.startswith(f"step 2: the gradient of '{name}' is not finite (loss 1.")
+    assert "nothing was updated" in message
+    assert guide.step_count == 2
+    guide.detach()
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[key]), key
+    assert_same(optimizer.state_dict(), moments)
+
+
+def test_a_nan_loss_stops_at_its_step_and_the_next_good_batch_may_follow() -> None:
+    family = FAMILIES["llama"]
+    model = family.build()
+    plain = copy.deepcopy(model)
+    poisoned = False
+
+    def loss(net: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return loss_of(net, batch) * (float("nan") if poisoned else 1.0)
+
+    guide = Guide(model, Config(preset="full"), loss=loss)
+    optimizer = adamw(guide)
+    expected = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.0)
+    for seed in range(3):
+        poisoned = seed == 1
+        guide.loss(family.batch(seed=seed)).backward()
+        if poisoned:
+            with pytest.raises(NonFiniteError, match=r"step 1: the gradient of .* \(loss nan\)"):
+                guide.step(optimizer)
+        else:
+            guide.step(optimizer)
+            loss_of(plain, family.batch(seed=seed)).backward()
+            expected.step()
+            expected.zero_grad()
+        optimizer.zero_grad()
+    assert_same_state(model, plain)
+    assert guide.step_count == 2
+
+
+def test_a_probe_that_is_not_finite_moves_nothing() -> None:
+    family = FAMILIES["bert"]
+    model = family.build()
+
+    def loss(net: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return loss_of(net, batch) * (1.0 if net.training else float("nan"))
+
+    guide = Guide(model, Config(probe={"interval": 2, "size": 2}), loss=loss)
+    optimizer = adamw(guide)
+    states = []
+    with pytest.raises(NonFiniteError, match="the loss of the probe before step 1 is nan"):
+        guided(
+            guide, optimizer, Examples(family), after_step=lambda g: states.append(copy.deepcopy(model.state_dict()))
+        )
+    guide.detach()
+    assert model.training
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, states[-1][key]), key
+
+
+def test_an_optimizer_that_cannot_work_on_slices_is_refused_before_it_steps() -> None:
+    family = FAMILIES["bert"]
+    model = family.build()
+    guide = Guide(model, Config(granularity="head"))
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.Adafactor(guide.param_groups(lr=1e-2), lr=1e-2)
+    with pytest.raises(OptimizerError, match="granularity='layer'"):
+        guided(guide, optimizer, Examples(family))
+    guide.detach()
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[key]), key
+
+
+def test_an_optimizer_made_before_the_guide_is_refused() -> None:
+    family = FAMILIES["bert"]
+    model = family.build()
+    early = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    guide = Guide(model, Config(granularity="head"))
+    with pytest.raises(OptimizerError, match="made before\\s+RGFT was attached"):
+        guided(guide, early, Examples(family))
+
+
+@pytest.mark.parametrize("count", [1, 5, 19])
+def test_tiny_data_sets_run_without_probes_or_with_small_ones(count: int) -> None:
+    """A tenth of the data is all that probes may take."""
+    family = FAMILIES["bert"]
+    guide = Guide(family.build(), Config(probe={"interval": 1, "size": 8}))
+    batches, _ = guided(guide, adamw(guide), Examples(family, count=count), epochs=2)
+    assert guide.step_count == len(batches) > 0
+    assert guide.ledger.probes == 0
+
+
+def test_small_data_sets_have_smaller_probes() -> None:
+    family = FAMILIES["bert"]
+    guide = Guide(family.build(), Config(probe={"interval": 2, "size": 8}))
+    seen: set[tuple[int, ...]] = set()
+    for batch in guide.batches(Examples(family, count=40), batch_size=6, collate_fn=collate):
+        guide.loss(batch).backward()
+        guide.step(optimizer := getattr(guide, "_test_optimizer", None) or adamw(guide))
+        guide._test_optimizer = optimizer  # type: ignore[attr-defined]
+        optimizer.zero_grad()
+        seen |= {tuple(row.tolist()) for row in batch["input_ids"]}
+    assert guide.ledger.probes == 3
+    assert guide.run_plan is not None
+    assert guide.run_plan.probe_size == 4
+    assert len(seen) == 36

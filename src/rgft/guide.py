@@ -199,13 +199,16 @@ class Guide:
         if self._measurement is not None:
             self._measurement.set_optimizer(optimizer)
 
-    def prepare(self, stream: BatchStream, *, full_flops: float | None = None) -> RunPlan:
+    def prepare(
+        self, stream: BatchStream, *, full_flops: float | None = None, cost_loss: Loss | None = None
+    ) -> RunPlan:
         """Traces costs on a first batch, scans the workload and fixes the run plan. `batches` calls it.
 
         Args:
             stream: the batches that full fine-tuning of this run would see.
             full_flops: FLOPs of that full fine-tuning; None: of all components of this model, which is right unless
                 the model is not the one that would be fully fine-tuned (adapters).
+            cost_loss: what costs are traced on, where the loss itself cannot be read off the graph (fused kernels).
 
         Raises:
             BudgetError: no plan fits the budget.
@@ -213,7 +216,7 @@ class Guide:
         example = stream.load(next(stream.indices()))
         with self._binding.plain():
             self._costs = trace_costs(
-                self.model, self.partition, example, loss=self._mean_loss,
+                self.model, self.partition, example, loss=cost_loss or self._mean_loss,
                 is_sliceable=lambda module: layout_of(module) is not None,
             )  # fmt: skip
         workload = Workload.scan(stream)
@@ -297,7 +300,7 @@ class Guide:
             self._restore_data(self._restored)
         for indexed in stream:
             self._ids, self._upcoming = indexed.ids, indexed.batch
-            if self.is_done or not self._pays_for(self._floor, indexed.batch):
+            if not self.affords_upcoming:
                 return
             yield indexed.batch
 
@@ -354,9 +357,19 @@ class Guide:
         """
         self._stream, self._pool = course, pool
 
-    def announce(self, ids: Sequence[int] | None) -> None:
-        """Says which examples the rows of the next training batch are (`batches` does it itself); None: unknown."""
-        self._ids = ids
+    def announce(self, batch: Any, ids: Sequence[int] | None = None) -> None:
+        """Says what the next training batch is, before a step and before each pass (`batches` does it itself).
+
+        Args:
+            batch: the batch; before a step of several, the largest.
+            ids: which examples its rows are; None: unknown.
+        """
+        self._upcoming, self._ids = batch, ids
+
+    @property
+    def affords_upcoming(self) -> bool:
+        """Whether the budget pays for a step on the batch announced last, under the cheapest plan it may get."""
+        return not self.is_done and self._pays_for(self._floor, self._upcoming)
 
     def begin_step(self) -> None:
         """Probes when due, decides, and puts the plan in force. Uses nothing of the batch that follows."""
@@ -594,7 +607,7 @@ class Guide:
         return self._cheapest if self.is_measuring and self._cheapest is not None else self.plan
 
     def _pays_for(self, plan: UpdatePlan, batch: Any, *, beside: float = 0.0) -> bool:
-        """Whether the budget pays for a pass over this batch under the plan (a typical one where it is None)."""
+        """Whether the budget pays for a step on such a batch under the plan (a typical one where it is None)."""
         if self.run_plan is None or self._costs is None or self.config.budget is None:
             return True
         rows, tokens = self._typical if batch is None else batch_shape(batch)
@@ -605,7 +618,7 @@ class Guide:
             hit = unknown < rows
             fill = self._costs.forward_flops(unknown, tokens, below=plan.cut) if hit and unknown else 0.0
         step = self._costs.step_flops(active, rows=rows, tokens=tokens, cached_below=plan.cut if hit else 0)
-        return self.ledger.spent_flops + beside + fill + step.total <= self.run_plan.flops
+        return self.ledger.spent_flops + beside + self.accumulation * (fill + step.total) <= self.run_plan.flops
 
     # ---------------------------------------------------------------- saving and leaving
 

@@ -15,7 +15,7 @@ from rgft.config import Config
 from rgft.config.tree import Settings
 from rgft.errors import AttachError, ConfigError, RGFTWarning
 from rgft.guide import Guide
-from rgft.integrations.trainer_checks import chosen_config, refuse_unsupported, unwrapped
+from rgft.integrations.trainer_checks import chosen_config, refuse_unsupported, stop, unwrapped
 from rgft.integrations.trainer_data import LoaderStream, TrainerCourse, randomness_untouched
 from rgft.integrations.trainer_state import load_state, log_entries, save_state
 from rgft.signals.base import GradientSignal
@@ -97,7 +97,7 @@ class RGFTCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._attached.is_done:
-            control.should_training_stop = True
+            stop(args, control)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.guide is not None and logs is not None and "loss" in logs:

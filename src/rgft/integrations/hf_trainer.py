@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,25 +24,25 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_optimizer import is_optimizer_factory
-from transformers.trainer_utils import SaveStrategy
 
 from rgft.config import Config
 from rgft.config.tree import Settings
-from rgft.errors import AttachError, RGFTWarning
-from rgft.guide import Guide
+from rgft.errors import AttachError, BudgetError, RGFTError, RGFTWarning
+from rgft.guide import Guide, model_loss
 from rgft.integrations.hf_callback import RGFTCallback
-from rgft.integrations.trainer_checks import chosen_config, refuse_unsupported, unwrapped
+from rgft.integrations.trainer_checks import chosen_config, refuse_unsupported, stop, unwrapped
 from rgft.integrations.trainer_data import (
     ID_KEY,
     LoaderStream,
     TrainerCourse,
-    loads_alike,
+    cache_obstacle,
     randomness_untouched,
     substitute,
     train_loader,
 )
 from rgft.integrations.trainer_state import load_state, log_entries, save_state
 from rgft.probe_schedule import ProbePool, set_aside
+from rgft.workload import batch_shape
 
 log = logging.getLogger("rgft")
 
@@ -124,8 +125,8 @@ class _Engagement:
         self.guide.accumulation = trainer.args.gradient_accumulation_steps
         trainer.add_callback(self._callback)
         for name in (
-            "create_optimizer", "create_scheduler", "training_step", "log", "train", "_save_optimizer_and_scheduler",
-            "_load_optimizer_and_scheduler",
+            "create_optimizer", "create_scheduler", "get_batch_samples", "training_step", "log", "train",
+            "_save_optimizer_and_scheduler", "_load_optimizer_and_scheduler",
         ):  # fmt: skip
             self._replace(name, getattr(self, f"_{name.lstrip('_')}"))
 
@@ -136,12 +137,13 @@ class _Engagement:
         loader = train_loader(trainer)
         seed = guide.config.seed
         everything = LoaderStream(loader, total_batches=TrainerCourse.of(trainer, len(loader)).total_batches, seed=seed)
-        guide.prepare(everything, full_flops=full_flops)
+        self._prepare_costs(everything, full_flops)
         total = len(everything.dataset)
         train, pool = set_aside(total, guide.probe_examples, seed=seed)
-        with_ids = guide.cache is not None and loads_alike(loader)
-        if guide.cache is not None and not with_ids:
-            log.warning("no activation cache: the same example does not come out the same each time it is loaded")
+        obstacle = None if guide.cache is None else cache_obstacle(loader)
+        with_ids = guide.cache is not None and obstacle is None
+        if obstacle is not None:
+            log.warning("no activation cache: %s", obstacle)
         if not pool and not with_ids:
             course = TrainerCourse.of(trainer, len(loader))
         else:
@@ -151,6 +153,19 @@ class _Engagement:
             course = TrainerCourse.of(trainer, self._checked_batches(len(train)))
         guide.follow(course, pool=ProbePool(pool, everything.load, seed=seed) if pool else None)
         return course
+
+    def _prepare_costs(self, stream: LoaderStream, full_flops: float | None) -> None:
+        """Costs on the Trainer's loss, or on the model's own where that goes through fused kernels (TRL's LM head)."""
+        try:
+            self.guide.prepare(stream, full_flops=full_flops)
+        except BudgetError:
+            raise
+        except RGFTError as error:
+            log.info("FLOPs are read off the model's own loss; the Trainer's cannot be read: %s", error)
+            self.guide.prepare(stream, full_flops=full_flops, cost_loss=self._models_loss)
+
+    def _models_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        return model_loss(model, self.trainer._prepare_inputs(batch))
 
     def _checked_batches(self, expected: int) -> int:
         """Batches per epoch of the training set that was put in place."""
@@ -228,10 +243,28 @@ class _Engagement:
         return trainer.lr_scheduler
 
     def _training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        ids = inputs.pop(ID_KEY, None)
-        self.guide.announce(None if ids is None else tuple(ids.tolist()))
+        ids = _ids_of(inputs)
+        inputs.pop(ID_KEY, None)
+        self.guide.announce(inputs, ids)
         self._course.position += 1
-        return self._original("training_step")(model, inputs, *args, **kwargs)
+        loss = self._original("training_step")(model, inputs, *args, **kwargs)
+        if self.trainer.accelerator.sync_gradients:
+            # Here, and not in on_pre_optimizer_step: clipping comes between, which hides where a NaN came from.
+            self.guide.before_optimizer_step()
+        return loss
+
+    def _get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """The batches of the next step; none when the budget does not pay for them."""
+        trainer, guide = self.trainer, self.guide
+        batches, items = self._original("get_batch_samples")(*args, **kwargs)
+        if not batches:
+            return batches, items
+        largest = max(batches, key=lambda batch: math.prod(batch_shape(batch)))
+        guide.announce(largest, _ids_of(largest))
+        if guide.affords_upcoming:
+            return batches, items
+        stop(trainer.args, trainer.control)
+        return [], None
 
     def _log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs or "train_loss" in logs:
@@ -305,18 +338,12 @@ class _Steps(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._guide.begin_step()
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._guide.before_optimizer_step()
-
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._guide.end_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._guide.is_done and not control.should_training_stop:
-            control.should_training_stop = True
-            # What the Trainer does at its own last step.
-            control.should_save |= args.save_strategy == SaveStrategy.STEPS
-            control.should_evaluate |= getattr(args.eval_strategy, "value", args.eval_strategy) == "steps"
+            stop(args, control)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         guide = self._guide
@@ -327,6 +354,11 @@ class _Steps(TrainerCallback):
             "RGFT: %d steps, %.3g of full fine-tuning's FLOPs, %d of %d components on at the end, cut %d",
             steps, guide.flops_fraction, len(guide.active), len(guide.partition), guide.plan.cut,
         )  # fmt: skip
+
+
+def _ids_of(batch: Any) -> tuple[int, ...] | None:
+    ids = batch.get(ID_KEY)
+    return None if ids is None else tuple(ids.tolist())
 
 
 @contextmanager

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainerControl, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from rgft.config import Config
 from rgft.config.tree import Settings
@@ -64,3 +65,10 @@ def chosen_config(config: Config | None, settings: Settings) -> Config:
     if settings:
         raise ConfigError(f"expected config, or single settings; found both (config and {', '.join(sorted(settings))})")
     return config
+
+
+def stop(args: TrainingArguments, control: TrainerControl) -> None:
+    """Ends training after this step, with what the Trainer does at a last step of its own."""
+    control.should_training_stop = True
+    control.should_save |= args.save_strategy == SaveStrategy.STEPS
+    control.should_evaluate |= args.eval_strategy == IntervalStrategy.STEPS

@@ -19,6 +19,7 @@ from transformers import Trainer
 
 from rgft.batches import BatchStream, SizedDataset
 from rgft.errors import AttachError
+from rgft.workload import batch_shape
 
 #: Column of the data set and key of the batch that hold example ids.
 ID_KEY = "rgft_example"
@@ -157,19 +158,28 @@ def substitute(trainer: Trainer, ids: Sequence[int], *, with_ids: bool) -> None:
         trainer.data_collator = IdCollator(trainer.data_collator)
 
 
-def loads_alike(loader: DataLoader[Any]) -> bool:
-    """Whether an example comes out the same each time: masking and augmentation draw anew, and cannot be cached."""
+def cache_obstacle(loader: DataLoader[Any]) -> str | None:
+    """Why the activations of an example cannot be kept for when it comes again; None where they can.
+
+    Masking and augmentation draw an example anew each time; padding-free collators lay several out in one row.
+    """
     dataset: Any = loader.dataset
+    collate: Callable[[list[Any]], Any] = loader.collate_fn
     count = min(COMPARED_EXAMPLES, len(dataset))
     states = random.getstate(), np.random.get_state(legacy=True), torch.get_rng_state()
-    collate: Callable[[list[Any]], Any] = loader.collate_fn
     first, second = (cast("Any", collate([dataset[i] for i in range(count)])) for _ in range(2))
     drew = (
         random.getstate() != states[0]
         or repr(np.random.get_state(legacy=True)) != repr(states[1])
         or not torch.equal(torch.get_rng_state(), states[2])
     )
-    return not drew and isinstance(first, Mapping) and _equal(first, second) and _rows(first) == count
+    if not isinstance(first, MutableMapping) or not isinstance(dataset[0], MutableMapping):
+        return f"expected examples and batches that are mappings, found {type(dataset[0]).__name__}"
+    if batch_shape(first)[0] != count:
+        return f"{count} examples are collated into {batch_shape(first)[0]} rows"
+    if drew or not _equal(first, second):
+        return "an example comes out differently each time it is loaded (masking, augmentation)"
+    return None
 
 
 def _equal(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
@@ -177,11 +187,6 @@ def _equal(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
         torch.equal(value, second[key]) if isinstance(value, Tensor) else value == second[key]
         for key, value in first.items()
     )
-
-
-def _rows(batch: Mapping[str, Any]) -> int | None:
-    """Rows of a batch; padding-free collators lay all examples out in one."""
-    return next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim()), None)
 
 
 @contextmanager

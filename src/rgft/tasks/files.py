@@ -1,0 +1,114 @@
+"""Reading labelled rows: CSV, TSV, JSONL, parquet, or a name on the hub. Columns are checked first."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from rgft.errors import DataError
+
+Row = dict[str, Any]
+
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+
+
+def read_rows(source: str, columns: Sequence[str], *, split: str = "train") -> list[Row]:
+    """The wanted columns of every row.
+
+    Args:
+        source: a file (`.csv`, `.tsv` with a header, `.jsonl`, `.parquet`) or the name of a data set on the hub.
+        columns: wanted columns.
+        split: of a hub data set; files have one.
+
+    Raises:
+        DataError: the file is missing, unreadable or of another kind, lacks a column (the nearest is named), or has no
+            rows; or the hub cannot be reached.
+    """
+    path = Path(source)
+    is_file = path.exists() or path.suffix in _SUFFIXES
+    rows = _read_file(path, columns) if is_file else _read_hub(source, columns, split)
+    if not rows:
+        raise DataError(f"{source}: expected at least one row, found none")
+    return rows
+
+
+def _read_file(path: Path, columns: Sequence[str]) -> list[Row]:
+    if not path.is_file():
+        raise DataError(f"{path}: expected a file, found {'a folder' if path.is_dir() else 'nothing'} there")
+    try:
+        if path.suffix in _DELIMITERS:
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                reader = csv.DictReader(file, delimiter=_DELIMITERS[path.suffix], strict=True)
+                require_columns(str(path), columns, reader.fieldnames or ())
+                return [_picked(path, number, row, columns) for number, row in enumerate(reader, start=2)]
+        if path.suffix == ".jsonl":
+            return _read_jsonl(path, columns)
+        if path.suffix == ".parquet":
+            import pyarrow.parquet as parquet
+
+            require_columns(str(path), columns, parquet.read_schema(path).names)
+            return parquet.read_table(path, columns=list(dict.fromkeys(columns))).to_pylist()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: expected UTF-8, found byte {error.object[error.start]:#x} at {error.start}"
+        ) from error
+    except (OSError, csv.Error, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    raise DataError(f"{path}: expected a file ending in {', '.join(_SUFFIXES)}, found {path.suffix or 'no ending'!r}")
+
+
+def _read_jsonl(path: Path, columns: Sequence[str]) -> list[Row]:
+    rows: list[Row] = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{path}, line {number}: expected JSON: {error}") from error
+            if not isinstance(value, Mapping):
+                raise DataError(f"{path}, line {number}: expected an object, found {type(value).__name__}")
+            require_columns(f"{path}, line {number}", columns, value)
+            rows.append({column: value[column] for column in columns})
+    return rows
+
+
+def _read_hub(name: str, columns: Sequence[str], split: str) -> list[Row]:
+    from datasets import load_dataset
+
+    try:
+        data = load_dataset(name, split=split)
+    except Exception as error:  # the hub's client raises many kinds
+        raise DataError(
+            f"{name!r} is no file here, and could not be loaded from the hub ({type(error).__name__}: {error}). "
+            "Give the path of a .csv, .tsv, .jsonl or .parquet file, or check the name, the network and HF_HUB_OFFLINE"
+        ) from error
+    require_columns(name, columns, data.column_names)
+    return [dict(row) for row in data.select_columns(list(dict.fromkeys(columns)))]
+
+
+def require_columns(where: str, wanted: Iterable[str], found: Iterable[str]) -> None:
+    """Raises DataError naming every missing column and the nearest one that is there."""
+    names = [str(name) for name in found]
+    problems = []
+    for column in dict.fromkeys(wanted):
+        if column not in names:
+            near = get_close_matches(column, names, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            problems.append(f"{where}: there is no column {column!r}{hint} (columns: {', '.join(names) or 'none'})")
+    if problems:
+        raise DataError("\n".join(problems))
+
+
+def _picked(path: Path, number: int, row: Mapping[str | None, Any], columns: Sequence[str]) -> Row:
+    if None in row or any(row[column] is None for column in columns):
+        raise DataError(f"{path}, line {number}: expected as many fields as the header has, found another number")
+    return {column: row[column] for column in columns}

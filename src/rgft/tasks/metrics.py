@@ -1,0 +1,65 @@
+"""Metrics of a whole split, in plain torch. An undefined value is left out, never reported as 0."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def classification(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Accuracy, macro F1, Matthews correlation and expected calibration error.
+
+    Args:
+        logits: [N, C].
+        labels: [N], integers.
+
+    Returns:
+        `accuracy`; `f1` (macro over the classes that occur in labels or predictions); `matthews`, where both labels and
+        predictions have at least two classes; `calibration_error` (15 bins of equal width over the largest probability,
+        Guo et al. 2017, eq. 3).
+    """
+    predicted = logits.argmax(-1)
+    metrics = {"accuracy": float((predicted == labels).double().mean()), "f1": _macro_f1(predicted, labels)}
+    matthews = _matthews(predicted, labels, logits.shape[-1])
+    if matthews is not None:
+        metrics["matthews"] = matthews
+    metrics["calibration_error"] = calibration_error(logits, labels)
+    return metrics
+
+
+def regression(outputs: Tensor, targets: Tensor) -> dict[str, float]:
+    """Mean squared error, and Pearson's correlation where neither side is constant. Both [N] or [N, 1]."""
+    x, y = outputs.reshape(-1).double(), targets.reshape(-1).double()
+    metrics = {"mse": float((x - y).square().mean())}
+    dx, dy = x - x.mean(), y - y.mean()
+    norms = float(dx.norm() * dy.norm())
+    if norms > 0.0:
+        metrics["pearson"] = float(dx @ dy) / norms
+    return metrics
+
+
+def _macro_f1(predicted: Tensor, labels: Tensor) -> float:
+    scores = []
+    for name in torch.cat([predicted, labels]).unique().tolist():
+        hits = float(((predicted == name) & (labels == name)).sum())
+        scores.append(2.0 * hits / float((predicted == name).sum() + (labels == name).sum()))
+    return sum(scores) / len(scores)
+
+
+def _matthews(predicted: Tensor, labels: Tensor, classes: int) -> float | None:
+    """Multi-class Matthews correlation (Gorodkin 2004); None where it is undefined."""
+    table = torch.zeros(classes, classes, dtype=torch.float64)
+    table.index_put_((labels, predicted), torch.ones(len(labels), dtype=torch.float64), accumulate=True)
+    total, truth, guess = table.sum(), table.sum(1), table.sum(0)
+    covariance = table.trace() * total - truth @ guess
+    norm = ((total**2 - guess @ guess) * (total**2 - truth @ truth)).sqrt()
+    return float(covariance / norm) if norm > 0 else None
+
+
+def calibration_error(logits: Tensor, labels: Tensor, *, bins: int = 15) -> float:
+    """Expected calibration error: mean |accuracy − confidence| over bins, weighted by their size."""
+    confidence, predicted = logits.double().softmax(-1).max(-1)
+    right = (predicted == labels).double()
+    places = (confidence * bins).ceil().clamp(1, bins).long() - 1
+    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, places, right - confidence)
+    return float(gaps.abs().sum() / len(labels))

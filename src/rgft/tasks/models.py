@@ -1,0 +1,72 @@
+"""Loading a pre-trained model and its tokenizer by name or path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rgft.errors import DataError
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model; decoders without a padding token pad with their end-of-text token.
+
+    Raises:
+        DataError: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = _loaded(AutoTokenizer, name, "tokenizer")
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise DataError(f"{name}: its tokenizer has neither a padding nor an end-of-text token; set one of them")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_classifier(name: str, *, labels: int, seed: int, pad_token_id: int, **settings: Any) -> Any:
+    """A sequence classification model; what the checkpoint lacks (the classifier) is initialised from `seed`.
+
+    Args:
+        name: hub name or folder.
+        labels: number of classes, or of values for regression.
+        seed: of new weights; the global random state is left alone.
+        pad_token_id: for models whose configuration has none.
+        settings: passed on to the configuration (`problem_type`, `id2label`, …).
+
+    Raises:
+        DataError: it cannot be loaded.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        # A classifier for another number of labels is made anew; the library reports it.
+        model = _loaded(
+            AutoModelForSequenceClassification,
+            name,
+            "model",
+            num_labels=labels,
+            ignore_mismatched_sizes=True,
+            **settings,
+        )
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = pad_token_id
+    return model
+
+
+def _loaded(factory: Any, name: str, what: str, **settings: Any) -> Any:
+    looks_like_path = name.startswith((".", "/", "~")) or Path(name).exists()
+    folder = Path(name).expanduser()
+    if looks_like_path and not (folder / "config.json").is_file():
+        found = "a folder without config.json" if folder.is_dir() else "nothing"
+        raise DataError(
+            f"{name}: expected a folder with a saved model (config.json, weights, tokenizer), found {found}"
+        )
+    try:
+        return factory.from_pretrained(str(folder) if looks_like_path else name, **settings)
+    except Exception as error:  # the hub's client and the loaders raise many kinds
+        where = "" if looks_like_path else "; it is no folder here, so the hub was asked (see HF_HUB_OFFLINE)"
+        raise DataError(f"{name}: the {what} cannot be loaded{where}: {type(error).__name__}: {error}") from error

@@ -93,7 +93,7 @@ def test_a_run_ends_within_its_budget_and_reads_the_cache(tmp_path: Path, settin
     family = settings.get("family", "bert")
     trainer = make_trainer(tmp_path, dataset=examples(120, kind=FAMILIES[family].kind), **settings)
     before = weights(trainer.model)
-    guide = enable(trainer, budget=0.5)
+    guide = enable(trainer, budget=0.45)
     seen = Watch(lambda: (guide.cache.hits, guide.ledger.spent_flops, guide.plan.cut))  # type: ignore[union-attr]
     trainer.add_callback(seen)
     trainer.train()
@@ -101,7 +101,7 @@ def test_a_run_ends_within_its_budget_and_reads_the_cache(tmp_path: Path, settin
     assert plan is not None
     accumulation = settings.get("gradient_accumulation_steps", 1)
     one_step = (seen.seen[-1][1] - seen.seen[-2][1]) * 1.01
-    assert plan.flops - one_step < guide.ledger.spent_flops <= plan.flops == pytest.approx(0.5 * plan.full_flops)
+    assert plan.flops - one_step < guide.ledger.spent_flops <= plan.flops == pytest.approx(0.45 * plan.full_flops)
     # 120 examples, a probe pool may be aside: 15 batches at most in the first epoch
     per_epoch = -(-15 // accumulation)
     assert len(seen.seen) > per_epoch + 1
@@ -301,13 +301,11 @@ def test_fused_default_gives_way_at_head_granularity(tmp_path: Path, caplog: pyt
     trainer = make_trainer(tmp_path, dataset=examples(120))
     assert trainer.args.optim == "adamw_torch_fused"
     guide = enable(trainer, budget=0.4, granularity="head")
-    kinds: list[tuple[Any, Any]] = []
-    trainer.add_callback(
-        Watch(lambda: kinds.append([(g["fused"], g["foreach"]) for g in trainer.optimizer.param_groups][0]))
-    )
+    kinds = Watch(lambda: [(group["fused"], group["foreach"]) for group in trainer.optimizer.param_groups])
+    trainer.add_callback(kinds)
     with caplog.at_level(logging.WARNING, logger="rgft"):
         trainer.train()
-    assert set(kinds) == {(False, True)}
+    assert {kind for seen in kinds.seen for kind in seen} == {(False, True)}
     assert "fused kernels would write beyond slices" in caplog.text
     assert guide.plan.cut > 0
 

@@ -19,7 +19,7 @@ from rgft.errors import NonFiniteError
 from rgft.execution.binding import Binding
 from rgft.execution.directions import Directions
 from rgft.execution.probing import still
-from rgft.signals.base import GradientSignal, PartGradient, Parts, Probe, Signal
+from rgft.signals.base import GradientSignal, PartGradient, Parts, Probe, Signal, at_least_float32
 from rgft.signals.decrease import PredictedDecrease
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -127,7 +127,9 @@ class Measurement:
             if gradient_norm:
                 self._finite_loss(step)(self._model, batch).backward()
                 gradients = [p.grad for _, parameters in self._binding for p in parameters if p.grad is not None]
-                self.gradient_norm_squared = float(torch.stack([g.float().square().sum() for g in gradients]).sum())
+                self.gradient_norm_squared = float(
+                    torch.stack([at_least_float32(g).square().sum() for g in gradients]).sum()
+                )
         self.error_map = self.error_map.observe(scores, step=step)
         return scores
 

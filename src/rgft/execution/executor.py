@@ -7,6 +7,7 @@ moments, and the activation cache of the frozen prefix.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -111,18 +112,12 @@ class Executor:
         ]
         if not named:
             return {}
-        norms = (
-            torch.stack(
-                torch._foreach_norm(  # pyright: ignore[reportPrivateImportUsage]
-                    [gradient for _, gradient in named], 2, torch.float32
-                )
-            )
-            .square()
-            .tolist()
-        )
+        gradients = [gradient for _, gradient in named]
+        dtype = reduce(torch.promote_types, {gradient.dtype for gradient in gradients}, torch.float32)
+        norms = torch._foreach_norm(gradients, 2, dtype)  # pyright: ignore[reportPrivateImportUsage]
         totals: dict[str, float] = {}
-        for (name, _), squared in zip(named, norms, strict=True):
-            totals[name] = totals.get(name, 0.0) + squared
+        for (name, _), norm in zip(named, torch.stack(norms).tolist(), strict=True):
+            totals[name] = totals.get(name, 0.0) + norm * norm
         return totals
 
     def state_dict(self) -> dict[str, Any]:

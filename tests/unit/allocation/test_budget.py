@@ -1,0 +1,199 @@
+"""The cut that a budget buys, against tables worked out by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rgft.allocation.base import Situation
+from rgft.allocation.budget import BudgetMask
+from rgft.components import Component
+from rgft.error_map import ErrorMap
+from rgft.errors import ConfigError
+from rgft.plan import UpdatePlan
+
+LAYERS = 4
+
+
+class Costs:
+    """A step costs 10 for F, 10 per depth that dX passes, and 5 of dW per depth that is on: 10 + 15·(depths on)."""
+
+    def step_flops(self, active: frozenset[str], *, rows: int, tokens: int) -> Any:
+        depths = {int(name) for name in active}
+        total = rows * tokens * (10.0 + 10.0 * (LAYERS + 2 - min(depths)) + 5.0 * len(depths))
+        return type("Cost", (), {"total": total})
+
+
+def components() -> tuple[Component, ...]:
+    """An embedding at depth 0, layers 1…4, a classifier at depth 5; names are depths."""
+    kinds = ["embedding", *["layer"] * LAYERS, "classifier"]
+    return tuple(
+        Component(name=str(d), kind=kind, slices=(), depth=d, layer=f"layers.{d}" if kind == "layer" else None)  # type: ignore[arg-type]
+        for d, kind in enumerate(kinds)
+    )
+
+
+def measured(values: dict[int, float], *, count: int = 2, noise: float = 0.0) -> ErrorMap:
+    """`count` observations value ± noise in turn."""
+    error_map = ErrorMap.empty([c.name for c in components()])
+    for i in range(count):
+        scores = {str(d): v + (noise if i % 2 else -noise) for d, v in values.items()}
+        error_map = error_map.observe(scores, step=i)
+    return error_map
+
+
+def situation(error_map: ErrorMap | None = None, **changes: Any) -> Situation:
+    base = Situation(
+        step=5, components=components(), error_map=error_map or measured({}), costs=Costs(),  # type: ignore[arg-type]
+        flops_left=10_000.0, steps_left=200,
+    )  # fmt: skip
+    return replace(base, **changes)
+
+
+def in_force(cut: int) -> UpdatePlan:
+    return UpdatePlan(step=0, multipliers={c.name: float(c.depth >= cut) for c in components()}, cut=cut)
+
+
+def test_without_a_map_layers_count_alike() -> None:
+    """r_d = 1 for each of the 4 layers, 0 for the embedding: bias and variance from counts and costs alone."""
+    choices = BudgetMask().choices(situation())
+    assert [c.cut for c in choices] == [0, 1, 2, 3, 4, 5]
+    assert [c.step_flops for c in choices] == [100, 85, 70, 55, 40, 25]
+    steps = [100, 10_000 / 85, 10_000 / 70, 10_000 / 55, 200, 200]  # the epochs have no more than 200
+    assert [c.steps for c in choices] == pytest.approx(steps)
+    on = [4, 4, 3, 2, 1, 0]
+    bias = [(1 - k / 4) ** 2 for k in on]
+    variance = [k / 4 * 100 / n for k, n in zip(on, steps, strict=True)]
+    assert [c.bias for c in choices] == pytest.approx(bias)
+    assert [c.variance for c in choices] == pytest.approx(variance)
+    costs = [b + v for b, v in zip(bias, variance, strict=True)]
+    assert [c.cost for c in choices] == pytest.approx(costs)
+    assert BudgetMask().cut(situation()) == costs.index(min(costs)) == 3
+    assert BudgetMask().active(situation()) == {"3", "4", "5"}
+
+
+def test_with_certain_maps_costs_follow_the_scores() -> None:
+    """Observations without scatter are believed as they are: signal r, noise h − r."""
+    r = {0: 0.1, 1: 0.2, 2: 0.4, 3: 0.8, 4: 1.6, 5: 9.0}
+    h = {0: 2.1, 1: 1.2, 2: 1.4, 3: 1.3, 4: 2.6, 5: 20.0}
+    choices = BudgetMask(noise_weight=0.5).choices(situation(measured(r), same_batch_map=measured(h)))
+    signal = [0.1, 0.2, 0.4, 0.8, 1.6]  # the classifier is on at every cut and counts neither way
+    noise = [2.0, 1.0, 1.0, 0.5, 1.0]
+    for choice in choices:
+        bias = (1 - sum(signal[choice.cut :]) / 3.1) ** 2
+        variance = sum(noise[choice.cut :]) / 5.5 * 100 / choice.steps
+        assert choice.bias == pytest.approx(bias)
+        assert choice.variance == pytest.approx(variance)
+        assert choice.cost == pytest.approx(bias + 0.5 * variance)
+
+
+def test_uncertain_scores_count_for_less() -> None:
+    """Scores of equal scatter are drawn towards the mean layer, the embedding's towards nothing."""
+    values = {0: 1.0, 1: 1.0, 2: 1.0, 3: 1.0, 4: 5.0, 5: 1.0}
+    error_map = measured(values, count=6, noise=1.0)
+    error = error_map.standard_error("4")
+    assert error is not None
+    exact = {d: error_map.value(str(d)) or 0.0 for d in range(5)}
+    mean = sum(exact[d] for d in range(1, 5)) / 4
+    share = 1 / (1 + (error / (0.5 * mean)) ** 2)
+    believed = [exact[0] * share, *(mean + share * (exact[d] - mean) for d in range(1, 5))]
+    choices = BudgetMask().choices(situation(error_map))
+    for choice in choices:
+        reached = sum(believed[choice.cut :]) / sum(believed)
+        assert choice.bias == pytest.approx((1 - reached) ** 2)
+
+
+def test_a_single_observation_says_nothing_of_its_error_and_leaves_layers_alike() -> None:
+    once = measured({d: float(d**3) for d in range(6)}, count=1)
+    for found, expected in zip(BudgetMask().choices(situation(once)), BudgetMask().choices(situation()), strict=True):
+        assert found == expected
+
+
+@given(st.integers(2, 60), st.floats(0.05, 5.0))
+@settings(max_examples=60, deadline=None)
+def test_more_certain_maps_with_all_signal_on_top_cut_no_lower(count: int, noise: float) -> None:
+    """The longer a run has measured that only the top layer learns, the less it pays for the others."""
+    values = {0: 0.0, 1: 0.0, 2: 0.0, 3: 0.0, 4: 4.0, 5: 1.0}
+    mask = BudgetMask()
+    less = mask.cut(situation(measured(values, count=count, noise=noise)))
+    more = mask.cut(situation(measured(values, count=count * 4, noise=noise / 4)))
+    assert 3 <= less <= more <= 4
+    assert mask.cut(situation(measured(values))) == 4
+
+
+def test_signal_at_the_bottom_lowers_the_cut() -> None:
+    r = {0: 0.5, 1: 4.0, 2: 1.0, 3: 0.1, 4: 0.1, 5: 1.0}
+    same_batch = measured({d: value + 1.0 for d, value in r.items()})
+    assert BudgetMask().cut(situation(measured(r), same_batch_map=same_batch)) <= 1
+    assert BudgetMask().cut(situation(measured(dict.fromkeys(r, 1.0)), same_batch_map=same_batch)) > 1
+
+
+def test_without_an_end_of_the_epochs_only_ratios_of_steps_matter() -> None:
+    small = BudgetMask().choices(situation(flops_left=5_000.0, steps_left=None))
+    large = BudgetMask().choices(situation(flops_left=50_000.0, steps_left=None))
+    assert [c.cost for c in small] == pytest.approx([c.cost for c in large])
+
+
+def test_steps_left_caps_what_cheap_cuts_gain() -> None:
+    """Where the budget pays for every batch that is left, nothing is gained by cutting but noise."""
+    rich = BudgetMask(noise_weight=0.1).choices(situation(flops_left=1e9, steps_left=50))
+    assert {choice.steps for choice in rich} == {50}
+    assert BudgetMask(noise_weight=0.1).cut(situation(flops_left=1e9, steps_left=50)) <= 1
+    assert all(
+        c.steps == pytest.approx(10_000 / c.step_flops) for c in BudgetMask().choices(situation(steps_left=None))
+    )
+
+
+def test_cuts_of_which_no_step_is_paid_for_are_out_of_the_question() -> None:
+    assert [c.cut for c in BudgetMask().choices(situation(flops_left=60.0))] == [3, 4, 5]
+    assert [c.cut for c in BudgetMask().choices(situation(flops_left=3.0))] == [5]
+
+
+def test_shapes_scale_costs() -> None:
+    assert [c.step_flops for c in BudgetMask().choices(situation(rows=2, tokens=3))] == [600, 510, 420, 330, 240, 150]
+
+
+@pytest.mark.parametrize(("hysteresis", "expected"), [(0.0, 3), (0.5, 2)])
+def test_hysteresis_keeps_the_cut_in_force_unless_another_is_clearly_better(hysteresis: float, expected: int) -> None:
+    table = {c.cut: c.cost for c in BudgetMask().choices(situation())}
+    assert 1 > table[3] / table[2] > 0.5
+    mask = BudgetMask(hysteresis=hysteresis)
+    assert mask.cut(situation(previous=in_force(2))) == expected
+    assert mask.cut(situation(previous=None)) == 3
+
+
+def test_hysteresis_at_its_edge() -> None:
+    table = {c.cut: c.cost for c in BudgetMask().choices(situation())}
+    edge = 1 - table[3] / table[2]
+    assert BudgetMask(hysteresis=edge - 1e-6).cut(situation(previous=in_force(2))) == 3
+    assert BudgetMask(hysteresis=edge + 1e-6).cut(situation(previous=in_force(2))) == 2
+
+
+@pytest.mark.parametrize(
+    ("fraction", "cut"), [(0.0, 0), (0.1, 0), (0.2, 2), (0.25, 2), (0.5, 3), (0.75, 4), (0.9, 5), (1.0, 5)]
+)
+def test_frozen_fraction_rounds_to_layers(fraction: float, cut: int) -> None:
+    """Of 4 layers; the layer of depth d is frozen below cut d+1. Neither map nor budget is asked."""
+    mask = BudgetMask(frozen_fraction=fraction)
+    assert mask.cut(situation()) == cut
+    assert mask.cut(situation(costs=None, flops_left=None)) == cut
+    assert mask.active(situation()) == {str(d) for d in range(cut, 6)}
+
+
+def test_without_costs_or_layers_the_cut_in_force_stays() -> None:
+    assert BudgetMask().cut(situation(costs=None)) == 0
+    assert BudgetMask().cut(situation(flops_left=None, previous=in_force(3))) == 3
+    flat = tuple(replace(c, layer=None) for c in components())
+    assert BudgetMask().choices(situation(components=flat)) == []
+    assert BudgetMask(frozen_fraction=0.5).cut(situation(components=flat)) == 0
+
+
+def test_all_problems_are_reported_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        BudgetMask(noise_weight=-1.0, spread=-0.1, hysteresis=1.0, frozen_fraction=1.5)
+    for key in ("noise_weight", "spread", "hysteresis", "frozen_fraction"):
+        assert f"mask.{key}: expected" in str(caught.value)

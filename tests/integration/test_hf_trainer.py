@@ -3,10 +3,12 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, set_seed
 
@@ -14,6 +16,7 @@ from rgft import Config
 from rgft.errors import AttachError, BudgetError, ConfigError, NonFiniteError, OptimizerError, RGFTWarning
 from rgft.guide import Guide
 from rgft.integrations import RGFTCallback, enable
+from rgft.integrations.trainer_checks import refuse_unsupported
 from tests.families import FAMILIES
 from tests.integration.trainers import Watch, arguments, assert_equal, examples, make_trainer, weights
 
@@ -151,6 +154,16 @@ def test_off_components_do_not_move(tmp_path: Path) -> None:
             elif component == "classifier":
                 assert moved
     assert checked > 20
+
+
+def test_the_prefix_stays_in_eval_mode_though_the_trainer_calls_train(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, dataset=examples(80))
+    guide = enable(trainer, budget=0.4, execution={"cache": "none"})
+    seen: set[tuple[bool, bool]] = set()
+    dropout = trainer.model.bert.encoder.layer[0].output.dropout
+    dropout.register_forward_hook(lambda module, args, output: seen.add((guide.plan.cut > 1, module.training)))
+    trainer.train()
+    assert seen == {(False, True), (True, False)}
 
 
 def test_what_is_logged(tmp_path: Path) -> None:
@@ -472,6 +485,44 @@ def test_trainings_that_are_refused(tmp_path: Path, settings: dict[str, Any], me
     with pytest.raises(AttachError, match=message):
         enable(trainer, budget=0.5)
     assert not hasattr(trainer.model, "_rgft_guide")
+
+
+def test_all_reasons_to_refuse_come_at_once() -> None:
+    args = SimpleNamespace(
+        world_size=2,
+        n_gpu=2,
+        fp16=True,
+        auto_find_batch_size=True,
+        gradient_checkpointing_kwargs={"use_reentrant": True},
+    )
+    with pytest.raises(AttachError) as error:
+        refuse_unsupported(args, accelerator=SimpleNamespace(distributed_type=DistributedType.FSDP))  # type: ignore[arg-type]
+    for expected in ("2 (FSDP)", "nn.DataParallel", "Use bf16=True", "Set a batch size", "Set use_reentrant to False"):
+        assert expected in str(error.value)
+    args = SimpleNamespace(world_size=1, n_gpu=1, fp16=False, auto_find_batch_size=False)
+    refuse_unsupported(args, accelerator=SimpleNamespace(distributed_type=DistributedType.NO))  # type: ignore[arg-type]
+    with pytest.raises(AttachError, match="DEEPSPEED"):
+        refuse_unsupported(args, accelerator=SimpleNamespace(distributed_type=DistributedType.DEEPSPEED))  # type: ignore[arg-type]
+
+
+def test_a_training_that_never_steps_is_said(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, dataset=examples(80))
+    trainer._run_epoch = lambda **kwargs: setattr(trainer.control, "should_training_stop", True)
+    enable(trainer, budget=0.5)
+    with pytest.warns(RGFTWarning, match="saw no training step"):
+        trainer.train()
+
+
+def test_batches_of_uneven_length_do_not_overspend(tmp_path: Path) -> None:
+    for accumulation in (1, 3):
+        trainer = make_trainer(
+            tmp_path, dataset=Texts(160), more={"data_collator": Pad()}, gradient_accumulation_steps=accumulation,
+            per_device_train_batch_size=4,
+        )  # fmt: skip
+        guide = enable(trainer, budget=0.3)
+        trainer.train()
+        assert 0.25 < guide.flops_fraction <= 0.3
+        assert trainer.state.global_step == guide.step_count
 
 
 def test_streams_and_impossible_budgets_leave_nothing_attached(tmp_path: Path) -> None:

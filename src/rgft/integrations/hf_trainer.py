@@ -22,6 +22,7 @@ from typing import Any, Unpack, cast
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_optimizer import is_optimizer_factory
 
@@ -30,6 +31,7 @@ from rgft.config.tree import Settings
 from rgft.errors import AttachError, BudgetError, RGFTError, RGFTWarning
 from rgft.guide import Guide, model_loss
 from rgft.integrations.hf_callback import RGFTCallback
+from rgft.integrations.peft import base_flops, is_peft
 from rgft.integrations.trainer_checks import chosen_config, refuse_unsupported, stop, unwrapped
 from rgft.integrations.trainer_data import (
     ID_KEY,
@@ -66,8 +68,8 @@ def enable(
         trainer: of Transformers or TRL, on one device, with a map-style training set. A small part of that is set
             aside for probes and never trained on.
         config: all settings; or give them one by one:
-        full_flops: FLOPs of that full fine-tuning. None: of training all that is trainable in this model; for a PEFT
-            model that is the adapters on every example, which costs less than fine-tuning the base model.
+        full_flops: FLOPs of the full fine-tuning that the budget is a share of. None: of all that is trainable in this
+            model; with PEFT, of the whole base model without adapters.
         settings: of `Config`, `budget` first: the share of full fine-tuning's FLOPs on the same data and epochs.
 
     Returns:
@@ -96,6 +98,8 @@ def _refuse_late(trainer: Trainer) -> None:
             "training has begun (or ended with an error): its optimizer and data are fixed. Call "
             "rgft.integrations.enable(trainer) on a new Trainer, before train()"
         )
+    if getattr(trainer.model, "_rgft_guide", None) is not None:
+        raise AttachError("this model has a guide already: enable() was called before, or a Guide was made by hand")
     if trainer.model_init is not None:
         raise AttachError(
             "this Trainer makes a new model in train() (model_init), which the guide would not see. Pass model="
@@ -110,12 +114,18 @@ class _Engagement:
     def __init__(self, trainer: Trainer, config: Config, full_flops: float | None) -> None:
         self.trainer = trainer
         model = cast("nn.Module", trainer.model)
-        self.guide = Guide(model, config, loss=self._loss)
         self._before: dict[str, tuple[bool, Any]] = {}
+        with randomness_untouched():
+            loader = train_loader(trainer)
+            total = TrainerCourse.of(trainer, len(loader)).total_batches
+            everything = LoaderStream(loader, total_batches=total, seed=config.seed)
+            if full_flops is None and is_peft(model):
+                full_flops = base_flops(model, everything, (self._loss, self._models_loss))
+        self.guide = Guide(model, config, loss=self._loss)
         self._callback = _Steps(self)
         try:
             with randomness_untouched():
-                self._course = self._prepare_data(full_flops)
+                self._course = self._prepare_data(loader, everything, full_flops)
             if trainer.optimizer is not None:
                 self.guide.set_optimizer(unwrapped(trainer.optimizer))
         except BaseException:
@@ -132,11 +142,11 @@ class _Engagement:
 
     # ---------------------------------------------------------------- data
 
-    def _prepare_data(self, full_flops: float | None) -> TrainerCourse:
+    def _prepare_data(
+        self, loader: DataLoader[Any], everything: LoaderStream, full_flops: float | None
+    ) -> TrainerCourse:
         trainer, guide = self.trainer, self.guide
-        loader = train_loader(trainer)
         seed = guide.config.seed
-        everything = LoaderStream(loader, total_batches=TrainerCourse.of(trainer, len(loader)).total_batches, seed=seed)
         self._prepare_costs(everything, full_flops)
         total = len(everything.dataset)
         train, pool = set_aside(total, guide.probe_examples, seed=seed)

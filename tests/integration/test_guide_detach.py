@@ -22,7 +22,7 @@ HOOKS = [name for name in vars(nn.Linear(1, 1)) if "hook" in name]
 def portrait(model: nn.Module) -> dict[str, Any]:
     """Everything of a model that is not the value of a tensor."""
     return {
-        "modules": [(name, id(module), type(module), sorted(module.__dict__)) for name, module in model.named_modules()],
+        "modules": [(name, id(m), type(m), sorted(m.__dict__)) for name, m in model.named_modules()],
         "hooks": {
             (name, hook): list(getattr(module, hook)) for name, module in model.named_modules() for hook in HOOKS
             if hook in module.__dict__ and isinstance(getattr(module, hook), dict)

@@ -10,7 +10,8 @@ from tests.families import FAMILIES
 from tests.integration.loops import Examples, adamw, collate
 
 GRANULARITIES = {
-    "bert": ("layer", "block", "head"), "gpt2": ("layer", "head"), "llama": ("block", "head"), "t5": ("layer", "block", "head"),
+    "bert": ("layer", "block", "head"), "gpt2": ("layer", "head"), "llama": ("block", "head"),
+    "t5": ("layer", "block", "head"),
     "resnet": ("layer", "block"), "efficientnet": ("layer", "block"), "mixtral": ("layer", "block", "head"),
     "peft_lora": ("layer", "adapter"), "peft_llama_lora": ("layer", "adapter"), "vit": ("layer", "block", "head"),
     "torch_transformer_encoder": ("layer", "head"), "conv_net": ("layer",), "mlp": ("layer",),

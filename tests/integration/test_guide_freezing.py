@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -35,7 +36,7 @@ def test_probes_observe_everything_through_the_cut(name: str, granularity: str) 
     off = [c.name for c in guide.partition if c.depth < guide.plan.cut]
     assert off
     probed = held = 0
-    for (cut, probes, old, values), (_, later, new, now) in zip(history, history[1:], strict=False):
+    for (cut, probes, old, values), (_, later, new, now) in pairwise(history):
         if not cut:
             continue
         if later == probes:  # no observation: held, not zeroed
@@ -96,7 +97,7 @@ def test_a_plan_uses_nothing_of_the_batch_it_is_applied_to(preset: str) -> None:
         taken = []
         for step, batch in enumerate(guide.batches(Examples(family, count=40), batch_size=4, collate_fn=collate)):
             if poison and step == perturbed:
-                batch = {**batch, "input_ids": batch["input_ids"].flip(0), "labels": (batch["labels"] + 1) % 3}  # noqa: PLW2901
+                batch = {**batch, "input_ids": batch["input_ids"].flip(0), "labels": (batch["labels"] + 1) % 3}
             guide.loss(batch).backward()
             taken.append((guide.plan.cut, dict(guide.plan.multipliers)))
             guide.step(optimizer)

@@ -231,10 +231,9 @@ def test_evaluation_sees_what_the_plain_model_gives(tmp_path: Path) -> None:
     ("stop", "settings", "config"),
     [
         (3, {}, {"budget": 0.4}),
-        (20, {}, {"budget": 0.4}),
-        (14, {"gradient_accumulation_steps": 2}, {"budget": 0.6, "granularity": "head"}),
-        (16, {"family": "llama"}, {"budget": 0.5, "probe": {"interval": 5, "size": 4}}),
-        (12, {"num_train_epochs": 1}, {"preset": "proposal_b"}),
+        (9, {"gradient_accumulation_steps": 2}, {"budget": 0.6, "granularity": "head"}),
+        (14, {"family": "llama"}, {"budget": 0.5, "probe": {"interval": 5, "size": 4}}),
+        (7, {"num_train_epochs": 1}, {"preset": "proposal_b"}),
     ],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(
@@ -246,7 +245,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
                 control.should_training_stop = control.should_save = True
 
     def trainer(name: str, callbacks: list[TrainerCallback]) -> tuple[Any, Guide]:
-        dataset = examples(160, kind=FAMILIES[settings.get("family", "bert")].kind)
+        dataset = examples(96, kind=FAMILIES[settings.get("family", "bert")].kind)
         made = make_trainer(
             tmp_path / name, dataset=dataset, more={"callbacks": callbacks}, save_strategy="steps", save_steps=1000,
             **settings,

@@ -519,11 +519,11 @@ class Guide:
             return
         rows, tokens = batch_shape(kwargs or args)
         started = time.perf_counter()
-        filled = self._executor.fill_cache(args, kwargs, self._ids)
+        filled = self._executor.fill_cache(args, kwargs, self._ids, tokens)
         if filled and self._costs is not None:
             flops = self._costs.forward_flops(filled, tokens, below=self.plan.cut)
             self.ledger.add_fill(flops=flops, seconds=time.perf_counter() - started)
-        hit = self._executor.begin_forward(self._ids, kwargs.get("attention_mask"))
+        hit = self._executor.begin_forward(self._ids, kwargs.get("attention_mask"), tokens)
         if self._costs is not None:
             self.ledger.add_forward(
                 full=self._costs.full_step(rows, tokens), rows=rows, tokens=rows * tokens,
@@ -614,7 +614,7 @@ class Guide:
         active, fill, hit = plan.active(self.step_count), 0.0, False
         if self.cache is not None and batch is not None and self.cache.cut == plan.cut:
             mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-            unknown = len(self.cache.unknown_rows(self._ids, mask)) if self._ids is not None else rows
+            unknown = len(self.cache.unknown_rows(self._ids, mask, tokens)) if self._ids is not None else rows
             hit = unknown < rows
             fill = self._costs.forward_flops(unknown, tokens, below=plan.cut) if hit and unknown else 0.0
         step = self._costs.step_flops(active, rows=rows, tokens=tokens, cached_below=plan.cut if hit else 0)

@@ -29,10 +29,12 @@ class CachedState:
     Attributes:
         states_TD: without padding.
         offset: position of the first token in its row; positions are absolute in some models, so it must recur.
+        tokens: length of the row, padding included, where no mask told the tokens from it: then that must recur too.
     """
 
     states_TD: Tensor
     offset: int
+    tokens: int | None = None
 
 
 class _PrefixComputed(Exception):
@@ -70,6 +72,7 @@ class ActivationCache:
         self._replaced: list[tuple[nn.Module, Any]] = []
         self._ids: Sequence[int] | None = None
         self._spans: list[tuple[int, int]] | None = None
+        self._tokens: int | None = None
         self._hit = False
         self._filling = False
         self.hits = 0
@@ -117,41 +120,50 @@ class ActivationCache:
                 layer.forward = own_forward
         self._replaced.clear()
 
-    def begin(self, ids: Sequence[int] | None, attention_mask: Tensor | None) -> bool:
+    def begin(self, ids: Sequence[int] | None, attention_mask: Tensor | None, tokens: int | None = None) -> bool:
         """Announces the batch of the next forward; returns whether its prefix will be read from the cache.
 
         Args:
             ids: example ids in row order; None bypasses the cache.
-            attention_mask: [B, T], 1 where a token is, or None for rows without padding.
+            attention_mask: [B, T], 1 where a token is, or None where that is not known.
+            tokens: T, or None without a token dimension; what tells states apart when the mask does not.
         """
         self._hit = False
         self._ids = ids if self._replaced else None
         if self._ids is None:
             return False
         self._spans = _spans(attention_mask)
-        self._hit = not self._unknown(self._ids, self._spans)
+        self._tokens = tokens if self._spans is None else None
+        self._hit = not self._unknown(self._ids, self._spans, self._tokens)
         if self._hit:
             self.hits += len(self._ids)
         else:
             self.misses += len(self._ids)
         return self._hit
 
-    def unknown_rows(self, ids: Sequence[int] | None, attention_mask: Tensor | None) -> list[int]:
+    def unknown_rows(
+        self, ids: Sequence[int] | None, attention_mask: Tensor | None, tokens: int | None = None
+    ) -> list[int]:  # fmt: skip
         """Rows whose states are not stored (at their place in the row); all of them while nothing is frozen."""
         if ids is None or not self._replaced:
             return list(range(len(ids or ())))
-        return self._unknown(ids, _spans(attention_mask))
+        return self._unknown(ids, _spans(attention_mask), tokens)
 
-    def _unknown(self, ids: Sequence[int], spans: list[tuple[int, int]] | None) -> list[int]:
+    def _unknown(
+        self, ids: Sequence[int], spans: list[tuple[int, int]] | None, tokens: int | None
+    ) -> list[int]:  # fmt: skip
         def is_known(row: int) -> bool:
             state = self._states.get(ids[row])
-            return state is not None and (spans is None or (state.offset, len(state.states_TD)) == spans[row])
+            if state is None or spans is None:
+                return state is not None and state.tokens == tokens
+            return state.tokens is None and (state.offset, len(state.states_TD)) == spans[row]
 
         return [row for row in range(len(ids)) if not is_known(row)]
 
     def fill(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ids: Sequence[int], rows: list[int]
-    ) -> None:
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ids: Sequence[int], rows: list[int],
+        tokens: int | None = None,
+    ) -> None:  # fmt: skip
         """Computes and stores the states of some rows of a batch, and nothing above the cut.
 
         Args:
@@ -159,6 +171,7 @@ class ActivationCache:
             args, kwargs: what the model's forward takes for the whole batch.
             ids: example ids of the whole batch.
             rows: which rows.
+            tokens: as in `begin`.
         """
 
         def chosen(value: Any) -> Any:
@@ -166,7 +179,7 @@ class ActivationCache:
             return value[rows] if is_batched else value
 
         some = {name: chosen(value) for name, value in kwargs.items()}
-        self.begin([ids[row] for row in rows], some.get("attention_mask"))
+        self.begin([ids[row] for row in rows], some.get("attention_mask"), tokens)
         self._filling = True
         try:
             with torch.no_grad():
@@ -246,7 +259,7 @@ class ActivationCache:
             if self._bytes - freed + states_TD.nbytes > self._max_bytes:
                 continue
             self._bytes += states_TD.nbytes - freed
-            self._states[example] = CachedState(states_TD=states_TD, offset=offset)
+            self._states[example] = CachedState(states_TD=states_TD, offset=offset, tokens=self._tokens)
 
     def state_dict(self) -> dict[str, Any]:
         """All stored states; restoring them makes a resumed run read the same bytes."""
@@ -254,6 +267,7 @@ class ActivationCache:
             "cut": self._cut,
             "ids": list(self._states),
             "offsets": [state.offset for state in self._states.values()],
+            "tokens": [state.tokens for state in self._states.values()],
             "states": [state.states_TD for state in self._states.values()],
             "hits": self.hits,
             "misses": self.misses,
@@ -262,8 +276,10 @@ class ActivationCache:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.set_cut(state["cut"])
         self.clear()
-        for example, offset, states_TD in zip(state["ids"], state["offsets"], state["states"], strict=True):
-            self._states[example] = CachedState(states_TD=states_TD, offset=offset)
+        for example, offset, tokens, states_TD in zip(
+            state["ids"], state["offsets"], state["tokens"], state["states"], strict=True
+        ):
+            self._states[example] = CachedState(states_TD=states_TD, offset=offset, tokens=tokens)
             self._bytes += states_TD.nbytes
         self.hits, self.misses = state["hits"], state["misses"]
 

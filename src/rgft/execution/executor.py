@@ -84,19 +84,23 @@ class Executor:
         if self.cache is not None:
             self.cache.set_cut(plan.cut)
 
-    def fill_cache(self, args: tuple[Any, ...], kwargs: dict[str, Any], ids: Sequence[int] | None) -> int:
+    def fill_cache(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], ids: Sequence[int] | None, tokens: int | None
+    ) -> int:  # fmt: skip
         """Computes the prefix of the rows that the cache lacks, where it knows others; returns how many these were."""
         if self.cache is None or ids is None:
             return 0
-        rows = self.cache.unknown_rows(ids, kwargs.get("attention_mask"))
+        rows = self.cache.unknown_rows(ids, kwargs.get("attention_mask"), tokens)
         if not 0 < len(rows) < len(ids):
             return 0
-        self.cache.fill(self._model, args, kwargs, ids, rows)
+        self.cache.fill(self._model, args, kwargs, ids, rows, tokens)
         return len(rows)
 
-    def begin_forward(self, ids: Sequence[int] | None, attention_mask: Tensor | None) -> bool:
+    def begin_forward(
+        self, ids: Sequence[int] | None, attention_mask: Tensor | None, tokens: int | None
+    ) -> bool:  # fmt: skip
         """Announces a training forward; returns whether the prefix will be read from the cache."""
-        return self.cache is not None and self.cache.begin(ids, attention_mask)
+        return self.cache is not None and self.cache.begin(ids, attention_mask, tokens)
 
     def end_forward(self) -> None:
         if self.cache is not None:

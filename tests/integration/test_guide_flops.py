@@ -88,15 +88,16 @@ def test_probes_of_every_kind_are_counted(signal: str) -> None:
 # ---------------------------------------------------------------- budgets
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "resnet"])
-@pytest.mark.parametrize("budget", [0.3, 0.6])
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "budget", "accumulation"),
+    [("bert", 0.3, 1), ("bert", 0.3, 2), ("bert", 0.6, 1), ("llama", 0.3, 2), ("resnet", 0.3, 1)],
+)
 def test_a_run_spends_its_budget_and_not_more(name: str, budget: float, accumulation: int) -> None:
     family = FAMILIES[name]
     collator = trimmed if family.kind in TEXT else collate
     guide = Guide(family.build(), Config(budget=budget))
     guided(
-        guide, adamw(guide), Examples(family, count=160), epochs=4, collate_fn=collator, accumulation=accumulation,
+        guide, adamw(guide), Examples(family, count=100), epochs=4, collate_fn=collator, accumulation=accumulation,
         batch_size=4,
     )  # fmt: skip
     spent = guide.summary()["flops"]["fraction_of_full"]

@@ -141,6 +141,7 @@ class Run:
         )
         self.scheduler = self.guide.scheduler(self.optimizer, shape=settings.schedule, warmup=settings.warmup)
         self.guide.set_optimizer(self.optimizer)
+        self.guide.accumulation = settings.accumulation
         self._history: list[float] = []
         self._seconds_before = 0.0
 
@@ -178,9 +179,7 @@ class Run:
         self._seconds_before += time.perf_counter() - started
 
     def _step(self, losses: list[Tensor], step_started: float, started: float) -> None:
-        if self.settings.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.task.model.parameters(), self.settings.max_grad_norm)
-        self.guide.step(self.optimizer, self.scheduler)
+        self.guide.step(self.optimizer, self.scheduler, max_grad_norm=self.settings.max_grad_norm)
         self.optimizer.zero_grad()
         now = time.perf_counter()
         self._history.append(now - step_started)
@@ -224,6 +223,9 @@ class Run:
         self.scheduler.load_state_dict(state["scheduler"])
         self.guide.load_state_dict(state["guide"])
         self._seconds_before = state["seconds"]
+        # What was recorded after the checkpoint happens again.
+        self.folder.records.rewind(self.guide.step_count)
+        self.folder.plans.rewind(self.guide.step_count)
         return self.guide.step_count
 
     def evaluate(self, dataset: SizedDataset) -> dict[str, float]:

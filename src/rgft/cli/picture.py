@@ -12,8 +12,8 @@ from rgft.telemetry.atomic_write import atomic_file
 def draw_error_map(history: Sequence[tuple[int, Mapping[str, float]]], path: Path) -> Path:
     """Draws what each component scored at each probe, and writes it as PNG (aside, then renamed).
 
-    Colours are on a symmetric logarithmic scale: scores of a classifier and of a layer differ by orders of magnitude, and
-    may be negative (a step that only memorises).
+    Colours are on a symmetric logarithmic scale: scores of a classifier and of a layer differ by orders of magnitude,
+    and may be negative (a step that only memorises).
 
     Args:
         history: (step, component → score) of each probe, in order; components in forward order.

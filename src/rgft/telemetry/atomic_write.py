@@ -6,6 +6,7 @@ import contextlib
 import errno
 import io
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -78,6 +79,39 @@ def atomic_file(path: Path) -> Iterator[io.RawIOBase]:
             temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """An empty folder to write into; it takes the place of `path` when the block ends without an error.
+
+    Until then an old folder stands; after an error it still does, and nothing is left beside it.
+
+    Raises:
+        RunFolderError: the disk is full, or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    old = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
+    try:
+        temporary.mkdir()
+        yield temporary
+        for item in temporary.rglob("*"):
+            if item.is_file():
+                _sync_file(item)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except Exception as error:
+        # Writers in other languages (safetensors) raise errors of their own, with the system's text in them.
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if os.strerror(errno.ENOSPC) in str(error) else None
+        cause = error if isinstance(error, OSError) else full
+        if cause is not None and not isinstance(cause, RunFolderError):
+            raise write_error(path, cause) from error
+        raise
+    finally:
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Replaces the content of `path` atomically. Raises RunFolderError as `atomic_file` does."""
     with atomic_file(path) as file:
@@ -93,6 +127,14 @@ def write_error(path: Path, error: OSError) -> RunFolderError:
     failure = RunFolderError(f"{path}: {what}")
     failure.errno = cast("int", error.errno)
     return failure
+
+
+def _sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sync_folder(folder: Path) -> None:

@@ -6,7 +6,7 @@ import json
 import pickle
 import shutil
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rgft.errors import RunFolderError
-from rgft.telemetry.atomic_write import TEMPORARY, atomic_file, write_bytes, write_error
+from rgft.telemetry.atomic_write import TEMPORARY, atomic_file, atomic_folder, write_bytes, write_error
 from rgft.telemetry.records import Record, RecordWriter, decoded, encoded, read_records
 
 CONFIG = "config.json"
@@ -62,36 +62,48 @@ class RunFolder:
             RunFolderError: the folder is not empty and neither flag is given, or both are; it is no run folder; there
                 is nothing to resume; it cannot be written.
         """
+        folder = cls(Path(path), sync=sync)
+        content = folder.check(path, resume=resume, overwrite=overwrite)
+        try:
+            folder.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_error(folder.path, error) from error
+        if resume:
+            folder._remove_leftovers()
+        elif content:
+            folder._clear()
+        return folder
+
+    @staticmethod
+    def check(path: Path | str, *, resume: bool = False, overwrite: bool = False) -> list[str]:
+        """Refuses what `create` would refuse, and touches nothing; returns the names in the folder.
+
+        Raises:
+            RunFolderError: as `create` does.
+        """
         path = Path(path)
         if resume and overwrite:
             raise RunFolderError(f"{path}: expected resume or overwrite, found both; --resume keeps what is there")
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            content = sorted(item.name for item in path.iterdir())
-        except FileExistsError as error:
+            content = sorted(item.name for item in path.iterdir()) if path.exists() else []
+        except NotADirectoryError as error:
             raise RunFolderError(f"{path}: expected a folder, found a file; choose another path") from error
         except OSError as error:
-            raise write_error(path, error) from error
-        folder = cls(path, sync=sync)
-        if resume:
-            if not folder._is_run:
-                raise RunFolderError(f"{path}: nothing to resume, there is no {CONFIG} in it; start without --resume")
-            folder._remove_leftovers()
-            return folder
-        if not content:
-            return folder
-        if not overwrite:
+            raise RunFolderError(f"{path}: could not be read: {error.strerror or error}") from error
+        is_run = (path / CONFIG).is_file()
+        if resume and not is_run:
+            raise RunFolderError(f"{path}: nothing to resume, there is no {CONFIG} in it; start without --resume")
+        if content and not (resume or overwrite):
             raise RunFolderError(
                 f"{path}: expected a new or empty folder, found {', '.join(content[:4])}{' …' * (len(content) > 4)}; "
                 "--resume (resume=True) goes on with the run in it, --overwrite (overwrite=True) replaces it"
             )
-        if not folder._is_run:
+        if content and overwrite and not is_run:
             raise RunFolderError(
                 f"{path}: --overwrite replaces runs only, and this folder holds none ({CONFIG} is missing); it was "
                 "left as it is: choose another folder"
             )
-        folder._clear()
-        return folder
+        return content
 
     @classmethod
     def open(cls, path: Path | str) -> RunFolder:
@@ -114,7 +126,7 @@ class RunFolder:
         try:
             for folder in (self.path, self.path / CHECKPOINT):
                 for item in folder.glob(TEMPORARY):
-                    item.unlink()
+                    shutil.rmtree(item) if item.is_dir() else item.unlink()
         except OSError as error:
             raise write_error(self.path, error) from error
 
@@ -156,6 +168,16 @@ class RunFolder:
     def model(self) -> Path:
         """Where the model is saved in its own format."""
         return self.path / MODEL
+
+    def save_model(self, save: Callable[[Path], object]) -> Path:
+        """Has `save` write the model into a folder beside, then puts that in place; returns `model`.
+
+        Raises:
+            RunFolderError: the disk is full, or the folder cannot be written; nothing half-written is left.
+        """
+        with atomic_folder(self.model) as folder:
+            save(folder)
+        return self.model
 
     def write_json(self, name: str, data: Any) -> None:
         """Writes a JSON file of the layout atomically; NaN and infinities as in records.
@@ -232,6 +254,10 @@ class RunFolder:
                 f"{path}: the checkpoint could not be read, it was damaged or edited ({error}); --overwrite "
                 "starts again"
             ) from error
+
+    def remove_checkpoint(self) -> None:
+        """A finished run is not resumed; its checkpoint is three times the model."""
+        shutil.rmtree(self.path / CHECKPOINT, ignore_errors=True)
 
     # ---------------------------------------------------------------- leaving
 

@@ -142,7 +142,9 @@ class Run:
         self.scheduler = self.guide.scheduler(self.optimizer, shape=settings.schedule, warmup=settings.warmup)
         self.guide.set_optimizer(self.optimizer)
         self.guide.accumulation = settings.accumulation
+        self.was_stopped = False
         self._history: list[float] = []
+        self._plans_written = 0
         self._seconds_before = 0.0
 
     def _loss(self, model: nn.Module, batch: Any) -> Tensor:
@@ -156,8 +158,13 @@ class Run:
         return contextlib.nullcontext()
 
     def train(self) -> None:
-        """Runs to the end of the budget (or of the epochs). The guide stays attached until `close`."""
+        """Runs to the end of the budget (or of the epochs). The guide stays attached until `close`.
+
+        Dropout draws from torch's global generator, which is seeded with the configuration's seed, or restored.
+        """
         settings, guide = self.settings, self.guide
+        if guide.step_count == 0:
+            torch.manual_seed(self.config.seed)
         self.task.model.train()
         started = time.perf_counter()
         batches = guide.batches(
@@ -174,9 +181,17 @@ class Run:
             if len(losses) == settings.accumulation:
                 self._step(losses, step_started, started)
                 losses = []
+                if self.was_stopped:
+                    break
         if losses:  # the data ended inside an accumulation
             self._step(losses, step_started, started)
         self._seconds_before += time.perf_counter() - started
+        if self.was_stopped:
+            self.checkpoint(seconds=self._seconds_before)
+
+    def stop(self) -> None:
+        """Ends training after the step in hand, with a checkpoint to resume from. A signal handler may call it."""
+        self.was_stopped = True
 
     def _step(self, losses: list[Tensor], step_started: float, started: float) -> None:
         self.guide.step(self.optimizer, self.scheduler, max_grad_norm=self.settings.max_grad_norm)
@@ -198,6 +213,9 @@ class Run:
         )  # fmt: skip
         if self.folder is not None:
             self.folder.records.append("step", asdict(report))
+            for plan in guide.plans[self._plans_written :]:
+                self.folder.plans.append("plan", plan.to_dict())
+            self._plans_written = len(guide.plans)
         for observer in self._observers:
             observer(report)
 
@@ -223,6 +241,7 @@ class Run:
         self.scheduler.load_state_dict(state["scheduler"])
         self.guide.load_state_dict(state["guide"])
         self._seconds_before = state["seconds"]
+        self._plans_written = len(self.guide.plans)
         # What was recorded after the checkpoint happens again.
         self.folder.records.rewind(self.guide.step_count)
         self.folder.plans.rewind(self.guide.step_count)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO, cast
 
 from rgft.errors import DataError
 from rgft.telemetry.atomic_write import atomic_file
@@ -50,10 +51,10 @@ def draw_error_map(history: Sequence[tuple[int, Mapping[str, float]]], path: Pat
     axes.set_xticks(range(len(history)), [str(step) for step, _ in history], fontsize=7)
     axes.set_xlabel("probe before step")
     axes.set_title("Where the model still learns: score per component", fontsize=9)
-    figure.colorbar(
-        image, ax=axes, shrink=0.8, label="decrease of the loss; below 0 a step only memorises", format="%.0e"
-    )
+    bar = figure.colorbar(image, ax=axes, format="%.0e")
+    bar.set_label("decrease of the loss", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
-        figure.savefig(file, format="png", dpi=150)
+        figure.savefig(cast("IO[bytes]", file), format="png", dpi=150)
     return path

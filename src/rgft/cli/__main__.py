@@ -1,0 +1,5 @@
+"""`python -m rgft.cli`."""
+
+from rgft.cli.app import main
+
+main()

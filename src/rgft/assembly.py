@@ -34,9 +34,12 @@ def build_policy(config: Config) -> Policy | None:
             config.scaling.name, preserve_mean=stability.preserve_mean, **bounds, **config.scaling.params
         )
     if config.mask is not None:
+        # Exploration counts decisions, and these are made where scores come in.
+        interval = config.probe.interval
         stages["mask"] = make_mask(
-            config.mask.name, margin=stability.hysteresis, exploration=stability.exploration, **config.mask.params
-        )
+            config.mask.name, margin=stability.hysteresis, exploration=stability.exploration,
+            exploration_every=interval if isinstance(interval, int) and interval > 0 else 1, **config.mask.params,
+        )  # fmt: skip
     if config.period is not None:
         stages["period"] = make_period(config.period.name, **config.period.params)
     return Composed(

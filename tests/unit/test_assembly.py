@@ -8,7 +8,7 @@ import torch
 from rgft import Config
 from rgft.allocation.budget import BudgetMask
 from rgft.allocation.compose import Composed
-from rgft.allocation.exploration import Hysteresis
+from rgft.allocation.exploration import Exploring, Hysteresis
 from rgft.allocation.peers.lisa import LISA
 from rgft.allocation.scaling import Bounded, DecreaseRatio, MeanPreserved, Normalised
 from rgft.allocation.threshold import TargetSparsity
@@ -43,6 +43,15 @@ def test_proposals() -> None:
     config = Config(preset="proposal_b").resolved()
     assert build_signal(config) == GradNorm(p=2, normalise="raw")
     assert build_policy(config) == Composed(scaling=Normalised(by="max", alpha=1.0), label="proposal_b")
+
+
+def test_exploration_turns_with_the_decisions() -> None:
+    stability = {"exploration": 0.2}
+    config = Config(preset="proposal_a", stability=stability, probe={"interval": 50}).resolved()
+    policy = build_policy(config)
+    assert isinstance(policy, Composed)
+    assert isinstance(policy.mask, Exploring)
+    assert policy.mask.every == 50
 
 
 def test_full_measures_and_decides_nothing() -> None:

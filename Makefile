@@ -28,7 +28,9 @@ contracts: $(SETUP)
 	$(BIN)/lint-imports
 
 bench: $(SETUP)  ## the committed quality comparison; resumes where it stopped
-	$(BIN)/rgft bench run benchmarks/experiments/main.json
+	$(BIN)/rgft bench run benchmarks/experiments/rotten_tomatoes.json
+	$(BIN)/rgft bench run benchmarks/experiments/rotten_tomatoes_full.json
+	$(BIN)/rgft bench run benchmarks/experiments/cuts.json
 
 $(SETUP): pyproject.toml requirements/tested.txt requirements/demo.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

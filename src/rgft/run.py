@@ -14,12 +14,18 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from rgft.batches import SizedDataset
+from rgft.batches import BatchStream, SizedDataset
 from rgft.config import Config
 from rgft.errors import ConfigError
 from rgft.guide import Guide
+from rgft.plan import RunPlan
+from rgft.telemetry.flop_counter import flop_counter
 from rgft.telemetry.run_folder import RunFolder
+
+#: Passes whose FLOPs are counted as they run, beside being modelled.
+MAX_AUDITS = 4
 
 
 class Task(Protocol):
@@ -131,7 +137,7 @@ class Run:
         observers: Sequence[Callable[[StepReport], None]] = (), full_flops: float | None = None,
     ) -> None:  # fmt: skip
         self.task, self.config, self.settings, self.folder = task, config, settings, folder
-        self._observers = observers
+        self.observers = list(observers)
         self._full_flops = full_flops
         self._device = torch.device(settings.device)
         task.model.to(self._device)
@@ -144,8 +150,9 @@ class Run:
         self.guide.accumulation = settings.accumulation
         self.was_stopped = False
         self._history: list[float] = []
-        self._plans_written = 0
+        self._plans_written = self._probes_written = 0
         self._seconds_before = 0.0
+        self.batches_in_full = 0
 
     def _loss(self, model: nn.Module, batch: Any) -> Tensor:
         batch = {k: v.to(self._device) if isinstance(v, Tensor) else v for k, v in batch.items()}
@@ -157,12 +164,32 @@ class Run:
             return torch.autocast(self._device.type, dtype=torch.bfloat16)
         return contextlib.nullcontext()
 
+    def prepare(self) -> RunPlan:
+        """Traces costs and fixes the run plan, once; trains nothing. `train` does it itself.
+
+        Sets `batches_in_full`: micro-batches of full fine-tuning.
+
+        Raises:
+            BudgetError: no plan fits the budget.
+        """
+        settings, guide = self.settings, self.guide
+        if guide.run_plan is None:
+            stream = BatchStream(
+                self.task.train, batch_size=settings.batch_size, collate_fn=self.task.collate, epochs=settings.epochs,
+                seed=self.config.seed,
+            )  # fmt: skip
+            self.batches_in_full = stream.total_batches
+            guide.prepare(stream, full_flops=self._full_flops)
+        assert guide.run_plan is not None
+        return guide.run_plan
+
     def train(self) -> None:
         """Runs to the end of the budget (or of the epochs). The guide stays attached until `close`.
 
         Dropout draws from torch's global generator, which is seeded with the configuration's seed, or restored.
         """
         settings, guide = self.settings, self.guide
+        self.prepare()
         if guide.step_count == 0:
             torch.manual_seed(self.config.seed)
         self.task.model.train()
@@ -175,9 +202,7 @@ class Run:
         for batch in batches:
             if not losses:
                 step_started = time.perf_counter()
-            loss = guide.loss(batch) / settings.accumulation
-            loss.backward()
-            losses.append(loss.detach())
+            losses.append(self._pass(batch))
             if len(losses) == settings.accumulation:
                 self._step(losses, step_started, started)
                 losses = []
@@ -187,7 +212,28 @@ class Run:
             self._step(losses, step_started, started)
         self._seconds_before += time.perf_counter() - started
         if self.was_stopped:
-            self.checkpoint(seconds=self._seconds_before)
+            self.checkpoint()
+
+    def _pass(self, batch: Any) -> Tensor:
+        """Forward and backward of one micro-batch; returns its detached share of the step's loss."""
+        ledger = self.guide.ledger
+        before = ledger.spent_flops
+        counter = flop_counter() if self._is_audited else contextlib.nullcontext()
+        with counter:
+            loss = self.guide.loss(batch) / self.settings.accumulation
+            loss.backward()
+        if isinstance(counter, FlopCounterMode):
+            ledger.add_audit(counted=float(counter.get_total_flops()), modelled=ledger.spent_flops - before)
+        return loss.detach()
+
+    @property
+    def _is_audited(self) -> bool:
+        """Counting makes a pass slower: the first pass, and one under each of the first new plans."""
+        guide = self.guide
+        if guide.ledger.audits >= MAX_AUDITS:
+            return False
+        is_under_new_plan = bool(guide.plans) and guide.plans[-1].step == guide.step_count - 1
+        return guide.ledger.audits == 0 or is_under_new_plan
 
     def stop(self) -> None:
         """Ends training after the step in hand, with a checkpoint to resume from. A signal handler may call it."""
@@ -213,14 +259,25 @@ class Run:
         )  # fmt: skip
         if self.folder is not None:
             self.folder.records.append("step", asdict(report))
-            for plan in guide.plans[self._plans_written :]:
-                self.folder.plans.append("plan", plan.to_dict())
-            self._plans_written = len(guide.plans)
-        for observer in self._observers:
+            self._record_decisions(self.folder)
+        for observer in self.observers:
             observer(report)
 
-    def checkpoint(self, *, seconds: float) -> None:
-        """Saves all that `resume` needs, replacing the previous checkpoint only when complete."""
+    def _record_decisions(self, folder: RunFolder) -> None:
+        """Probes and plans, under the number of the step that they came before (the first step is 1)."""
+        guide = self.guide
+        for step, values in guide.map_history[self._probes_written :]:
+            folder.records.append("probe", {"step": step + 1, "values": values})
+        for plan in guide.plans[self._plans_written :]:
+            folder.plans.append("plan", {**plan.to_dict(), "step": plan.step + 1})
+        self._probes_written, self._plans_written = len(guide.map_history), len(guide.plans)
+
+    def checkpoint(self, *, seconds: float | None = None) -> None:
+        """Saves all that `resume` needs, replacing the previous checkpoint only when complete.
+
+        Args:
+            seconds: that the run took so far; None: as after `train`.
+        """
         if self.folder is not None:
             self.folder.save_checkpoint(
                 {
@@ -228,7 +285,7 @@ class Run:
                     "optimizer": self.optimizer.state_dict(),
                     "scheduler": self.scheduler.state_dict(),
                     "guide": self.guide.state_dict(),
-                    "seconds": seconds,
+                    "seconds": self._seconds_before if seconds is None else seconds,
                 }
             )
 
@@ -241,7 +298,7 @@ class Run:
         self.scheduler.load_state_dict(state["scheduler"])
         self.guide.load_state_dict(state["guide"])
         self._seconds_before = state["seconds"]
-        self._plans_written = len(self.guide.plans)
+        self._probes_written, self._plans_written = len(self.guide.map_history), len(self.guide.plans)
         # What was recorded after the checkpoint happens again.
         self.folder.records.rewind(self.guide.step_count)
         self.folder.plans.rewind(self.guide.step_count)
@@ -249,7 +306,10 @@ class Run:
 
     def evaluate(self, dataset: SizedDataset) -> dict[str, float]:
         """Mean loss per example and the task's metrics. Not part of the budget."""
-        return evaluate(self.task, dataset, batch_size=self.settings.eval_batch_size, loss=self._loss)
+        started = time.perf_counter()
+        metrics = evaluate(self.task, dataset, batch_size=self.settings.eval_batch_size, loss=self._loss)
+        self.guide.ledger.add_evaluation(seconds=time.perf_counter() - started)
+        return metrics
 
     def result(self, metrics: Mapping[str, Mapping[str, float]]) -> Result:
         return Result(

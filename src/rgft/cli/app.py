@@ -1,65 +1,160 @@
-"""`rgft`: the commands, and how errors reach the terminal. Nothing heavy is imported before a command needs it."""
+"""`rgft`: the commands. Nothing heavy is imported before a command needs it."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-
-from rgft.cli.options import Train
+from rich.console import Console
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Residual-guided fine-tuning.")
 bench = typer.Typer(no_args_is_help=True, help="Compare methods: run experiments, make tables.")
 app.add_typer(bench, name="bench")
 
+Model = Annotated[str | None, typer.Option(help="hub name or folder of a pre-trained model")]
+Data = Annotated[str | None, typer.Option(help="training examples: a file (.csv, .tsv, .jsonl, .parquet), a folder of "
+                                               "images, or a hub name")]  # fmt: skip
+Task = Annotated[str | None, typer.Option(help="text-classification (default), regression, language-modelling, chat or "
+                                               "images")]  # fmt: skip
+Text = Annotated[list[str] | None, typer.Option(help="text column; given twice: pairs of texts  [default: text]")]
+Label = Annotated[str | None, typer.Option(help="label column  [default: label]")]
+LearningRate = Annotated[float | None, typer.Option(help="learning rate  [default: 2e-4]")]
+MaxLength = Annotated[int | None, typer.Option(help="tokens; longer inputs are cut  [default: 128]")]
+Preset = Annotated[str | None, typer.Option(help="rgft (default), proposal_a, proposal_b or full")]
+Granularity = Annotated[str | None, typer.Option(help="layer (default), block, head or adapter")]
+Seed = Annotated[int | None, typer.Option(help="of splits, new weights, data order and dropout  [default: 0]")]
+File = Annotated[Path | None, typer.Option("--config", help="YAML: run settings, and RGFT's own below `rgft:`; flags "
+                                                             "override it")]  # fmt: skip
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any setting of the file, e.g. "
+                                                     "probe.size=32; may be repeated")]  # fmt: skip
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on standard output, all else on standard error")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="no progress, no tables")]
+
 
 @app.command()
 def train(
-    model: Annotated[str, typer.Option(help="hub name or folder of a pre-trained model")],
-    data: Annotated[str, typer.Option(help="training rows: .csv, .tsv, .jsonl, .parquet, or a hub name")],
-    output: Annotated[Path, typer.Option(help="run folder")],
-    budget: Annotated[float, typer.Option(help="share of full fine-tuning's FLOPs, in (0, 1]")] = 0.3,
-    text: Annotated[list[str] | None, typer.Option(help="text column; twice for pairs")] = None,
-    label: Annotated[str, typer.Option(help="label column")] = "label",
-    regression: Annotated[bool, typer.Option(help="labels are numbers to be predicted")] = False,
-    validation: Annotated[str | None, typer.Option(help="validation rows; else a tenth is held out")] = None,
-    test: Annotated[str | None, typer.Option(help="test rows, evaluated once at the end")] = None,
-    lr: Annotated[float, typer.Option(help="learning rate")] = 2e-4,
-    epochs: Annotated[float, typer.Option(help="of the full fine-tuning that the budget is a share of")] = 3.0,
-    batch_size: Annotated[int, typer.Option(help="examples per step")] = 32,
-    max_length: Annotated[int, typer.Option(help="tokens; longer inputs are cut")] = 128,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="RGFT setting, e.g. probe.size=32")] = None,
-    checkpoint_every: Annotated[int, typer.Option(help="steps between checkpoints; 0: only on Ctrl-C")] = 50,
-    seed: Annotated[int, typer.Option(help="of data order, splits and new weights")] = 0,
+    output: Annotated[Path, typer.Option(help="run folder: records, model, ledger")],
+    model: Model = None,
+    data: Data = None,
+    task: Task = None,
+    text: Text = None,
+    label: Label = None,
+    validation: Annotated[str | None, typer.Option(help="validation examples; else a tenth is held out")] = None,
+    test: Annotated[str | None, typer.Option(help="test examples, evaluated once at the end")] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            help="share of full fine-tuning's FLOPs, in (0, 1]  [default: 0.3 with the preset rgft, else no limit]"
+        ),
+    ] = None,
+    preset: Preset = None,
+    granularity: Granularity = None,
+    lr: LearningRate = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="of the full fine-tuning that the budget is a share of  [default: 3]")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="examples per step  [default: 32]")] = None,
+    max_length: MaxLength = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(help="steps between checkpoints; 0: on Ctrl-C and at the end only  [default: 100]")
+    ] = None,
+    config: File = None,
+    overrides: Overrides = None,
+    seed: Seed = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in the folder")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run in the folder")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="show components, plan and cost; run nothing")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on standard output")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="no progress")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="show components, plan and predicted cost; run and write nothing")
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Fine-tune a text classifier (or regressor) within a compute budget."""
-    from rgft.cli.train import run_training
+    """Fine-tune a model within a compute budget.
 
-    options = Train(
-        model=model, data=data, output=output, budget=budget, text=tuple(text or ("text",)), label=label,
-        regression=regression, validation=validation, test=test, lr=lr, epochs=epochs, batch_size=batch_size,
-        max_length=max_length, settings=tuple(settings or ()), checkpoint_every=checkpoint_every, seed=seed,
-        resume=resume, overwrite=overwrite, dry_run=dry_run, quiet=quiet,
-    )  # fmt: skip
-    report = run_training(options)
-    if as_json:
-        typer.echo(json.dumps(report))
+    Exit codes: 0 done, 1 the run failed, 2 something given is wrong, 130 Ctrl-C (--resume goes on).
+    """
+    from rgft.cli.failures import reported
+
+    with reported(quiet=quiet):
+        from rgft.cli import preview, summary
+        from rgft.cli.request import read_request
+        from rgft.cli.train import describe_run, run_training, stored_request
+
+        request = read_request(
+            file=config, overrides=overrides or (), stored=stored_request(output) if resume else None,
+            flags={"model": model, "data": data, "task": task, "text": tuple(text) if text else None, "label": label,
+                   "validation": validation, "test": test, "lr": lr, "epochs": epochs, "batch_size": batch_size,
+                   "max_length": max_length, "checkpoint_every": checkpoint_every, "seed": seed},
+            rgft_flags={"budget": budget, "preset": preset, "granularity": granularity},
+        )  # fmt: skip
+        if dry_run:
+            _show(describe_run(request), preview.show, as_json=as_json, quiet=quiet)
+            return
+        console = Console(stderr=True)
+        report = run_training(request, output, resume=resume, overwrite=overwrite, console=console, quiet=quiet)
+        _show(report, summary.show, as_json=as_json, quiet=quiet)
+
+
+@app.command("map")
+def map_errors(
+    model: Model = None,
+    data: Data = None,
+    task: Task = None,
+    text: Text = None,
+    label: Label = None,
+    probes: Annotated[int, typer.Option(min=1, help="looks at the data")] = 8,
+    probe_size: Annotated[int, typer.Option(min=2, help="examples per probe")] = 32,
+    preset: Preset = None,
+    granularity: Granularity = None,
+    signal: Annotated[str | None, typer.Option(help="what is measured, e.g. grad_norm; else the preset's")] = None,
+    lr: LearningRate = None,
+    max_length: MaxLength = None,
+    config: File = None,
+    overrides: Overrides = None,
+    seed: Seed = None,
+    png: Annotated[Path | None, typer.Option(help="write components × probes as a picture")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure where a model errs: a score per component. Trains nothing."""
+    from rgft.cli.failures import reported
+
+    with reported(quiet=quiet):
+        from rgft.cli import mapping
+        from rgft.cli.preparing import device_of, prepare_task
+        from rgft.cli.request import read_request
+
+        request = read_request(
+            file=config, overrides=overrides or (),
+            flags={"model": model, "data": data, "task": task, "text": tuple(text) if text else None, "label": label,
+                   "lr": lr, "max_length": max_length, "seed": seed},
+            rgft_flags={"preset": preset, "granularity": granularity, "signal": signal},
+        )  # fmt: skip
+        settings = request.settings
+        measured = mapping.measure(
+            prepare_task(settings), request.config, probes=probes, probe_size=probe_size, lr=settings.lr,
+            device=device_of(settings.device),
+        )  # fmt: skip
+        if png is not None:
+            mapping.write_picture(measured, png)
+        if as_json:
+            typer.echo(json.dumps(measured.to_dict()))
+        elif not quiet:
+            mapping.show(measured, Console())
 
 
 @app.command()
-def env() -> None:
-    """Versions, processor, memory and accelerators, as JSON (for bug reports and result files)."""
-    from rgft.telemetry.environment import environment
+def env(as_json: AsJson = False) -> None:
+    """Versions, processor, memory and accelerators (for bug reports and result files)."""
+    from rgft.cli.failures import reported
 
-    typer.echo(json.dumps(environment(), indent=1))
+    with reported():
+        from rgft.cli import summary
+        from rgft.telemetry.environment import environment
+
+        _show(environment(), summary.show_nested, as_json=as_json, quiet=False)
 
 
 @bench.command("run")
@@ -69,12 +164,15 @@ def bench_run(
     minutes: Annotated[float | None, typer.Option(help="begin no new run after this time")] = None,
 ) -> None:
     """Run what an experiment still lacks; it can be stopped and started again."""
-    from rgft.bench.experiment import Experiment
-    from rgft.bench.runner import run_experiment
+    from rgft.cli.failures import reported
 
-    loaded = Experiment.load(experiment)
-    for path in run_experiment(loaded, results / loaded.name, stop_after_seconds=minutes and minutes * 60):
-        typer.echo(path)
+    with reported():
+        from rgft.bench.experiment import Experiment
+        from rgft.bench.runner import run_experiment
+
+        loaded = Experiment.load(experiment)
+        for path in run_experiment(loaded, results / loaded.name, stop_after_seconds=minutes and minutes * 60):
+            typer.echo(path)
 
 
 @bench.command("table")
@@ -83,24 +181,25 @@ def bench_table(
     update: Annotated[Path | None, typer.Option(help="Markdown file whose marked part is replaced")] = None,
 ) -> None:
     """Print the comparison as a Markdown table, or put it into a document."""
-    from rgft.bench import table
+    from rgft.cli.failures import reported
 
-    text = table.markdown(results)
-    if update is None:
-        typer.echo(text)
-    else:
-        table.update(update, text)
+    with reported():
+        from rgft.bench import table
+
+        text = table.markdown(results)
+        if update is None:
+            typer.echo(text)
+        else:
+            table.update(update, text)
+
+
+def _show(data: dict[str, Any], show: Any, *, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(data))
+    elif not quiet:
+        show(data, Console())
 
 
 def main() -> None:
-    """The entry point: RGFT's own errors become one message on standard error, and an exit code.
-
-    2: something given is wrong (settings, data, budget, folders); 1: the run itself failed; 130: Ctrl-C.
-    """
-    from rgft.errors import NonFiniteError, RGFTError
-
-    try:
-        app()
-    except RGFTError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, NonFiniteError) else 2)
+    """The entry point."""
+    app()

@@ -1,173 +1,212 @@
-"""`rgft train`: from options to a run folder."""
+"""`rgft train`: from a request to a run folder."""
 
 from __future__ import annotations
 
-import json
 import signal
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
-from rgft.batches import BatchStream
-from rgft.cli.options import Train
-from rgft.config import Config, apply_overrides
-from rgft.errors import ConfigError, RunFolderError
-from rgft.run import Run, Settings, StepReport
+import rgft
+from rgft.cli.failures import Interrupted
+from rgft.cli.model_card import model_card
+from rgft.cli.preparing import prepare_task, run_settings
+from rgft.cli.preview import preview
+from rgft.cli.progress import watching
+from rgft.cli.request import Request
+from rgft.errors import RGFTError, RunFolderError
+from rgft.run import Run
 from rgft.tasks.base import PreparedTask
-from rgft.tasks.text_classification import text_classification
 from rgft.telemetry.environment import environment
-from rgft.telemetry.run_folder import RunFolder
+from rgft.telemetry.run_folder import CONFIG, ENVIRONMENT, ERROR_MAP, LEDGER, RunFolder
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SCHEMA = "rgft.run/1"
 
 
-def run_training(options: Train) -> dict[str, Any]:
-    """Trains, evaluates and writes the run folder; returns what was reached and spent.
-
-    Raises:
-        RGFTError: anything given is wrong, or the run failed; what was written before stays.
-        SystemExit: 130 after Ctrl-C, with a checkpoint to resume from.
-    """
-    config, settings = configuration(options)
-    task = text_classification(
-        model=options.model, train=options.data, text=options.text, label=options.label,
-        regression=options.regression, validation=options.validation, test=options.test,
-        max_length=options.max_length, seed=options.seed,
-    )  # fmt: skip
-    if options.dry_run:
-        return describe(task, config, settings, quiet=options.quiet)
-    description = {"task": _plain(options), "run": asdict(settings), "rgft": config.to_dict()}
-    with RunFolder.create(options.output, resume=options.resume, overwrite=options.overwrite) as folder:
-        if options.resume:
-            _require_same(folder, description)
-        else:
-            folder.write_json("config.json", description)
-        folder.write_json("environment.json", environment())
-        return _train(task, config, settings, options, folder)
-
-
-def configuration(options: Train) -> tuple[Config, Settings]:
-    """RGFT's configuration and the run's settings; all problems of both at once."""
-    problems: list[str] = []
-    config, settings = Config(), Settings()
+def describe_run(request: Request) -> dict[str, Any]:
+    """What `--dry-run` shows (see `preview`); nothing is trained or written."""
+    run = _run(prepare_task(request.settings), request)
     try:
-        data = {"classifier_lr_multiplier": 10.0, "budget": options.budget, "seed": options.seed}
-        config = Config.from_dict(apply_overrides(data, options.settings))
-    except ConfigError as error:
-        problems += error.problems
-    try:
-        settings = Settings(
-            lr=options.lr, epochs=options.epochs, batch_size=options.batch_size,
-            checkpoint_every=options.checkpoint_every,
-        )  # fmt: skip
-    except ConfigError as error:
-        problems += error.problems
-    if problems:
-        raise ConfigError(problems)
-    return config, settings
-
-
-def _train(task: PreparedTask, config: Config, settings: Settings, options: Train, folder: RunFolder) -> dict[str, Any]:
-    run = Run(task, config, settings, folder=folder, observers=() if options.quiet else (show_progress,))
-    try:
-        if options.resume and folder.has_checkpoint:
-            run.resume()
-        with stopping_on_interrupt(run):
-            run.train()
-        if run.was_stopped:
-            print(f"stopped after step {run.guide.step_count}; --resume goes on", file=sys.stderr)
-            sys.exit(130)
-        metrics = {
-            split: run.evaluate(data)
-            for split, data in (("validation", task.validation), ("test", task.test))
-            if data is not None
-        }
-        guide = run.guide
-        folder.write_json("ledger.json", guide.summary())
-        folder.write_json("error_map.json", {"map": guide.error_map.to_dict(), "history": guide.map_history})
-        folder.records.append("end", {"step": guide.step_count, "metrics": metrics})
-        report = {
-            "steps": guide.step_count, "metrics": metrics, "flops_fraction": guide.flops_fraction,
-            "output": str(options.output),
-        }  # fmt: skip
+        run.prepare()
+        return preview(run)
     finally:
         run.close()
-    cast("Any", task.model).save_pretrained(folder.model)
-    task.processor.save_pretrained(folder.model)
-    if not options.quiet:
-        print(json.dumps(report, indent=1), file=sys.stderr)
-    return report
+
+
+def stored_request(output: Path) -> Mapping[str, Any]:
+    """The request of the run in a folder, for `read_request`.
+
+    Raises:
+        RunFolderError: there is none, or it was made by another version.
+    """
+    RunFolder.check(output, resume=True)
+    data = RunFolder(output).read_json(CONFIG)
+    schema = data.get("schema") if isinstance(data, Mapping) else None
+    if schema != SCHEMA:
+        raise RunFolderError(
+            f"{output / CONFIG}: expected schema {SCHEMA!r}, found {schema!r}; resume with what began the run"
+        )
+    return data
+
+
+def run_training(
+    request: Request, output: Path, *, resume: bool, overwrite: bool, console: Console, quiet: bool
+) -> dict[str, Any]:
+    """Trains, evaluates and writes the run folder; returns what was reached and spent, fit for JSON.
+
+    Whatever may be refused is refused before the folder is touched.
+
+    Args:
+        console: where progress goes: standard error.
+
+    Raises:
+        RGFTError: anything given is wrong, or the run failed; the last good checkpoint stays.
+        Interrupted: a signal ended it; a checkpoint to resume from was saved.
+    """
+    RunFolder.check(output, resume=resume, overwrite=overwrite)
+    if resume and (report := finished(RunFolder(output))) is not None:
+        return report
+    with watching(console, quiet=quiet) as observers:
+        task = prepare_task(request.settings)
+        run = _run(task, request)
+        run.observers.extend(observers)
+        try:
+            run.prepare()
+            with RunFolder.create(output, resume=resume, overwrite=overwrite) as folder:
+                run.folder = folder
+                if not resume:
+                    folder.write_json(CONFIG, {"schema": SCHEMA, **request.to_dict()})
+                folder.write_json(ENVIRONMENT, environment())
+                return _recorded(run, task, request, folder, resume=resume)
+        finally:
+            run.close()
+
+
+def _run(task: PreparedTask, request: Request) -> Run:
+    return Run(task, request.config, run_settings(request.settings))
+
+
+def _recorded(
+    run: Run, task: PreparedTask, request: Request, folder: RunFolder, *, resume: bool
+) -> dict[str, Any]:  # fmt: skip
+    """The run, with how it ended as its last record."""
+    try:
+        if resume:
+            _go_on(run, folder)
+        with stopped_by_signals(run) as received:
+            run.train()
+        if received:
+            raise Interrupted(_how_to_resume(run, folder), received[0])
+        return _finish(run, task, request, folder)
+    except BaseException as error:
+        is_interrupt = isinstance(error, KeyboardInterrupt | Interrupted)
+        end = {"status": "interrupted" if is_interrupt else "failed", "steps": run.guide.step_count}
+        # The record of the failure must not hide the failure: on a full disk neither can be written.
+        with suppress(RGFTError):
+            folder.records.append("end", {**end, "message": str(error)})
+        if isinstance(error, KeyboardInterrupt):
+            raise Interrupted(_how_to_resume(run, folder)) from error
+        raise
+
+
+def _go_on(run: Run, folder: RunFolder) -> None:
+    if folder.has_checkpoint:
+        run.resume()
+        return
+    # Ended before its first checkpoint: the same run from its first step.
+    folder.records.rewind(0)
+    folder.plans.rewind(0)
+
+
+def _how_to_resume(run: Run, folder: RunFolder) -> str:
+    return f"after step {run.guide.step_count}; go on with: rgft train --resume --output {folder.path}"
 
 
 @contextmanager
-def stopping_on_interrupt(run: Run) -> Iterator[None]:
-    """Inside, the first Ctrl-C ends the run after the step in hand; a second one ends the process."""
+def stopped_by_signals(run: Run) -> Iterator[list[int]]:
+    """Inside, Ctrl-C or SIGTERM ends the run after the step in hand; the list then holds the signal's number.
+
+    A second one of the same kind does what it always does.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # handlers can be set in the main thread only
+        return
 
     def stop(number: int, frame: FrameType | None) -> None:
+        received.append(number)
         run.stop()
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before[number])
 
-    before = signal.signal(signal.SIGINT, stop)
+    before: dict[int, Any] = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield received
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def describe(task: PreparedTask, config: Config, settings: Settings, *, quiet: bool) -> dict[str, Any]:
-    """Components, run plan and predicted cost; nothing is trained or written."""
-    run = Run(task, config, settings)
-    try:
-        stream = BatchStream(
-            task.train,
-            batch_size=settings.batch_size,
-            collate_fn=task.collate,
-            epochs=settings.epochs,
-            seed=config.seed,
-        )
-        plan = run.guide.prepare(stream)
-        components = [
-            {"name": c.name, "kind": c.kind, "depth": c.depth, "parameters": c.numel} for c in run.guide.partition
-        ]
-    finally:
-        run.close()
-    if not quiet:
-        for item in components:
-            print(f"{item['depth']:3d}  {item['kind']:<12} {item['parameters']:>12,}  {item['name']}", file=sys.stderr)
-        print(
-            f"full fine-tuning {plan.full_flops:.3g} FLOPs; this run at most {plan.flops:.3g} "
-            f"({plan.flops / plan.full_flops:.0%}); at least {plan.steps} steps; {plan.probes} probes of "
-            f"{plan.probe_size} examples",
-            file=sys.stderr,
-        )
-    return {"components": components, "run_plan": plan.to_dict()}
+def _finish(run: Run, task: PreparedTask, request: Request, folder: RunFolder) -> dict[str, Any]:
+    """Evaluates, saves all results, and marks the run as finished."""
+    # From here on an interruption costs the evaluation only.
+    run.checkpoint()
+    guide = run.guide
+    metrics: dict[str, dict[str, float]] = {}
+    for split, data in (("validation", task.validation), ("test", task.test)):
+        if data is not None and len(data) > 0:
+            metrics[split] = run.evaluate(data)
+            folder.records.append("evaluation", {"step": guide.step_count, "split": split, "metrics": metrics[split]})
+    ledger = guide.summary()
+    folder.write_json(LEDGER, {**ledger, "state": guide.ledger.to_dict()})
+    folder.write_json(ERROR_MAP, error_map(run))
+    plan = guide.plan.to_dict()
+    run.close()
+    folder.save_model(lambda path: save_model(task, request, path, metrics=metrics, ledger=ledger))
+    report = {
+        "status": "finished", "output": str(folder.path), "model": str(folder.model), "steps": guide.step_count,
+        "metrics": metrics, "primary_metric": task.primary_metric, "flops": ledger["flops"], "audit": ledger["audit"],
+        "seconds": ledger["seconds"], "memory": ledger["memory"], "parameters": ledger["parameters"], "plan": plan,
+    }  # fmt: skip
+    folder.records.append("end", report)
+    folder.remove_checkpoint()
+    return report
 
 
-def show_progress(report: StepReport) -> None:
-    """One line every tenth step, on standard error."""
-    if report.step % 10 == 0:
-        left = report.seconds / max(report.progress, 1e-9) - report.seconds
-        captured = "" if report.captured is None else f"  captured {report.captured:.0%}"
-        print(
-            f"step {report.step}  loss {report.loss:.4f}  spent {report.progress:.0%}  {left:.0f} s left  "
-            f"{report.active}/{report.components} on{captured}  errs most: {', '.join(name for name, _ in report.top)}",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+def finished(folder: RunFolder) -> dict[str, Any] | None:
+    """The report of a run that came to its end; None of one that did not."""
+    if not (folder.path / "records.jsonl").exists():
+        return None
+    ends = [record for record in folder.read_records() if record.type == "end"]
+    return dict(ends[-1].data) if ends and ends[-1].data["status"] == "finished" else None
 
 
-def _plain(options: Train) -> dict[str, Any]:
-    """What decides the result; flags of this call do not."""
-    passing = {"output", "resume", "overwrite", "dry_run", "quiet", "settings", "checkpoint_every"}
-    return {name: value for name, value in asdict(options).items() if name not in passing}
+def error_map(run: Run) -> dict[str, Any]:
+    """The map as it is, its uncertainty, and what it was at each probe."""
+    now = run.guide.error_map
+    return {
+        "schema": "rgft.error_map/1", "values": now.values(),
+        "standard_errors": {name: now.standard_error(name) for name in now.observed},
+        "map": now.to_dict(),
+        "history": [{"step": step + 1, "values": values} for step, values in run.guide.map_history],
+    }  # fmt: skip
 
 
-def _require_same(folder: RunFolder, description: dict[str, Any]) -> None:
-    saved = folder.read_json("config.json")
-    now = json.loads(json.dumps(description))
-    for part in ("task", "rgft"):
-        different = sorted(key for key in now[part] if saved[part].get(key) != now[part][key])
-        if different:
-            raise RunFolderError(
-                f"{folder.path}: --resume goes on with the same settings; different now: {', '.join(different)}"
-            )
+def save_model(
+    task: PreparedTask, request: Request, path: Path, *, metrics: Mapping[str, Mapping[str, float]],
+    ledger: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Model, tokenizer (or image processor) and model card, as `from_pretrained` reads them."""
+    model: Any = task.model
+    model.save_pretrained(path)
+    if task.processor is not None:
+        task.processor.save_pretrained(path)
+    text = model_card(
+        request.settings, metrics=metrics, ledger=ledger, loader=type(model).__name__, version=rgft.__version__
+    )
+    (path / "README.md").write_text(text, encoding="utf-8")

@@ -1,0 +1,80 @@
+"""The model card: what a saved model is, how it was made, what it reached and what that cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rgft.cli.request import RunSettings
+
+#: Task → the hub's name of the pipeline that runs such a model.
+PIPELINES = {
+    "text-classification": "text-classification", "regression": "text-classification",
+    "language-modelling": "text-generation", "chat": "text-generation", "images": "image-classification",
+}  # fmt: skip
+
+
+def model_card(
+    settings: RunSettings, *, metrics: Mapping[str, Mapping[str, float]], ledger: Mapping[str, Any], loader: str,
+    version: str,
+) -> str:  # fmt: skip
+    """The text of `README.md`, with front-matter as model hubs read it.
+
+    Args:
+        settings: of the run.
+        metrics: split → name → value.
+        ledger: its summary.
+        loader: name of the class that loads the model.
+        version: of RGFT.
+    """
+    import yaml
+
+    is_local = Path(settings.model).expanduser().exists()
+    front: dict[str, Any] = {
+        "library_name": "transformers", "pipeline_tag": PIPELINES[settings.task], "tags": ["rgft"],
+    }  # fmt: skip
+    if not is_local:
+        front["base_model"] = settings.model
+    names = sorted({name for values in metrics.values() for name in values} - {"loss"})
+    if names:
+        front["metrics"] = names
+    base = Path(settings.model).name if is_local else settings.model
+    flops, parameters = ledger["flops"], ledger["parameters"]
+    share = flops["fraction_of_full"]
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=False).strip(),
+        "---",
+        "",
+        f"# {base}, fine-tuned with RGFT",
+        "",
+        f"Fine-tuned for {settings.task} with Residual-Guided Fine-Tuning {version}, which spends compute only on the "
+        "parts of the model that cause the remaining error.",
+        "",
+        "## Results",
+        "",
+        "| split | metric | value |",
+        "|---|---|---:|",
+        *(f"| {split} | {name} | {value:.4f} |" for split, values in metrics.items() for name, value in values.items()),
+        "",
+        "## Cost",
+        "",
+        f"- {flops['spent']:.4g} FLOPs of training and scoring"
+        + ("" if share is None else f", {share:.1%} of full fine-tuning's {flops['full']:.4g} on the same data"),
+        f"- {ledger['steps']} steps of {settings.batch_size * settings.accumulation} examples; "
+        f"{parameters['updated_per_step']:,.0f} parameters updated per step, {parameters['updated_in_all']:,} in all",
+        f"- {ledger['seconds']['total']:.0f} s, evaluation not counted",
+        "",
+        "## Use",
+        "",
+        "```python",
+        f"from transformers import {loader}",
+        "",
+        f'model = {loader}.from_pretrained("path/of/this/folder")',
+        "```",
+        "",
+        f"Learning rate {settings.lr:g}, seed {settings.seed}; all settings are in the run's `config.json`.",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,113 @@
+"""What a run would do and cost, before anything runs: components, the plan to begin with, FLOPs by depth."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from rgft.assembly import build_policy
+from rgft.cli.progress import short
+from rgft.cost import CostModel, StepCost
+from rgft.run import Run
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def preview(run: Run) -> dict[str, Any]:
+    """Components, run plan, first plan and costs of a run that was prepared; trains nothing.
+
+    Returns:
+        Fit for JSON. `components`; `run_plan`; `first_plan`: what would be decided if nothing were measured;
+        `steps_in_full`: optimizer steps of full fine-tuning; `by_depth`: for a cut at each depth, what lies there and
+        what a step on a typical batch costs (the prefix computed, and read from the cache).
+    """
+    guide = run.guide
+    assert guide.run_plan is not None
+    assert guide.costs is not None
+    situation = replace(guide.situation(), steps_left=run.batches_in_full)
+    policy = build_policy(guide.config)
+    first = guide.plan if policy is None else policy.decide(situation)
+    return {
+        "model": {"components": len(guide.partition), "parameters": guide.partition.numel,
+                  "family": guide.partition.family, "granularity": guide.partition.granularity},
+        "components": [
+            {"name": c.name, "kind": c.kind, "depth": c.depth, "parameters": c.numel} for c in guide.partition
+        ],
+        "run_plan": guide.run_plan.to_dict(),
+        "budget": guide.run_plan.flops / guide.run_plan.full_flops,
+        "first_plan": {"cut": first.cut, "active": list(first.active(0)), "reason": first.reason},
+        "steps_in_full": run.batches_in_full // run.settings.accumulation,
+        "typical_batch": {"rows": situation.rows, "tokens": situation.tokens},
+        "by_depth": _by_depth(run, guide.costs, situation.rows, situation.tokens),
+    }  # fmt: skip
+
+
+def _by_depth(run: Run, costs: CostModel, rows: int, tokens: int) -> list[dict[str, Any]]:
+    partition, run_plan = run.guide.partition, run.guide.run_plan
+    assert run_plan is not None
+    full = costs.full_step(rows, tokens).total
+    at: dict[int, StepCost] = defaultdict(lambda: StepCost(forward=0.0, dx=0.0, dw=0.0))
+    depth_of = {component.name: component.depth for component in partition}
+    for name, cost in costs.by_component(rows, tokens).items():
+        depth = depth_of.get(name, 0)
+        old = at[depth]
+        at[depth] = StepCost(forward=old.forward + cost.forward, dx=old.dx + cost.dx, dw=old.dw + cost.dw)
+    table: list[dict[str, Any]] = []
+    for depth in sorted({component.depth for component in partition}):
+        above = frozenset(component.name for component in partition.above(depth))
+        step = costs.step_flops(above, rows=rows, tokens=tokens).total
+        cached = costs.step_flops(above, rows=rows, tokens=tokens, cached_below=depth).total
+        here = [component for component in partition if component.depth == depth]
+        table.append(
+            {
+                "depth": depth,
+                "layer": here[0].layer or ", ".join(component.name for component in here),
+                "parameters": sum(component.numel for component in here),
+                "forward_flops": at[depth].forward, "dx_flops": at[depth].dx, "dw_flops": at[depth].dw,
+                "step_fraction": step / full,
+                "cached_step_fraction": cached / full if run.guide.cache is not None else None,
+                "steps": int(run_plan.flops / (step * run.settings.accumulation)),
+            }
+        )  # fmt: skip
+    return table
+
+
+def show(data: dict[str, Any], console: Console) -> None:
+    """Prints `preview` as tables."""
+    from rich.table import Table
+
+    model, plan = data["model"], data["run_plan"]
+    components = Table("component", "kind", "depth", "parameters", title=(
+        f"{model['components']} components ({model['granularity']}, {model['family']}), "
+        f"{model['parameters']:,} parameters"
+    ))  # fmt: skip
+    active = set(data["first_plan"]["active"])
+    for item in data["components"]:
+        mark = "" if item["name"] in active else "[dim]"
+        components.add_row(
+            mark + item["name"], item["kind"], str(item["depth"]), f"{item['parameters']:,}"
+        )  # fmt: skip
+    console.print(components)
+    title = (
+        f"Cost by depth: FLOPs of a full step on {data['typical_batch']['rows']} × {data['typical_batch']['tokens']} "
+        "tokens; a step cut there, as a share of it; steps the budget buys"
+    )
+    costs = Table("cut", "at this depth", "F", "dX", "dW", "step", "cached", "steps", title=title)
+    for row in data["by_depth"]:
+        cached = row["cached_step_fraction"]
+        costs.add_row(
+            str(row["depth"]), short(row["layer"]), f"{row['forward_flops']:.2g}", f"{row['dx_flops']:.2g}",
+            f"{row['dw_flops']:.2g}", f"{row['step_fraction']:.2f}", "" if cached is None else f"{cached:.2f}",
+            f"{row['steps']:,}",
+        )  # fmt: skip
+    console.print(costs)
+    console.print(
+        f"full fine-tuning: {plan['full_flops']:.4g} FLOPs, {data['steps_in_full']:,} steps\n"
+        f"this run: at most {plan['flops']:.4g} FLOPs ({data['budget']:.1%}), probes included: "
+        f"{plan['probes']} of {plan['probe_size']} examples; cache: {plan['cache']}\n"
+        f"first plan, if nothing were measured: cut at depth {data['first_plan']['cut']}, "
+        f"{len(active)} of {model['components']} components on ({data['first_plan']['reason']})",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip

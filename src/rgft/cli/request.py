@@ -1,0 +1,230 @@
+"""What a command is asked to do: one YAML file, flags over it, `--set` over both; all problems reported at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError
+
+from rgft.config import Config, apply_overrides
+from rgft.config.presets import DEFAULT_PRESET
+from rgft.config.problems import problems_of
+from rgft.config.sections import Names, Section
+from rgft.errors import ConfigError
+
+TaskName = Literal["text-classification", "regression", "language-modelling", "chat", "images"]
+
+#: Key of the file's section that holds RGFT's own configuration.
+SECTION = "rgft"
+
+#: What a command-line user has that `Config` does not: a classifier is nearly always new, and learns faster.
+DEFAULTS: Mapping[str, Any] = {"classifier_lr_multiplier": 10.0}
+
+#: Of the preset `rgft`; the others spend what they spend.
+DEFAULT_BUDGET = 0.3
+
+
+def _one_or_more(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+class RunSettings(Section):
+    """Everything of a run beside RGFT's own configuration."""
+
+    model: str = Field(min_length=1, description="hub name or folder of a pre-trained model")
+    data: str = Field(min_length=1, description="training examples: a file, a folder of images, or a hub name")
+    task: TaskName = Field(default="text-classification", description="what is learnt")
+    text: Annotated[Names, BeforeValidator(_one_or_more)] = Field(
+        default=("text",), min_length=1, max_length=2, description="one or two columns with texts"
+    )
+    label: str = Field(default="label", min_length=1, description="column with labels, or with numbers (regression)")
+    validation: str | None = Field(default=None, description="examples for validation; None: held_out of the training")
+    test: str | None = Field(default=None, description="examples that are evaluated once, at the end")
+    held_out: float = Field(default=0.1, gt=0, lt=1, description="share held out where no validation is given")
+    max_length: int = Field(default=128, ge=2, description="tokens; longer inputs are cut")
+    lr: float = Field(default=2e-4, gt=0, description="learning rate at multiplier 1")
+    epochs: float = Field(default=3.0, gt=0, description="of the full fine-tuning that the budget is a share of")
+    batch_size: int = Field(default=32, ge=1, description="examples per micro-batch")
+    accumulation: int = Field(default=1, ge=1, description="micro-batches per optimizer step")
+    weight_decay: float = Field(default=0.01, ge=0, description="decoupled, of weights but not of biases and norms")
+    schedule: Literal["linear", "cosine", "constant"] = Field(default="linear", description="of the learning rate")
+    warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the run with a rising learning rate")
+    max_grad_norm: float | None = Field(default=1.0, gt=0, description="gradients are clipped to it; None: not")
+    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16: autocast")
+    device: str = Field(default="auto", description="auto: an accelerator where there is one, else the CPU")
+    checkpoint_every: int = Field(default=100, ge=0, description="steps between checkpoints; 0: at the end only")
+    eval_batch_size: int = Field(default=64, ge=1, description="examples per evaluation batch")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="of splits, new weights, data order, probes and dropout")
+
+
+#: What may differ when a run is resumed: none of it changes what is computed.
+FREE_ON_RESUME = frozenset({"checkpoint_every"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A checked request.
+
+    Attributes:
+        settings: of the run.
+        rgft: the `rgft` section as given, flags and overrides merged in.
+        config: RGFT's configuration that follows from it.
+    """
+
+    settings: RunSettings
+    rgft: Mapping[str, Any]
+    config: Config
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it; a YAML file of `settings` and `rgft` asks for the same run."""
+        return {
+            "settings": self.settings.model_dump(mode="json"),
+            SECTION: dict(self.rgft),
+            "resolved": self.config.resolved().to_dict(),
+        }
+
+
+def read_request(
+    *, file: Path | None = None, flags: Mapping[str, Any] | None = None, rgft_flags: Mapping[str, Any] | None = None,
+    overrides: Iterable[str] = (), stored: Mapping[str, Any] | None = None,
+) -> Request:  # fmt: skip
+    """Puts a request together; later sources win: stored, file, flags, overrides.
+
+    Args:
+        file: YAML: run settings, and a section `rgft`.
+        flags: run settings given as flags; None means not given.
+        rgft_flags: settings of the section given as flags.
+        overrides: `key.path=value`, of the section (with or without `rgft.` before it) or of run settings.
+        stored: `to_dict` of the run that is resumed. Settings that would change what it computes are refused.
+
+    Raises:
+        ConfigError: with every problem of every source.
+    """
+    problems: list[str] = []
+    base = stored or {"settings": {}, SECTION: dict(DEFAULTS)}
+    settings, rgft = dict(base["settings"]), dict(base[SECTION])
+    if file is not None:
+        given = read_yaml(file)
+        section = given.pop(SECTION, None)
+        if section is None:
+            section = {}
+        if isinstance(section, Mapping) and all(isinstance(key, str) for key in section):
+            rgft |= section
+        else:
+            problems.append(f"{file}: {SECTION}: expected a group of settings, found {section!r}")
+        settings |= given
+    settings |= {key: value for key, value in (flags or {}).items() if value is not None}
+    rgft |= {key: value for key, value in (rgft_flags or {}).items() if value is not None}
+    of_run, of_rgft = _split(overrides)
+    try:
+        settings = apply_overrides(settings, of_run)
+    except ConfigError as error:
+        problems += error.problems
+    try:
+        rgft = apply_overrides(rgft, of_rgft)
+    except ConfigError as error:
+        problems += error.problems
+    if stored is None and rgft.get("preset", DEFAULT_PRESET) == DEFAULT_PRESET:
+        rgft.setdefault("budget", DEFAULT_BUDGET)
+    if "seed" in rgft:
+        problems.append(f"{SECTION}.seed: the seed of a run stands outside this section, found it inside; give seed")
+    problems += [
+        f"{key}: is a setting of the section {SECTION!r}; write it below `{SECTION}:`"
+        for key in settings
+        if key not in RunSettings.model_fields and key in Config.model_fields
+    ]
+    settings = {k: v for k, v in settings.items() if k in RunSettings.model_fields or k not in Config.model_fields}
+    checked: RunSettings | None = None
+    try:
+        checked = RunSettings(**settings)
+    except ValidationError as error:
+        problems += [_with_flag(problem) for problem in problems_of(error, RunSettings)]
+    config: Config | None = None
+    try:
+        config = Config.from_dict({**rgft, "seed": checked.seed if checked else 0})
+    except ConfigError as error:
+        problems += [f"{SECTION}.{problem}" for problem in error.problems]
+    if problems or checked is None or config is None:
+        raise ConfigError(problems)
+    request = Request(settings=checked, rgft=rgft, config=config)
+    if stored is not None:
+        _refuse_changes(request, stored)
+    return request
+
+
+def _split(overrides: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Overrides of run settings, and those of the section."""
+    of_run: list[str] = []
+    of_rgft: list[str] = []
+    for override in overrides:
+        first = re.split(r"[.=]", override, maxsplit=1)[0].strip()
+        if first in RunSettings.model_fields:
+            of_run.append(override)
+        else:
+            of_rgft.append(override.strip().removeprefix(f"{SECTION}."))
+    return of_run, of_rgft
+
+
+def _with_flag(problem: str) -> str:
+    key = problem.partition(":")[0]
+    if key in ("model", "data") and problem.endswith("found none"):
+        return f"{problem}; give --{key}, or {key} in the file of --config"
+    return problem
+
+
+def _refuse_changes(request: Request, stored: Mapping[str, Any]) -> None:
+    now = request.to_dict()
+    problems = [
+        f"{prefix}{key}: the run was started with {stored[part].get(key)!r}, found {now[part].get(key)!r}; --resume "
+        "goes on with the same settings, --overwrite starts anew"
+        for part, prefix in (("settings", ""), ("resolved", f"{SECTION}."))
+        for key in sorted({*stored[part], *now[part]} - FREE_ON_RESUME)
+        if stored[part].get(key) != now[part].get(key) and (part, key) != ("resolved", "seed")
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: it is missing, unreadable, no YAML, or no mapping.
+    """
+    import yaml
+
+    try:
+        with file.open(encoding="utf-8") as stream:
+            data = yaml.load(stream, Loader=_loader())
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"{file}: expected a YAML file; it could not be read: {reason}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: expected YAML: {' '.join(str(error).split())}") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise ConfigError(f"{file}: expected settings as `key: value`, found {data!r}")
+    return data
+
+
+def _loader() -> Any:
+    """YAML's safe loader, in which `2e-4` is a number (YAML 1.1 wants `2.0e-4`) and no key is given twice."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value]
+            twice = sorted({key for key in keys if isinstance(key, str) and keys.count(key) > 1})
+            if twice:
+                raise yaml.constructor.ConstructorError(None, None, f"given twice: {', '.join(twice)}", node.start_mark)
+            return super().construct_mapping(node, deep)
+
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
+    return Loader

@@ -1,0 +1,50 @@
+"""What a finished run reached and spent, as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rgft.cli.progress import duration
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def show(report: Mapping[str, Any], console: Console) -> None:
+    """Prints the report of `rgft train`."""
+    from rich.table import Table
+
+    if report["metrics"]:
+        scores = Table("split", "metric", "value")
+        for split, values in report["metrics"].items():
+            for name, value in values.items():
+                scores.add_row(split, name, f"{value:.4f}")
+        console.print(scores)
+    flops, saved, audit = report["flops"], report["flops"]["saved"], report["audit"]
+    whole = flops["full"] or flops["same_batches_in_full"]
+    table = Table("FLOPs", "", "of full fine-tuning")
+    rows = (
+        ("full fine-tuning, same batches", flops["same_batches_in_full"]), ("dW skipped", -saved["dw_skipped"]),
+        ("dX truncated", -saved["dx_truncated"]), ("F cached", -saved["forward_cached"]), ("probes", flops["probes"]),
+        ("cache filling", flops["cache_filling"]), ("spent", flops["spent"]),
+    )  # fmt: skip
+    for name, value in rows:
+        table.add_row(name, f"{value:.4g}", f"{value / whole:.1%}")
+    console.print(table)
+    counted = "" if audit["error"] is None else f"; counted in {audit['audits']} passes, off by {audit['error']:+.2%}"
+    console.print(
+        f"{report['steps']} steps in {duration(report['seconds']['total'])}, cut at depth {report['plan']['cut']} "
+        f"({report['plan']['reason']}){counted}\nmodel: {report['model']}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+def show_nested(data: Mapping[str, Any], console: Console, *, indent: int = 0) -> None:
+    """Prints nested settings, one per line."""
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            console.print(f"{' ' * indent}{key}:", highlight=False)
+            show_nested(value, console, indent=indent + 2)
+        else:
+            console.print(f"{' ' * indent}{key}: {value}", highlight=False, markup=False, soft_wrap=True)

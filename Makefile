@@ -10,7 +10,8 @@ demo: $(SETUP)  ## fine-tune a real encoder within 30 % of full fine-tuning's FL
 	$(BIN)/python examples/demo.py
 
 test: $(SETUP)  ## the fast suite
-	$(BIN)/python -m pytest -m "not slow" -n 2
+	# one thread a worker: two workers with two threads each take several times as long on two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2
 
 test-slow: $(SETUP)  ## what takes minutes
 	$(BIN)/python -m pytest -m slow

@@ -63,7 +63,12 @@ def test_rank_averages_ties(make: Any, scores: list[float], alpha: float) -> Non
 
 
 @given(
-    pairs=st.lists(st.tuples(st.floats(-1.0, 2.0), st.floats(-0.5, 2.0)), min_size=1, max_size=10),
+    pairs=st.lists(
+        # A same-batch decrease of next to nothing makes the ratio as uncertain as rounding makes its numerator.
+        st.tuples(st.floats(-1.0, 2.0), st.floats(-0.5, 2.0).filter(lambda s: s <= 0.0 or s > 1e-3)),
+        min_size=1,
+        max_size=10,
+    ),
     power=st.sampled_from([0.0, 0.5, 1.0]),
 )
 def test_decrease_ratio(make: Any, pairs: list[tuple[float, float]], power: float) -> None:
@@ -71,11 +76,11 @@ def test_decrease_ratio(make: Any, pairs: list[tuple[float, float]], power: floa
     situation = make.situation(
         components, [g for g, _ in pairs], same_batch_map=make.map(components, [s for _, s in pairs])
     )
-    # Seen twice alike: no uncertainty, so nothing is shrunk.
+    # Seen twice alike, and a wide prior: no uncertainty, so nothing is shrunk.
     values = situation.error_map.values()
     certain = ErrorMap.empty(values).observe(values, step=0).observe(values, step=1)
     situation = replace(situation, error_map=certain)
-    found = DecreaseRatio(power=power, spread=1.0, floor=0.01, f_min=0.25, f_max=4.0).multipliers(situation)
+    found = DecreaseRatio(power=power, spread=1e3, floor=0.01, f_min=0.25, f_max=4.0).multipliers(situation)
     usable = {c.name: (g, s) for c, (g, s) in zip(components, pairs, strict=True) if s > 0}
     raw = {name: min(1.0, max(0.01, g / s)) ** power for name, (g, s) in usable.items()}
     assert all(found[c.name] == 1.0 for c in components if c.name not in raw)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import signal
@@ -10,55 +9,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
-from rgft.cli.app import app
 from rgft.telemetry.run_folder import RunFolder
+from tests.integration.cli_inputs import invoke, refused, save_inputs
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Options naming a tiny saved model and a CSV of 200 rows whose label is the first word."""
-    from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
-
-    folder = tmp_path_factory.mktemp("inputs")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", *"abcdefghij"]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder / "model")
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(words), hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48,
-        max_position_embeddings=32,
-    )  # fmt: skip
-    BertForSequenceClassification(config).save_pretrained(folder / "model")
-    with (folder / "data.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["text", "label"])
-        for i in range(200):
-            first = ("good", "bad")[i % 2]
-            writer.writerow([f"{first} {' '.join('abcdefghij'[int(d)] for d in f'{i:03d}')}", first])
-    return ["--model", str(folder / "model"), "--data", str(folder / "data.csv"), "--batch-size", "8", "--lr", "1e-3"]
-
-
-def invoke(*arguments: str) -> Any:
-    result = CliRunner().invoke(app, ["train", *arguments])
-    assert result.exit_code == 0, (result.stderr, result.exception)
-    return result
-
-
-def refused(*arguments: str, code: int = 2) -> str:
-    """What a command that ends with `code` says, which is one message on standard error."""
-    result = CliRunner().invoke(app, ["train", *arguments])
-    assert result.exit_code == code, (result.stderr, result.exception)
-    assert result.stdout == ""
-    assert result.stderr.startswith("error: ")
-    assert "Traceback" not in result.stderr
-    return result.stderr
+    return ["train", *save_inputs(tmp_path_factory.mktemp("inputs"))]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -114,7 +76,7 @@ def test_all_wrong_settings_at_once_and_nothing_written(inputs: list[str], tmp_p
 
 
 def start(inputs: list[str], output: Path, *more: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "rgft.cli", "train", *inputs, "--output", str(output), "--epochs", "8", *more]
+    command = [sys.executable, "-m", "rgft.cli", *inputs, "--output", str(output), "--epochs", "8", *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 

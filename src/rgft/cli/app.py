@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,10 +15,8 @@ bench = typer.Typer(no_args_is_help=True, help="Compare methods: run experiments
 app.add_typer(bench, name="bench")
 
 Model = Annotated[str | None, typer.Option(help="hub name or folder of a pre-trained model")]
-Data = Annotated[str | None, typer.Option(help="training examples: a file (.csv, .tsv, .jsonl, .parquet), a folder of "
-                                               "images, or a hub name")]  # fmt: skip
-Task = Annotated[str | None, typer.Option(help="text-classification (default), regression, language-modelling, chat or "
-                                               "images")]  # fmt: skip
+Data = Annotated[str | None, typer.Option(help="training examples: .csv, .tsv, .jsonl, .parquet, or a hub name")]
+Task = Annotated[str | None, typer.Option(help="text-classification (default) or regression")]
 Text = Annotated[list[str] | None, typer.Option(help="text column; given twice: pairs of texts  [default: text]")]
 Label = Annotated[str | None, typer.Option(help="label column  [default: label]")]
 LearningRate = Annotated[float | None, typer.Option(help="learning rate  [default: 2e-4]")]
@@ -125,13 +124,17 @@ def map_errors(
         from rgft.cli import mapping
         from rgft.cli.preparing import device_of, prepare_task
         from rgft.cli.request import read_request
+        from rgft.errors import RGFTWarning
 
-        request = read_request(
-            file=config, overrides=overrides or (),
-            flags={"model": model, "data": data, "task": task, "text": tuple(text) if text else None, "label": label,
-                   "lr": lr, "max_length": max_length, "seed": seed},
-            rgft_flags={"preset": preset, "granularity": granularity, "signal": signal},
-        )  # fmt: skip
+        with warnings.catch_warnings():
+            # Whether scalings and masks have an effect does not matter here: nothing is decided.
+            warnings.simplefilter("ignore", RGFTWarning)
+            request = read_request(
+                file=config, overrides=overrides or (),
+                flags={"model": model, "data": data, "task": task, "text": tuple(text) if text else None,
+                       "label": label, "lr": lr, "max_length": max_length, "seed": seed},
+                rgft_flags={"preset": preset, "granularity": granularity, "signal": signal},
+            )  # fmt: skip
         settings = request.settings
         measured = mapping.measure(
             prepare_task(settings), request.config, probes=probes, probe_size=probe_size, lr=settings.lr,

@@ -23,7 +23,7 @@ from rgft.tasks.base import PreparedTask
 if TYPE_CHECKING:
     from rich.console import Console
 
-BAR_WIDTH = 32
+BAR_WIDTH = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,18 +133,22 @@ def _standard_error(values: list[float]) -> float | None:
 
 
 def show(measured: MeasuredMap, console: Console) -> None:
-    """Prints a table with a bar per component; a negative score's bar is drawn in another pattern."""
+    """Prints a table with a bar per component; a negative score's bar is hatched."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table("component", "kind", "depth", "parameters", "score", "±", "share", "")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("component", overflow="fold")
+    for name in ("kind", "depth", "score", "±", "share"):
+        table.add_column(name, no_wrap=True, justify="left" if name == "kind" else "right")
+    table.add_column("", no_wrap=True)
     largest = max((abs(row.score) for row in measured.rows), default=0.0) or 1.0
     for row in measured.rows:
-        error = "" if row.standard_error is None else f"{row.standard_error:.1e}"
-        share = "" if row.share is None else f"{row.share:.1%}"
+        error = "" if row.standard_error is None else f"{row.standard_error:.0e}"
+        share = "" if row.share is None else f"{row.share:.0%}"
         table.add_row(
-            short(row.component), row.kind, str(row.depth), f"{row.parameters:,}", f"{row.score:.3e}", error, share,
-            bar(row.score, largest),
-        )  # fmt: skip
+            short(row.component), row.kind, str(row.depth), f"{row.score:.2e}", error, share, bar(row.score, largest)
+        )
     console.print(table)
     console.print(f"{measured.signal}, mean of {len(measured.history)} probes", highlight=False)
 

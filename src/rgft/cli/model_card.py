@@ -9,10 +9,7 @@ from typing import Any
 from rgft.cli.request import RunSettings
 
 #: Task → the hub's name of the pipeline that runs such a model.
-PIPELINES = {
-    "text-classification": "text-classification", "regression": "text-classification",
-    "language-modelling": "text-generation", "chat": "text-generation", "images": "image-classification",
-}  # fmt: skip
+PIPELINES = {"text-classification": "text-classification", "regression": "text-classification"}
 
 
 def model_card(

@@ -16,7 +16,7 @@ from rgft.config.problems import problems_of
 from rgft.config.sections import Names, Section
 from rgft.errors import ConfigError
 
-TaskName = Literal["text-classification", "regression", "language-modelling", "chat", "images"]
+TaskName = Literal["text-classification", "regression"]
 
 #: Key of the file's section that holds RGFT's own configuration.
 SECTION = "rgft"
@@ -36,7 +36,9 @@ class RunSettings(Section):
     """Everything of a run beside RGFT's own configuration."""
 
     model: str = Field(min_length=1, description="hub name or folder of a pre-trained model")
-    data: str = Field(min_length=1, description="training examples: a file, a folder of images, or a hub name")
+    data: str = Field(
+        min_length=1, description="training examples: a file (.csv, .tsv, .jsonl, .parquet) or a hub name"
+    )
     task: TaskName = Field(default="text-classification", description="what is learnt")
     text: Annotated[Names, BeforeValidator(_one_or_more)] = Field(
         default=("text",), min_length=1, max_length=2, description="one or two columns with texts"

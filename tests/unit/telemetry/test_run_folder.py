@@ -285,3 +285,48 @@ def test_a_damaged_checkpoint_is_named(folder: RunFolder, damage: bytes | None) 
     path.write_bytes(path.read_bytes()[:60_000] if damage is None else damage)
     with pytest.raises(RunFolderError, match=r"state\.pt: the checkpoint could not be read"):
         folder.load_checkpoint()
+
+
+class TestModelFolder:
+    def test_it_takes_its_place_when_complete(self, tmp_path: Path) -> None:
+        folder = RunFolder.create(tmp_path / "run")
+        for text in ("first", "second"):
+            folder.save_model(lambda path, text=text: (path / "weights").write_text(text))
+            assert (folder.model / "weights").read_text() == text
+        assert [path.name for path in folder.path.iterdir()] == ["model"]
+
+    def test_an_error_leaves_the_old_one_and_nothing_beside_it(self, tmp_path: Path) -> None:
+        folder = RunFolder.create(tmp_path / "run")
+        folder.save_model(lambda path: (path / "weights").write_text("old"))
+
+        def save(path: Path) -> None:
+            (path / "weights").write_text("half")
+            raise ValueError("of the model's own")
+
+        with pytest.raises(ValueError, match="of the model's own"):
+            folder.save_model(save)
+        assert (folder.model / "weights").read_text() == "old"
+        assert [path.name for path in folder.path.iterdir()] == ["model"]
+
+    def test_what_a_killed_process_was_writing_is_removed_on_resume(self, tmp_path: Path) -> None:
+        folder = RunFolder.create(tmp_path / "run")
+        folder.write_json("config.json", {})
+
+        def save(path: Path) -> None:
+            (path / "weights").write_text("half")
+            die()
+
+        assert in_child(lambda: folder.save_model(save) and None) == -9
+        assert len(list(folder.path.iterdir())) == 2
+        RunFolder.create(tmp_path / "run", resume=True)
+        assert [path.name for path in folder.path.iterdir()] == ["config.json"]
+
+
+def test_checking_touches_nothing(tmp_path: Path) -> None:
+    assert RunFolder.check(tmp_path / "run") == []
+    assert not (tmp_path / "run").exists()
+    RunFolder.create(tmp_path / "run").write_json("config.json", {})
+    with pytest.raises(RunFolderError, match="--resume"):
+        RunFolder.check(tmp_path / "run")
+    assert RunFolder.check(tmp_path / "run", overwrite=True) == ["config.json"]
+    assert (tmp_path / "run" / "config.json").exists()

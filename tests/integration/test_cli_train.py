@@ -14,6 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rgft.cli.preparing import prepare_task
+from rgft.cli.request import RunSettings
+from rgft.tasks.base import PreparedTask
 from rgft.telemetry.run_folder import RunFolder
 from tests.integration.cli_inputs import invoke, refused, save_inputs
 
@@ -27,9 +30,18 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model" / "model.safetensors")
 
 
-def test_a_run_reaches_the_budget_and_leaves_everything_behind(inputs: list[str], tmp_path: Path) -> None:
-    from transformers import AutoModelForSequenceClassification
+def test_a_run_reaches_the_budget_and_leaves_everything_behind(
+    inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    tasks: list[PreparedTask] = []
+
+    def prepared(settings: RunSettings) -> PreparedTask:
+        tasks.append(prepare_task(settings))
+        return tasks[-1]
+
+    monkeypatch.setattr("rgft.cli.train.prepare_task", prepared)
     more = ("--budget", "0.5", "--epochs", "12", "--lr", "3e-3", "--json", "--quiet")
     result = invoke(*inputs, "--output", str(tmp_path / "run"), *more)
     report = json.loads(result.stdout)
@@ -43,7 +55,22 @@ def test_a_run_reaches_the_budget_and_leaves_everything_behind(inputs: list[str]
     assert abs(report["audit"]["error"]) < 0.02
     assert folder.read_plans()
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
-    assert all(torch.equal(value, weights(tmp_path / "run")[name]) for name, value in loaded.state_dict().items())
+    trained = tasks[0].model.state_dict()
+    assert loaded.state_dict().keys() == trained.keys()
+    assert all(torch.equal(value, trained[name]) for name, value in loaded.state_dict().items())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    assert tokenizer("good a b")["input_ids"] == tasks[0].processor("good a b")["input_ids"]
+    assert (tmp_path / "run" / "model" / "README.md").read_text().startswith("---\nlibrary_name: transformers")
+    names = {
+        "config.json",
+        "environment.json",
+        "records.jsonl",
+        "plans.jsonl",
+        "error_map.json",
+        "ledger.json",
+        "model",
+    }
+    assert {path.name for path in (tmp_path / "run").iterdir()} == names
     assert loaded.config.id2label == {0: "bad", 1: "good"}
 
 
@@ -91,28 +118,100 @@ def wait_for_step(output: Path, process: subprocess.Popen[bytes], step: int) -> 
     pytest.fail(f"the run did not get to step {step}: {process.communicate()[1].decode()[-500:]}")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_run_that_was_ended_resumes_bit_for_bit(inputs: list[str], tmp_path: Path, number: signal.Signals) -> None:
-    options = ("--quiet", "--checkpoint-every", "7")
-    whole = start(inputs, tmp_path / "whole", *options)
-    process = start(inputs, tmp_path / "run", *options)
-    wait_for_step(tmp_path / "run", process, 20)
+OPTIONS = ("--quiet", "--checkpoint-every", "7")
+
+
+@pytest.fixture(scope="module")
+def whole(inputs: list[str], tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """The run that nobody ends."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    process = start(inputs, output, *OPTIONS)
+    assert process.wait(timeout=120) == 0
+    return RunFolder.open(output)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_a_run_that_was_ended_resumes_bit_for_bit(
+    inputs: list[str], whole: RunFolder, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    output = tmp_path / "run"
+    process = start(inputs, output, *OPTIONS)
+    wait_for_step(output, process, 16)
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL), errors.decode()
-    assert not (tmp_path / "run" / "model").exists()
-    resumed = start(inputs, tmp_path / "run", *options, "--resume")
-    assert resumed.wait(timeout=240) == 0
-    assert whole.wait(timeout=240) == 0
-    expected = weights(tmp_path / "whole")
-    assert all(torch.equal(value, expected[name]) for name, value in weights(tmp_path / "run").items())
-    folders = [RunFolder.open(tmp_path / name) for name in ("whole", "run")]
-    assert folders[0].read_json("error_map.json") == folders[1].read_json("error_map.json")
-    losses = [[record.data["loss"] for record in f.read_records() if record.type == "step"] for f in folders]
+    assert process.returncode == code, errors.decode()
+    assert not (output / "model").exists()
+    if code > 0:
+        assert f"go on with: rgft train --resume --output {output}" in errors.decode()
+        end = RunFolder.open(output).read_records()[-1]
+        assert (end.type, end.data["status"]) == ("end", "interrupted")
+    # Nothing but the folder is needed to go on.
+    invoke("train", "--resume", "--output", str(output), "--quiet")
+    assert all(torch.equal(value, weights(whole.path)[name]) for name, value in weights(output).items())
+    folder = RunFolder.open(output)
+    assert folder.read_json("error_map.json") == whole.read_json("error_map.json")
+    losses = [[record.data["loss"] for record in f.read_records() if record.type == "step"] for f in (whole, folder)]
     assert losses[0] == losses[1]
-    plans = [[record.data for record in f.read_plans()] for f in folders]
+    plans = [[record.data for record in f.read_plans()] for f in (whole, folder)]
     assert len(plans[0]) > 0
     assert plans[0] == plans[1]
+
+
+def test_a_run_that_is_finished_is_not_run_again(inputs: list[str], tmp_path: Path) -> None:
+    arguments = (*inputs, "--output", str(tmp_path / "run"), "--epochs", "1", "--json", "--quiet")
+    first = json.loads(invoke(*arguments).stdout)
+    assert not (tmp_path / "run" / "checkpoint").exists()
+    records = (tmp_path / "run" / "records.jsonl").read_bytes()
+    again = json.loads(invoke("train", "--resume", "--output", str(tmp_path / "run"), "--json").stdout)
+    assert (again["metrics"], again["flops"]) == (first["metrics"], first["flops"])
+    assert (tmp_path / "run" / "records.jsonl").read_bytes() == records
+
+
+def test_a_file_asks_for_the_same_run_as_flags(inputs: list[str], tmp_path: Path) -> None:
+    flags = dict(zip(inputs[1::2], inputs[2::2], strict=True))
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        f"model: {flags['--model']}\ndata: {flags['--data']}\nbatch_size: 8\nlr: 1e-3\nepochs: 9\n"
+        "rgft: {budget: 0.4, probe: {size: 6}}"
+    )
+    invoke("train", "--config", str(file), "--epochs", "1", "--output", str(tmp_path / "file"), "--quiet")
+    invoke(*inputs, "--epochs", "1", "--budget", "0.4", "--set", "probe.size=6", "--output", str(tmp_path / "flags"))
+    folders = [RunFolder.open(tmp_path / name) for name in ("file", "flags")]
+    assert folders[0].read_json("config.json") == folders[1].read_json("config.json")
+    assert weights(folders[0].path).keys() == weights(folders[1].path).keys()
+    assert all(torch.equal(v, weights(folders[1].path)[name]) for name, v in weights(folders[0].path).items())
+
+
+def test_regression_and_pairs_of_texts(inputs: list[str], tmp_path: Path) -> None:
+    data = tmp_path / "pairs.tsv"
+    rows = [f"good {'abcdefghij'[i % 10]}\tbad {'abcdefghij'[i % 7]}\t{i % 10 / 10}" for i in range(80)]
+    data.write_text("\n".join(["first\tsecond\tscore", *rows]))
+    report = json.loads(
+        invoke(
+            *inputs, "--data", str(data), "--task", "regression", "--text", "first", "--text", "second", "--label",
+            "score", "--test", str(data), "--output", str(tmp_path / "run"), "--json", "--quiet",
+        ).stdout
+    )  # fmt: skip
+    assert report["primary_metric"] == "mse"
+    assert report["metrics"].keys() == {"validation", "test"}
+    assert 0.0 < report["metrics"]["test"]["mse"] < 1.0
+    evaluations = [r for r in RunFolder.open(tmp_path / "run").read_records() if r.type == "evaluation"]
+    assert {r.data["split"]: r.data["metrics"] for r in evaluations} == report["metrics"]
+
+
+def test_what_is_said_goes_to_standard_error_and_tables_to_standard_output(inputs: list[str], tmp_path: Path) -> None:
+    result = invoke(*inputs, "--output", str(tmp_path / "a"), "--epochs", "1")
+    assert "step 1 · loss" in result.stderr
+    assert "accuracy" in result.stdout
+    assert "spent" in result.stdout
+    result = invoke(*inputs, "--output", str(tmp_path / "b"), "--epochs", "1", "--json")
+    assert "step 1 · loss" in result.stderr
+    assert json.loads(result.stdout)["status"] == "finished"
+    result = invoke(*inputs, "--output", str(tmp_path / "c"), "--epochs", "1", "--quiet")
+    assert (result.stdout, result.stderr) == ("", "")
+    result = invoke(*inputs, "--output", str(tmp_path / "d"), "--dry-run")
+    assert "first plan, if nothing were measured" in result.stdout
+    assert not (tmp_path / "d").exists()
 
 
 def test_errors_of_a_process_are_one_message(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from rgft.tasks.base import PreparedTask
 if TYPE_CHECKING:
     from rich.console import Console
 
-BAR_WIDTH = 20
+BAR_WIDTH = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,8 +137,8 @@ def show(measured: MeasuredMap, console: Console) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("component", overflow="fold")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=0)
+    table.add_column("component", overflow="fold", min_width=14)
     for name in ("kind", "depth", "score", "±", "share"):
         table.add_column(name, no_wrap=True, justify="left" if name == "kind" else "right")
     table.add_column("", no_wrap=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rgft.batches import BatchStream, SizedDataset
 from rgft.config import Config
 from rgft.errors import ConfigError
+from rgft.evaluation import Evaluated, evaluate
 from rgft.guide import Guide
 from rgft.plan import RunPlan
 from rgft.telemetry.flop_counter import flop_counter
@@ -28,15 +29,12 @@ from rgft.telemetry.run_folder import RunFolder
 MAX_AUDITS = 4
 
 
-class Task(Protocol):
+class Task(Evaluated, Protocol):
     """What a run needs of a task."""
 
-    model: nn.Module
     train: SizedDataset
     validation: SizedDataset | None
-    collate: Callable[[list[Any]], Any]
     loss: Callable[[nn.Module, Any], Tensor]
-    metrics: Callable[[Tensor, Tensor], dict[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,7 +303,7 @@ class Run:
         return self.guide.step_count
 
     def evaluate(self, dataset: SizedDataset) -> dict[str, float]:
-        """Mean loss per example and the task's metrics. Not part of the budget."""
+        """Mean loss and the task's metrics (see `rgft.evaluation`). Not part of the budget."""
         started = time.perf_counter()
         metrics = evaluate(self.task, dataset, batch_size=self.settings.eval_batch_size, loss=self._loss)
         self.guide.ledger.add_evaluation(seconds=time.perf_counter() - started)
@@ -320,51 +318,3 @@ class Run:
     def close(self) -> None:
         """Detaches the guide: the model is plain again, with trained weights."""
         self.guide.detach()
-
-
-@torch.no_grad()
-def evaluate(
-    task: Task, dataset: SizedDataset, *, batch_size: int, loss: Callable[[nn.Module, Any], Tensor]
-) -> dict[str, float]:
-    """Evaluates in order of length where examples have one (less padding); only rounding depends on it.
-
-    Returns:
-        "loss": mean over examples; and what `task.metrics` gives for all logits and labels.
-    """
-    model, was_training = task.model, task.model.training
-    model.eval()
-    captured: list[Tensor] = []
-    handle = model.register_forward_hook(lambda module, args, output: captured.append(_logits(output).float().cpu()))
-    losses, logits, labels = [], [], []
-    try:
-        for indices in _by_length(dataset, batch_size):
-            batch = task.collate([dataset[i] for i in indices])
-            value = loss(model, batch)
-            losses.append(value.float().cpu() if value.dim() else value.float().cpu().expand(len(indices)))
-            logits.append(captured.pop())
-            captured.clear()
-            labels.append(batch["labels"])
-    finally:
-        handle.remove()
-        model.train(was_training)
-    metrics = {"loss": float(torch.cat(losses).mean())}
-    if all(item.shape[1:] == logits[0].shape[1:] for item in logits):
-        metrics |= task.metrics(torch.cat(logits), torch.cat(labels))
-    return metrics
-
-
-def _logits(output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    return output.logits if hasattr(output, "logits") else output[0]
-
-
-def _by_length(dataset: SizedDataset, batch_size: int) -> Iterator[list[int]]:
-    def length(index: int) -> int:
-        example = dataset[index]
-        ids = example.get("input_ids") if isinstance(example, Mapping) else None
-        return len(ids) if ids is not None else 0
-
-    order = sorted(range(len(dataset)), key=length)
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]

@@ -15,12 +15,20 @@ bench = typer.Typer(no_args_is_help=True, help="Compare methods: run experiments
 app.add_typer(bench, name="bench")
 
 Model = Annotated[str | None, typer.Option(help="hub name or folder of a pre-trained model")]
-Data = Annotated[str | None, typer.Option(help="training examples: .csv, .tsv, .jsonl, .parquet, or a hub name")]
-Task = Annotated[str | None, typer.Option(help="text-classification (default) or regression")]
+Data = Annotated[
+    str | None,
+    typer.Option(help="training examples: .csv, .tsv, .jsonl, .parquet, .txt, a folder of images, or a hub name"),
+]
+Task = Annotated[
+    str | None,
+    typer.Option(help="text-classification (default), regression, language-modelling, chat or image-classification"),
+]
 Text = Annotated[list[str] | None, typer.Option(help="text column; given twice: pairs of texts  [default: text]")]
 Label = Annotated[str | None, typer.Option(help="label column  [default: label]")]
 LearningRate = Annotated[float | None, typer.Option(help="learning rate  [default: 2e-4]")]
-MaxLength = Annotated[int | None, typer.Option(help="tokens; longer inputs are cut  [default: 128]")]
+MaxLength = Annotated[
+    int | None, typer.Option(help="tokens; longer inputs are cut  [default: 128; 512 and 1024 for language models]")
+]
 Preset = Annotated[str | None, typer.Option(help="rgft (default), proposal_a, proposal_b or full")]
 Granularity = Annotated[str | None, typer.Option(help="layer (default), block, head or adapter")]
 Seed = Annotated[int | None, typer.Option(help="of splits, new weights, data order and dropout  [default: 0]")]

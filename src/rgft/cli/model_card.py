@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rgft.cli.request import RunSettings
+from rgft.cli.request import RunSettings, TaskName
 
 #: Task → the hub's name of the pipeline that runs such a model.
-PIPELINES = {"text-classification": "text-classification", "regression": "text-classification"}
+PIPELINES: Mapping[TaskName, str] = {
+    "text-classification": "text-classification", "regression": "text-classification",
+    "language-modelling": "text-generation", "chat": "text-generation", "image-classification": "image-classification",
+}  # fmt: skip
 
 
 def model_card(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rgft.cli.request import RunSettings
+from rgft.cli.request import MAX_LENGTH, RunSettings, TaskName
 from rgft.errors import ConfigError
 from rgft.run import Settings
 
@@ -29,13 +30,46 @@ def prepare_task(settings: RunSettings) -> PreparedTask:
         DataError: a file, column, label or model cannot be used.
     """
     silence_transformers()
+    prepare: dict[TaskName, Callable[[RunSettings, dict[str, Any]], PreparedTask]] = {
+        "text-classification": _text, "regression": _text, "language-modelling": _language_modelling, "chat": _chat,
+        "image-classification": _images,
+    }  # fmt: skip
+    shared = {
+        "model": settings.model, "train": settings.data, "validation": settings.validation, "test": settings.test,
+        "held_out": settings.held_out, "seed": settings.seed,
+    }  # fmt: skip
+    if settings.task in MAX_LENGTH:
+        shared["max_length"] = settings.max_length or MAX_LENGTH[settings.task]
+    return prepare[settings.task](settings, shared)
+
+
+def _text(settings: RunSettings, shared: dict[str, Any]) -> PreparedTask:
     from rgft.tasks.text_classification import text_classification
 
     return text_classification(
-        model=settings.model, train=settings.data, text=settings.text, label=settings.label,
-        validation=settings.validation, test=settings.test, regression=settings.task == "regression",
-        max_length=settings.max_length, held_out=settings.held_out, seed=settings.seed,
+        **shared, text=settings.text, label=settings.label, regression=settings.task == "regression"
+    )
+
+
+def _language_modelling(settings: RunSettings, shared: dict[str, Any]) -> PreparedTask:
+    from rgft.tasks.language_modelling import language_modelling
+
+    return language_modelling(**shared, text=settings.text[0], packing=settings.packing)
+
+
+def _chat(settings: RunSettings, shared: dict[str, Any]) -> PreparedTask:
+    from rgft.tasks.chat import chat
+
+    return chat(
+        **shared, messages=settings.messages, chat_template=settings.chat_template,
+        assistant_only=settings.loss_on == "assistant",
     )  # fmt: skip
+
+
+def _images(settings: RunSettings, shared: dict[str, Any]) -> PreparedTask:
+    from rgft.tasks.image_classification import image_classification
+
+    return image_classification(**shared, image=settings.image, label=settings.label, flip=settings.flip)
 
 
 def run_settings(settings: RunSettings) -> Settings:

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from rgft.config import Config, apply_overrides
 from rgft.config.presets import DEFAULT_PRESET
@@ -16,13 +16,32 @@ from rgft.config.problems import problems_of
 from rgft.config.sections import Names, Section
 from rgft.errors import ConfigError
 
-TaskName = Literal["text-classification", "regression"]
+TaskName = Literal["text-classification", "regression", "language-modelling", "chat", "image-classification"]
+
+#: Settings that only some tasks use; given for another, they are refused, not ignored.
+ONLY_FOR: Mapping[str, tuple[TaskName, ...]] = {
+    "text": ("text-classification", "regression", "language-modelling"),
+    "label": ("text-classification", "regression", "image-classification"),
+    "messages": ("chat",),
+    "chat_template": ("chat",),
+    "loss_on": ("chat",),
+    "packing": ("language-modelling",),
+    "max_length": ("text-classification", "regression", "language-modelling", "chat"),
+    "image": ("image-classification",),
+    "flip": ("image-classification",),
+}
+
+#: Tokens where `max_length` is not given.
+MAX_LENGTH: Mapping[TaskName, int] = {
+    "text-classification": 128, "regression": 128, "language-modelling": 512, "chat": 1024
+}  # fmt: skip
 
 #: Key of the file's section that holds RGFT's own configuration.
 SECTION = "rgft"
 
 #: What a command-line user has that `Config` does not: a classifier is nearly always new, and learns faster.
-DEFAULTS: Mapping[str, Any] = {"classifier_lr_multiplier": 10.0}
+NEW_CLASSIFIER: Mapping[str, Any] = {"classifier_lr_multiplier": 10.0}
+WITH_CLASSIFIER: tuple[TaskName, ...] = ("text-classification", "regression", "image-classification")
 
 #: Of the preset `rgft`; the others spend what they spend.
 DEFAULT_BUDGET = 0.3
@@ -37,17 +56,33 @@ class RunSettings(Section):
 
     model: str = Field(min_length=1, description="hub name or folder of a pre-trained model")
     data: str = Field(
-        min_length=1, description="training examples: a file (.csv, .tsv, .jsonl, .parquet) or a hub name"
+        min_length=1,
+        description="training examples: a file (.csv, .tsv, .jsonl, .parquet; .txt for language modelling), a folder "
+        "of images in folders named like their class, or a hub name",
     )
     task: TaskName = Field(default="text-classification", description="what is learnt")
     text: Annotated[Names, BeforeValidator(_one_or_more)] = Field(
-        default=("text",), min_length=1, max_length=2, description="one or two columns with texts"
-    )
+        default=("text",), min_length=1, max_length=2,
+        description="columns with texts: one, or two for classification and regression of pairs",
+    )  # fmt: skip
     label: str = Field(default="label", min_length=1, description="column with labels, or with numbers (regression)")
+    messages: Annotated[Names, BeforeValidator(_one_or_more)] = Field(
+        default=("messages",), min_length=1, max_length=2,
+        description="chat: the column with conversations (lists of role and content), or two with prompt and answer",
+    )  # fmt: skip
+    chat_template: str | None = Field(
+        default=None, min_length=1, description="chat: file with a Jinja template; None: the tokenizer's own"
+    )
+    loss_on: Literal["assistant", "all"] = Field(default="assistant", description="chat: tokens that are learnt")
+    packing: bool = Field(default=True, description="language modelling: texts are joined and cut into equal blocks")
+    image: str = Field(default="image", min_length=1, description="column with images, of a hub data set")
+    flip: bool = Field(default=True, description="images: training images are mirrored left to right half the time")
     validation: str | None = Field(default=None, description="examples for validation; None: held_out of the training")
     test: str | None = Field(default=None, description="examples that are evaluated once, at the end")
     held_out: float = Field(default=0.1, gt=0, lt=1, description="share held out where no validation is given")
-    max_length: int = Field(default=128, ge=2, description="tokens; longer inputs are cut")
+    max_length: int | None = Field(
+        default=None, ge=2, description="tokens; longer inputs are cut (None: 128; 512 and 1024 for language models)"
+    )
     lr: float = Field(default=2e-4, gt=0, description="learning rate at multiplier 1")
     epochs: float = Field(default=3.0, gt=0, description="of the full fine-tuning that the budget is a share of")
     batch_size: int = Field(default=32, ge=1, description="examples per micro-batch")
@@ -61,6 +96,19 @@ class RunSettings(Section):
     checkpoint_every: int = Field(default=100, ge=0, description="steps between checkpoints; 0: at the end only")
     eval_batch_size: int = Field(default=64, ge=1, description="examples per evaluation batch")
     seed: int = Field(default=0, ge=0, lt=2**63, description="of splits, new weights, data order, probes and dropout")
+
+    @model_validator(mode="after")
+    def _check_task(self) -> Self:
+        problems = [
+            f"{key}: expected only with {' or '.join(tasks)}, found {getattr(self, key)!r} with {self.task}"
+            for key, tasks in ONLY_FOR.items()
+            if self.task not in tasks and getattr(self, key) != type(self).model_fields[key].default
+        ]
+        if self.task == "language-modelling" and len(self.text) > 1:
+            problems.append(f"text: expected one column for language-modelling, found {', '.join(self.text)}")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
 
 
 #: What may differ when a run is resumed: none of it changes what is computed.
@@ -107,7 +155,7 @@ def read_request(
         ConfigError: with every problem of every source.
     """
     problems: list[str] = []
-    base = stored or {"settings": {}, SECTION: dict(DEFAULTS)}
+    base = stored or {"settings": {}, SECTION: {}}
     settings, rgft = dict(base["settings"]), dict(base[SECTION])
     if file is not None:
         given = read_yaml(file)
@@ -130,6 +178,8 @@ def read_request(
         rgft = apply_overrides(rgft, of_rgft)
     except ConfigError as error:
         problems += error.problems
+    if stored is None and settings.get("task", WITH_CLASSIFIER[0]) in WITH_CLASSIFIER:
+        rgft = {**NEW_CLASSIFIER, **rgft}
     if stored is None and rgft.get("preset", DEFAULT_PRESET) == DEFAULT_PRESET:
         rgft.setdefault("budget", DEFAULT_BUDGET)
     if "seed" in rgft:

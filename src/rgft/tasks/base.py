@@ -9,9 +9,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from rgft.batches import SizedDataset
+from rgft.evaluation import Metric
 
 Loss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
-Metrics = Callable[[Tensor, Tensor], dict[str, float]]
+
+
+def number_of_examples(batch: Mapping[str, Any]) -> int:
+    """The weight of a batch whose loss is a mean over examples."""
+    return len(batch["labels"])
 
 
 @dataclass(kw_only=True)
@@ -24,8 +29,9 @@ class PreparedTask:
         train, validation, test: map-style datasets of plain dicts, tokenised and unpadded; validation and test may be
             None.
         collate: list of examples → batch of tensors with `labels`.
-        loss: (model, batch) → losses per example [B].
-        metrics: (logits, labels) of a whole split → name → value.
+        loss: (model, batch) → losses per example [B], whose mean is what is trained.
+        metric: makes an empty accumulator of metrics.
+        weight: of a batch in a split's mean loss: the number of its examples, or of the tokens it predicts.
         primary_metric: the one that is quoted first.
         label_names: class names by label, for classification.
     """
@@ -37,6 +43,7 @@ class PreparedTask:
     test: SizedDataset | None
     collate: Callable[[list[Any]], dict[str, Tensor]]
     loss: Loss
-    metrics: Metrics
+    metric: Callable[[], Metric]
+    weight: Callable[[Mapping[str, Any]], int] = number_of_examples
     primary_metric: str = "accuracy"
     label_names: tuple[str, ...] = field(default_factory=tuple)

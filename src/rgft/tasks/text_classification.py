@@ -67,7 +67,7 @@ def text_classification(
     return PreparedTask(
         model=network, processor=tokenizer, train=data["train"], validation=data["validation"], test=data.get("test"),
         collate=partial(collate, tokenizer), loss=regression_loss if regression else classification_loss,
-        metrics=metrics.regression if regression else metrics.classification,
+        metric=partial(metrics.OfWholeSplit, metrics.regression if regression else metrics.classification),
         primary_metric="mse" if regression else "accuracy", label_names=names,
     )  # fmt: skip
 

@@ -12,11 +12,9 @@ guide.detach()
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -25,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.flop_counter import FlopCounterMode
 
 from rgft.allocation.base import Situation
 from rgft.allocation.selection import depends_on_map, matching
@@ -34,7 +31,7 @@ from rgft.batches import BatchStream, SizedDataset, Subset
 from rgft.config import Config
 from rgft.cost import CostModel, trace_costs
 from rgft.error_map import ErrorMap
-from rgft.errors import AttachError, BudgetError, ConfigError, NonFiniteError
+from rgft.errors import AttachError, ConfigError, NonFiniteError
 from rgft.execution.activation_cache import ActivationCache
 from rgft.execution.executor import Executor
 from rgft.execution.linear import layout_of
@@ -42,16 +39,12 @@ from rgft.execution.views import bind
 from rgft.measurement import Measurement
 from rgft.partition import partition
 from rgft.plan import RunPlan, UpdatePlan
-from rgft.probe_schedule import ProbePool, ProbeSchedule, set_aside
+from rgft.probe_schedule import ProbePool, set_aside
+from rgft.prober import Prober
 from rgft.schedule import learning_rate_schedule
-from rgft.telemetry.flop_counter import flop_counter
+from rgft.spending import Spending
 from rgft.telemetry.ledger import Ledger
 from rgft.workload import Workload, batch_shape
-
-log = logging.getLogger("rgft")
-
-#: A probe needs an example that makes a step, and one to judge it by.
-MIN_EXAMPLES = 2
 
 #: model, batch → per-example losses [B] or their mean.
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -115,21 +108,14 @@ class Guide:
         self._measurement = signal and Measurement(
             model, self._binding, signal, self._mean_loss, beta=settings.beta, bias_correction=settings.bias_correction
         )
-        self._costs: CostModel | None = None
-        self._typical = (1, 1)
-        self._probes = ProbeSchedule()
-        self._pool: ProbePool | None = None
+        self._spending = Spending(self.config.budget, cache)
+        self._prober = Prober(self._measurement, self.config.probe, self._spending)
         self._stream: Course | None = None
-        #: Micro-batches per optimizer step: a step is begun only if the budget pays for all of them.
-        self.accumulation = 1
         self._ids: Sequence[int] | None = None
         self._in_step = False
         self._step_loss: Tensor | None = None
         self._step_started = 0.0
         self._restored: Mapping[str, Any] | None = None
-        self._spare = 0  # examples that may be set aside for probes
-        self._last_probe = (0, 0.0)  # step and progress
-        self._probe_ratio: float | None = None  # FLOPs of a probe, per those of one forward and backward pass
         self._gradient_norm_squared: float | None = None
         self._scales_by_norm = self.config.scaling is not None and self.config.scaling.name == "gradient_normalised"
         self._cheapest: UpdatePlan | None = None
@@ -139,10 +125,8 @@ class Guide:
         self._has_decided = False
         self.is_measuring = self._follows_map
         self.plans: list[UpdatePlan] = []
-        self.map_history: list[tuple[int, dict[str, float]]] = []
         self.step_count = 0
         self.run_plan: RunPlan | None = None
-        self.ledger = Ledger()
         reason = "measuring: everything on" if self.is_measuring else "full fine-tuning"
         self.plan = UpdatePlan.all_on(self.partition.names, reason=reason)
         self._handles = [
@@ -215,47 +199,22 @@ class Guide:
         """
         example = stream.load(next(stream.indices()))
         with self._binding.plain():
-            self._costs = trace_costs(
+            costs = trace_costs(
                 self.model, self.partition, example, loss=cost_loss or self._mean_loss,
                 is_sliceable=lambda module: layout_of(module) is not None,
             )  # fmt: skip
-        workload = Workload.scan(stream)
-        self._typical = rows, tokens = workload.typical
-        full = workload.full_flops(self._costs) if full_flops is None else full_flops
-        step = self._costs.full_step(rows, tokens).total
-        allowed = full * (self.config.budget.flops if self.config.budget else 1.0)
+        workload, spending = Workload.scan(stream), self._spending
+        spending.allow(costs, workload, full=full_flops)
         self._cheapest = self._decision_without_means()
-        # Of the largest batch, for whichever comes first must fit.
-        cheapest = max(
-            self._costs.step_flops(self._cheapest.active(0), rows=rows, tokens=tokens).total
-            for rows, tokens in workload.shapes
-        )
-        if allowed < cheapest and self.config.budget is not None:
-            smallest = math.ceil(1e4 * cheapest / full) / 1e4
-            raise BudgetError(
-                f"the budget of {allowed / full:.4g} of full fine-tuning buys {allowed:.3g} FLOPs, less than one step "
-                f"of the cheapest plan ({cheapest:.3g}); the smallest budget of this run is {smallest:.4f}"
-            )
-        steps = max(1, round(allowed / step)) if self.config.budget else stream.total_batches
+        spending.require(self._cheapest.active(0), workload)
+        full_step = costs.full_step(*spending.typical).total
+        steps = max(1, round(spending.allowed / full_step)) if spending.is_limited else stream.total_batches
         if self._measurement is not None and self._follows_map:
-            self._probes = ProbeSchedule.derive(
-                interval=self.config.probe.interval, size=self.config.probe.size, steps=steps,
-                flops_allowed=allowed * self.config.probe.max_fraction,
-                flops_per_example=self._costs.probe_flops(1, tokens, weights=True),
-            )  # fmt: skip
-            self._spare = len(stream.dataset) // 10
-            if self._probes.size > self._spare:
-                log.warning(
-                    "probes: %d examples wanted, a tenth of the training set is %d: probing %s", self._probes.size,
-                    self._spare, "with those" if self._spare >= MIN_EXAMPLES else "nothing",
-                )  # fmt: skip
-                enough = self._spare >= MIN_EXAMPLES
-                self._probes = replace(self._probes, size=self._spare) if enough else ProbeSchedule()
+            self._prober.plan(steps=steps, examples=len(stream.dataset))
         self.run_plan = RunPlan(
             steps=steps, cache="memory" if self._executor.cache is not None else "none",
-            probes=self._probes.number or steps // max(1, self._probes.interval) * self._probes.is_on,
-            probe_size=self._probes.size, flops=allowed, full_flops=full,
-            reason=self.plan.reason,
+            probes=self._prober.number(steps), probe_size=self._prober.schedule.size, flops=spending.allowed,
+            full_flops=spending.full, reason=self.plan.reason,
         )  # fmt: skip
         return self.run_plan
 
@@ -286,12 +245,12 @@ class Guide:
         everything = BatchStream(
             dataset, batch_size=batch_size, collate_fn=collate_fn, epochs=epochs, seed=self.config.seed, workers=workers
         )
-        if self.run_plan is None or self._costs is None:
+        if self.run_plan is None:
             self.prepare(everything, full_flops=full_flops)
         train: Sequence[int] = range(len(dataset))
-        if self._probes.is_on:
+        if self.probe_examples:
             train, pool = set_aside(len(dataset), self.probe_examples, seed=self.config.seed)
-            self._pool = ProbePool(pool, everything.load, seed=self.config.seed)
+            self._prober.pool = ProbePool(pool, everything.load, seed=self.config.seed)
         self._stream = stream = BatchStream(
             Subset(dataset, train), batch_size=batch_size, collate_fn=collate_fn, epochs=epochs, seed=self.config.seed,
             workers=workers,
@@ -343,8 +302,7 @@ class Guide:
     @property
     def probe_examples(self) -> int:
         """How many examples `prepare` wants set aside for probes; 0: none."""
-        # Whole probes, so that no example is in both halves of one.
-        return min(4, self._spare // self._probes.size) * self._probes.size if self._probes.is_on else 0
+        return self._prober.examples
 
     def follow(self, course: Course, *, pool: ProbePool | None = None) -> None:
         """For trainers that own the batches: says where the run is in them, and what may be probed.
@@ -355,7 +313,7 @@ class Guide:
             course: position and length of the run.
             pool: examples that the trainer never trains on; None: scores come from training batches alone.
         """
-        self._stream, self._pool = course, pool
+        self._stream, self._prober.pool = course, pool
 
     def announce(self, batch: Any, ids: Sequence[int] | None = None) -> None:
         """Says what the next training batch is, before a step and before each pass (`batches` does it itself).
@@ -369,7 +327,7 @@ class Guide:
     @property
     def affords_upcoming(self) -> bool:
         """Whether the budget pays for a step on the batch announced last, under the cheapest plan it may get."""
-        return not self.is_done and self._pays_for(self._floor, self._upcoming)
+        return not self.is_done and self._pays_for(self._floor)
 
     def begin_step(self) -> None:
         """Probes when due, decides, and puts the plan in force. Uses nothing of the batch that follows."""
@@ -412,73 +370,37 @@ class Guide:
 
     def _measure_and_decide(self) -> None:
         fresh = not self._follows_map or (self.config.probe.interval == 1 and self.step_count > 0)
-        last_step, last_progress = self._last_probe
-        if self._probes.is_due(
-            step=self.step_count, last_step=last_step, progress=self.progress, last_progress=last_progress
-        ):
+        if self._prober.is_due(self.step_count, self.progress):
             fresh = self._probe() or fresh
         if self.is_measuring:
             knows_steps = not self._measures_steps or self._executor.optimizer is not None
             is_over = self.progress >= self.config.warmup_fraction and knows_steps
             if is_over and not self.error_map.observed:
                 self._probe()
-            if is_over or not self._pays_for(self.plan, self._upcoming):
+            if is_over or not self._pays_for(self.plan):
                 self.is_measuring, fresh = False, True
         if fresh and not self.is_measuring:
             assert self._policy is not None
             decided = self._policy.decide(self.situation())
-            if not self._pays_for(decided, self._upcoming):
-                kept = self.plan if self._has_decided and self._pays_for(self.plan, self._upcoming) else self._cheapest
+            if not self._pays_for(decided):
+                kept = self.plan if self._has_decided and self._pays_for(self.plan) else self._cheapest
                 decided = kept or decided
             if not self.plans or not decided.same_effect(self.plans[-1]):
                 self.plans.append(decided)
             self.plan, self._has_decided = decided, True
 
+    def _probe(self) -> bool:
+        is_done = self._prober.probe(
+            step=self.step_count, progress=self.progress, gradient_norm=self._scales_by_norm,
+            pays=lambda flops: self._pays_for(self.plan, beside=flops),
+        )  # fmt: skip
+        if is_done and self._measurement is not None and self._measurement.gradient_norm_squared is not None:
+            self._observe_norm(self._measurement.gradient_norm_squared)
+        return is_done
+
     @property
     def _measures_steps(self) -> bool:
         return self._measurement is not None and self._measurement.signal.needs_update
-
-    def _probe(self) -> bool:
-        """Looks at examples of the pool; False where there are none, or the budget has no room for it."""
-        if self._pool is None or self._measurement is None:
-            return False
-        started = time.perf_counter()
-        size = self._probes.size
-        rows, tokens = size, self._typical[1]
-        if self._costs is not None and not self._probe_fits(self._probe_flops([(rows, tokens)])):
-            return False
-        own = self._pool.draw(size // 2) if self._measures_steps else None
-        batch = self._pool.draw(size - size // 2 if own is not None else size)
-        shapes = [batch_shape(b) for b in (own, batch) if b is not None]
-        # Signals differ in the passes they make: the first probe is counted, the others are taken to cost alike.
-        counter = flop_counter() if self._probe_ratio is None and self._costs is not None else nullcontext()
-        with counter:
-            self._measurement.probe(
-                batch, own=own, step=self.step_count, gradient_norm=self._scales_by_norm
-            )  # fmt: skip
-        if isinstance(counter, FlopCounterMode):
-            self._probe_ratio = counter.get_total_flops() / self._probe_flops(shapes)
-        if self._scales_by_norm and self._measurement.gradient_norm_squared is not None:
-            self._observe_norm(self._measurement.gradient_norm_squared)
-        self._last_probe = (self.step_count, self.progress)
-        self.map_history.append((self.step_count, self.error_map.values()))
-        self.ledger.add_probe(flops=self._probe_flops(shapes), seconds=time.perf_counter() - started)
-        return True
-
-    def _probe_flops(self, shapes: Sequence[tuple[int, int]]) -> float:
-        if self._costs is None:
-            return 0.0
-        passes = sum(self._costs.probe_flops(*shape, weights=True) for shape in shapes)
-        return passes * (1.0 if self._probe_ratio is None else self._probe_ratio)
-
-    def _probe_fits(self, flops: float) -> bool:
-        if self.run_plan is None:
-            return True
-        share = self.config.probe.max_fraction * self.run_plan.flops if self._probes.number else math.inf
-        # Half a probe of tolerance: examples differ in length.
-        if self.ledger.probe_flops + 0.5 * flops > share:
-            return False
-        return self._pays_for(self.plan, self._upcoming, beside=flops)
 
     def _observe_norm(self, squared: float) -> None:
         old, beta = self._gradient_norm_squared, self.config.error_map.beta
@@ -486,14 +408,14 @@ class Guide:
 
     def situation(self) -> Situation:
         """All that the next decision depends on."""
-        same_batch = self._measurement is not None and self._measurement.signal.needs_update
+        rows, tokens = self._spending.typical
         return Situation(
             step=self.step_count, components=self.partition.components, error_map=self.error_map,
             total_steps=self.run_plan.steps if self.run_plan else None,
             previous=self.plan if self._has_decided else None, seed=self.config.seed,
             gradient_norm_squared=self._gradient_norm_squared, steps_left=self._steps_left,
-            same_batch_map=self._measurement.same_batch_map if self._measurement and same_batch else None,
-            costs=self._costs, flops_left=self.flops_left, rows=self._typical[0], tokens=self._typical[1],
+            same_batch_map=self._measurement.same_batch_map if self._measurement and self._measures_steps else None,
+            costs=self.costs, flops_left=self.flops_left, rows=rows, tokens=tokens,
         )  # fmt: skip
 
     def _check_finite(self) -> None:
@@ -509,7 +431,9 @@ class Guide:
                 f"step {self.step_count}: the gradient of {culprit!r} is not finite (loss {loss}); nothing was "
                 "updated. Lower the learning rate, or check this step's examples"
             )
-        if len(self._executor.active) == len(self.partition) and not (self._scales_by_norm and self._pool is not None):
+        if len(self._executor.active) == len(self.partition) and not (
+            self._scales_by_norm and self._prober.pool is not None
+        ):
             self._observe_norm(sum(norms.values()))
 
     # ---------------------------------------------------------------- around the model's forward
@@ -520,17 +444,12 @@ class Guide:
         rows, tokens = batch_shape(kwargs or args)
         started = time.perf_counter()
         filled = self._executor.fill_cache(args, kwargs, self._ids, tokens)
-        if filled and self._costs is not None:
-            flops = self._costs.forward_flops(filled, tokens, below=self.plan.cut)
-            self.ledger.add_fill(flops=flops, seconds=time.perf_counter() - started)
+        if filled:
+            self._spending.book_fill(filled, tokens, below=self.plan.cut, seconds=time.perf_counter() - started)
         hit = self._executor.begin_forward(self._ids, kwargs.get("attention_mask"), tokens)
-        if self._costs is not None:
-            self.ledger.add_forward(
-                full=self._costs.full_step(rows, tokens), rows=rows, tokens=rows * tokens,
-                spent=self._costs.step_flops(
-                    self._executor.active, rows=rows, tokens=tokens, cached_below=self.plan.cut if hit else 0
-                ),
-            )  # fmt: skip
+        self._spending.book_pass(
+            self._executor.active, rows=rows, tokens=tokens, cached_below=self.plan.cut if hit else 0
+        )
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         self._executor.end_forward()
@@ -553,7 +472,7 @@ class Guide:
     @property
     def flops_fraction(self) -> float:
         """What was spent so far, as a share of full fine-tuning's FLOPs."""
-        return self.ledger.spent_flops / self.run_plan.full_flops if self.run_plan else 0.0
+        return self._spending.fraction
 
     def summary(self) -> dict[str, Any]:
         """The ledger against full fine-tuning of the same run."""
@@ -562,7 +481,26 @@ class Guide:
     @property
     def costs(self) -> CostModel | None:
         """FLOPs of any plan on this model, once `prepare` has traced them."""
-        return self._costs
+        return self._spending.costs
+
+    @property
+    def ledger(self) -> Ledger:
+        """All that was spent."""
+        return self._spending.ledger
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches per optimizer step: a step is begun only if the budget pays for all of them."""
+        return self._spending.accumulation
+
+    @accumulation.setter
+    def accumulation(self, value: int) -> None:
+        self._spending.accumulation = value
+
+    @property
+    def map_history(self) -> list[tuple[int, dict[str, float]]]:
+        """Step and scores at each probe."""
+        return self._prober.history
 
     @property
     def cache(self) -> ActivationCache | None:
@@ -572,7 +510,7 @@ class Guide:
     @property
     def flops_left(self) -> float | None:
         """What the run may still spend; None before `prepare`."""
-        return None if self.run_plan is None else self.run_plan.flops - self.ledger.spent_flops
+        return None if self.run_plan is None else self._spending.left
 
     @property
     def _steps_left(self) -> int | None:
@@ -583,42 +521,25 @@ class Guide:
         """Share of the run that is done, 0…1: of the budget or of the epochs, whichever is further."""
         if self.run_plan is None:
             return 0.0
-        spent = self.ledger.spent_flops / self.run_plan.flops if self.config.budget is not None else 0.0
         seen = self._stream.position / self._stream.total_batches if self._stream is not None else 0.0
-        return min(1.0, max(spent, seen))
+        return min(1.0, max(self._spending.share_spent, seen))
 
     @property
     def is_done(self) -> bool:
         """Whether the budget would not pay for another step."""
-        if self.run_plan is None or self._in_step or self.config.budget is None:
+        if self.run_plan is None or self._in_step:
             return False
-        assert self._costs is not None
-        rows, tokens = self._typical
-        hit = self.cache is not None and self._stream is not None and self._stream.epoch > 0
-        plan = self._floor
-        next_step = self._costs.step_flops(
-            plan.active(self.step_count), rows=rows, tokens=tokens, cached_below=plan.cut if hit else 0
-        )
-        return self.ledger.spent_flops + self.accumulation * next_step.total > self.run_plan.flops
+        is_hit = self.cache is not None and self._stream is not None and self._stream.epoch > 0
+        return not self._spending.pays_for_typical(self._floor, self.step_count, is_hit=is_hit)
 
     @property
     def _floor(self) -> UpdatePlan:
         """The plan in force; while measuring, the cheapest that can still be decided."""
         return self._cheapest if self.is_measuring and self._cheapest is not None else self.plan
 
-    def _pays_for(self, plan: UpdatePlan, batch: Any, *, beside: float = 0.0) -> bool:
-        """Whether the budget pays for a step on such a batch under the plan (a typical one where it is None)."""
-        if self.run_plan is None or self._costs is None or self.config.budget is None:
-            return True
-        rows, tokens = self._typical if batch is None else batch_shape(batch)
-        active, fill, hit = plan.active(self.step_count), 0.0, False
-        if self.cache is not None and batch is not None and self.cache.cut == plan.cut:
-            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-            unknown = len(self.cache.unknown_rows(self._ids, mask, tokens)) if self._ids is not None else rows
-            hit = unknown < rows
-            fill = self._costs.forward_flops(unknown, tokens, below=plan.cut) if hit and unknown else 0.0
-        step = self._costs.step_flops(active, rows=rows, tokens=tokens, cached_below=plan.cut if hit else 0)
-        return self.ledger.spent_flops + beside + self.accumulation * (fill + step.total) <= self.run_plan.flops
+    def _pays_for(self, plan: UpdatePlan, *, beside: float = 0.0) -> bool:
+        """Whether the budget pays for a step on the upcoming batch under the plan, and for `beside` FLOPs."""
+        return self._spending.pays_for(plan, self.step_count, self._upcoming, self._ids, beside=beside)
 
     # ---------------------------------------------------------------- saving and leaving
 
@@ -631,14 +552,11 @@ class Guide:
             "is_measuring": self.is_measuring,
             "has_decided": self._has_decided,
             "plans": [plan.to_dict() for plan in self.plans],
-            "map_history": [[step, values] for step, values in self.map_history],
-            "last_probe": self._last_probe,
             "gradient_norm_squared": self._gradient_norm_squared,
-            "probe_ratio": self._probe_ratio,
             "measurement": self._measurement.state_dict() if self._measurement else None,
             "executor": self._executor.state_dict(),
             "ledger": self.ledger.to_dict(),
-            "pool": self._pool.state_dict() if self._pool else None,
+            "prober": self._prober.state_dict(),
             "position": self._stream.position if self._stream else 0,
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -658,14 +576,12 @@ class Guide:
         self.is_measuring = state["is_measuring"]
         self._has_decided = state["has_decided"]
         self.plans = [UpdatePlan.from_dict(plan) for plan in state["plans"]]
-        self.map_history = [(step, dict(values)) for step, values in state["map_history"]]
-        self._last_probe = tuple(state["last_probe"])
         self._gradient_norm_squared = state["gradient_norm_squared"]
-        self._probe_ratio = state["probe_ratio"]
+        self._prober.load_state_dict(state["prober"])
         if self._measurement is not None:
             self._measurement.load_state_dict(state["measurement"])
         self._executor.load_state_dict(state["executor"])
-        self.ledger = Ledger.from_dict(state["ledger"])
+        self._spending.ledger = Ledger.from_dict(state["ledger"])
         if self._stream is None:
             self._restored = state
         else:
@@ -674,8 +590,7 @@ class Guide:
     def _restore_place(self, state: Mapping[str, Any]) -> None:
         assert self._stream is not None
         self._stream.position = state["position"]
-        if self._pool is not None and state["pool"] is not None:
-            self._pool.load_state_dict(state["pool"])
+        self._prober.restore_place(state["prober"])
 
     def _restore_data(self, state: Mapping[str, Any]) -> None:
         self._restore_place(state)

@@ -79,7 +79,7 @@ def test_probes_of_every_kind_are_counted(signal: str) -> None:
     optimizer = adamw(guide)
     guide.set_optimizer(optimizer)
     next(guide.batches(Examples(family), batch_size=4, collate_fn=collate, epochs=1000))
-    assert guide._pool is not None
+    assert guide._prober.pool is not None
     counted = count_flops(guide.begin_step)
     assert guide.ledger.probes == 1
     assert guide.ledger.probe_flops == pytest.approx(counted, rel=0.02, abs=1.0)

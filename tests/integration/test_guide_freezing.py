@@ -117,8 +117,8 @@ def test_probes_are_never_trained_on() -> None:
     batches, _ = guided(guide, adamw(guide), data, epochs=2)
     trained = {tuple(row.tolist()) for batch in batches for row in batch["input_ids"]}
     everything = {tuple(row["input_ids"].tolist()) for row in data.rows}
-    assert guide._pool is not None
-    pool = {tuple(data[i]["input_ids"].tolist()) for i in guide._pool._pool}
+    assert guide._prober.pool is not None
+    pool = {tuple(data[i]["input_ids"].tolist()) for i in guide._prober.pool._pool}
     assert len(pool) == 4
     assert trained == everything - pool
 

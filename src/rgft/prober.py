@@ -1,0 +1,146 @@
+"""Probes: looks at examples that the run never trains on, within their share of the budget."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+from torch.utils.flop_counter import FlopCounterMode
+
+from rgft.config.sections import ProbeConfig
+from rgft.measurement import Measurement
+from rgft.probe_schedule import ProbePool, ProbeSchedule
+from rgft.spending import Spending
+from rgft.telemetry.flop_counter import flop_counter
+from rgft.workload import batch_shape
+
+log = logging.getLogger("rgft")
+
+#: A probe needs an example that makes a step, and one to judge it by.
+MIN_EXAMPLES = 2
+
+
+class Prober:
+    """When to look, at how many examples, and at what price.
+
+    Args:
+        measurement: what is measured; None: nothing is.
+        settings: of the probes.
+        spending: pays for them.
+
+    Attributes:
+        schedule: fixed by `plan`; empty before.
+        pool: the examples; None: there are none to look at.
+        history: step and scores at each probe.
+    """
+
+    def __init__(self, measurement: Measurement | None, settings: ProbeConfig, spending: Spending) -> None:
+        self._measurement, self._settings, self._spending = measurement, settings, spending
+        self.schedule = ProbeSchedule()
+        self.pool: ProbePool | None = None
+        self.history: list[tuple[int, dict[str, float]]] = []
+        self._spare = 0  # examples that may be set aside
+        self._last = (0, 0.0)  # step and progress
+        self._ratio: float | None = None  # FLOPs of a probe, per those of one forward and backward pass
+
+    def plan(self, *, steps: int, examples: int) -> None:
+        """Fixes the schedule.
+
+        Args:
+            steps: of the run.
+            examples: of the training set; a tenth of it may be set aside.
+        """
+        spending, settings = self._spending, self._settings
+        assert spending.costs is not None
+        self.schedule = ProbeSchedule.derive(
+            interval=settings.interval, size=settings.size, steps=steps,
+            flops_allowed=spending.allowed * settings.max_fraction,
+            flops_per_example=spending.costs.probe_flops(1, spending.typical[1], weights=True),
+        )  # fmt: skip
+        self._spare = examples // 10
+        if self.schedule.size > self._spare:
+            enough = self._spare >= MIN_EXAMPLES
+            log.warning(
+                "probes: %d examples wanted, a tenth of the training set is %d: probing %s", self.schedule.size,
+                self._spare, "with those" if enough else "nothing",
+            )  # fmt: skip
+            self.schedule = replace(self.schedule, size=self._spare) if enough else ProbeSchedule()
+
+    @property
+    def examples(self) -> int:
+        """How many examples should be set aside; 0: none."""
+        # Whole probes, so that no example is in both halves of one.
+        return min(4, self._spare // self.schedule.size) * self.schedule.size if self.schedule.is_on else 0
+
+    def number(self, steps: int) -> int:
+        """How many probes are planned for a run of so many steps."""
+        return self.schedule.number or steps // max(1, self.schedule.interval) * self.schedule.is_on
+
+    def is_due(self, step: int, progress: float) -> bool:
+        """Whether to look before `step`."""
+        last_step, last_progress = self._last
+        return self.schedule.is_due(step=step, last_step=last_step, progress=progress, last_progress=last_progress)
+
+    def probe(self, *, step: int, progress: float, gradient_norm: bool, pays: Callable[[float], bool]) -> bool:
+        """Looks now; False where there is nothing to look at, or the budget has no room for it.
+
+        Args:
+            step: the next one.
+            progress: of the run.
+            gradient_norm: whether the measurement takes the norm of the whole gradient, too.
+            pays: FLOPs → whether the run can pay for them beside its next step.
+        """
+        if self.pool is None or self._measurement is None:
+            return False
+        started, size, spending = time.perf_counter(), self.schedule.size, self._spending
+        if not self._fits(self._flops([(size, spending.typical[1])]), pays):
+            return False
+        own = self.pool.draw(size // 2) if self._measurement.signal.needs_update else None
+        batch = self.pool.draw(size - size // 2 if own is not None else size)
+        shapes = [batch_shape(b) for b in (own, batch) if b is not None]
+        # Signals differ in the passes they make: the first probe is counted, the others are taken to cost alike.
+        counter = flop_counter() if self._ratio is None and spending.costs is not None else nullcontext()
+        with counter:
+            self._measurement.probe(batch, own=own, step=step, gradient_norm=gradient_norm)
+        if isinstance(counter, FlopCounterMode):
+            self._ratio = counter.get_total_flops() / self._flops(shapes)
+        self._last = (step, progress)
+        self.history.append((step, self._measurement.error_map.values()))
+        spending.ledger.add_probe(flops=self._flops(shapes), seconds=time.perf_counter() - started)
+        return True
+
+    def _flops(self, shapes: Sequence[tuple[int, int]]) -> float:
+        costs = self._spending.costs
+        if costs is None:
+            return 0.0
+        passes = sum(costs.probe_flops(*shape, weights=True) for shape in shapes)
+        return passes * (1.0 if self._ratio is None else self._ratio)
+
+    def _fits(self, flops: float, pays: Callable[[float], bool]) -> bool:
+        share = self._settings.max_fraction * self._spending.allowed if self.schedule.number else math.inf
+        # Half a probe of tolerance: examples differ in length.
+        return self._spending.ledger.probe_flops + 0.5 * flops <= share and pays(flops)
+
+    # ---------------------------------------------------------------- saving
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "history": [[step, values] for step, values in self.history],
+            "last": self._last,
+            "ratio": self._ratio,
+            "pool": self.pool.state_dict() if self.pool else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores `state_dict`; the pool's place by `restore_place`, once there is a pool."""
+        self.history = [(step, dict(values)) for step, values in state["history"]]
+        self._last, self._ratio = tuple(state["last"]), state["ratio"]
+
+    def restore_place(self, state: dict[str, Any]) -> None:
+        if self.pool is not None and state["pool"] is not None:
+            self.pool.load_state_dict(state["pool"])

@@ -33,6 +33,7 @@ from rgft.cost import CostModel, trace_costs
 from rgft.error_map import ErrorMap
 from rgft.errors import AttachError, ConfigError, NonFiniteError
 from rgft.execution.activation_cache import ActivationCache
+from rgft.execution.averaging import IterateAverage
 from rgft.execution.executor import Executor
 from rgft.execution.linear import layout_of
 from rgft.execution.views import bind
@@ -108,6 +109,8 @@ class Guide:
         self._measurement = signal and Measurement(
             model, self._binding, signal, self._mean_loss, beta=settings.beta, bias_correction=settings.bias_correction
         )
+        self._average = IterateAverage(self._binding)
+        self._ends_after_step = False
         self._spending = Spending(self.config.budget, cache)
         self._prober = Prober(self._measurement, self.config.probe, self._spending)
         self._stream: Course | None = None
@@ -260,8 +263,9 @@ class Guide:
         for indexed in stream:
             self._ids, self._upcoming = indexed.ids, indexed.batch
             if not self.affords_upcoming:
-                return
+                break
             yield indexed.batch
+        self.finish()
 
     def loss(self, batch: Any) -> Tensor:
         """Mean loss of the batch, under the plan of this step."""
@@ -334,6 +338,7 @@ class Guide:
         if self._policy is not None:
             self._measure_and_decide()
         self._executor.apply(self.plan, self.step_count)
+        self._average.before_step(self._executor.active)
         self._in_step = True
         self._step_started = time.perf_counter()
 
@@ -351,9 +356,23 @@ class Guide:
             seconds=time.perf_counter() - self._step_started,
             updated={c.name: c.numel for c in self.partition if c.name in self._executor.active},
         )
+        # Progress counts this step: the last of all is averaged, too.
+        if self._average.count or self.progress > 1.0 - self.config.update.average_last:
+            self._average.after_step(self._executor.active)
         self.step_count += 1
         self._in_step = False
         self._step_loss = None
+        if self._ends_after_step:
+            self.finish()
+
+    def finish(self) -> None:
+        """Ends the run: weights become the mean of the last iterates (`update.average_last`). Called once or more.
+
+        `batches` calls it when the budget is spent or the data is over; not when the loop is left early.
+        """
+        self._ends_after_step = self._in_step  # the data ended inside an accumulation, whose step is still to come
+        if not self._in_step:
+            self._average.apply()
 
     # ---------------------------------------------------------------- measure and decide
 
@@ -555,6 +574,7 @@ class Guide:
             "gradient_norm_squared": self._gradient_norm_squared,
             "measurement": self._measurement.state_dict() if self._measurement else None,
             "executor": self._executor.state_dict(),
+            "average": self._average.state_dict(),
             "ledger": self.ledger.to_dict(),
             "prober": self._prober.state_dict(),
             "position": self._stream.position if self._stream else 0,
@@ -581,6 +601,7 @@ class Guide:
         if self._measurement is not None:
             self._measurement.load_state_dict(state["measurement"])
         self._executor.load_state_dict(state["executor"])
+        self._average.load_state_dict(state["average"])
         self._spending.ledger = Ledger.from_dict(state["ledger"])
         if self._stream is None:
             self._restored = state

@@ -306,6 +306,34 @@ def test_saved_models_load_plainly_and_are_what_was_trained(tmp_path: Path, gran
     assert (tmp_path / f"checkpoint-{trainer.state.global_step}").is_dir()
 
 
+def test_the_last_evaluation_and_checkpoint_see_the_averaged_weights(tmp_path: Path) -> None:
+    trainer = make_trainer(
+        tmp_path, save_strategy="steps", save_steps=1000, eval_strategy="steps", eval_steps=1000,
+        more={"eval_dataset": examples(16, seed=1)},
+    )  # fmt: skip
+    guide = enable(trainer, budget=0.5, update={"average_last": 0.5})
+    iterates: list[tuple[float, dict[str, torch.Tensor]]] = []
+    step = guide.end_step
+
+    def recorded() -> None:
+        step()
+        iterates.append((guide.progress, weights(guide.model)))
+
+    guide.end_step = recorded  # type: ignore[method-assign]
+    trainer.train()
+    chosen = [values for progress, values in iterates if progress > 0.5]
+    assert 3 <= len(chosen) < len(iterates)
+    final = weights(trainer.model)  # type: ignore[arg-type]
+    for name, value in final.items():
+        expected = torch.stack([values[name] for values in chosen]).double().mean(0)
+        torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
+    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    saved = type(trainer.model).from_pretrained(checkpoint)  # type: ignore[union-attr]
+    assert_equal(weights(saved), final)
+    (evaluated,) = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert trainer.evaluate()["eval_loss"] == evaluated
+
+
 # -------------------------------------------------------------------- optimizers
 
 

@@ -15,7 +15,8 @@ STAGES: tuple[Role, ...] = get_args(Role)
 
 #: Preset → what it sets; all else has the default of its field.
 PRESETS: Mapping[PresetName, Mapping[str, Any]] = {
-    # RGFT's own: trains above the cut that the budget buys, faster where learning carries over to other examples.
+    # RGFT's own: trains above the cut that the budget buys, faster where learning carries over to other examples, and
+    # leaves the mean of its last iterates.
     "rgft": {
         "signal": "generalising_decrease",
         "error_map": {"beta": 0.9, "bias_correction": True},
@@ -24,6 +25,7 @@ PRESETS: Mapping[PresetName, Mapping[str, Any]] = {
         "period": None,
         "stability": {"preserve_mean": True, "always_on": ("classifier",)},
         "probe": {"interval": "auto", "size": "auto", "max_fraction": 0.02},
+        "update": {"average_last": 0.3},
         "execution": {"cache": "auto"},
         "warmup_fraction": 0.1,
     },

@@ -121,6 +121,12 @@ class UpdateConfig(Section):
         description="optimizer state of what is off: untouched, decayed as if by zero gradients, dropped, or moved to "
         "the CPU's memory",
     )
+    average_last: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of the run, at its end, over whose steps the weights are averaged; 0: the last step's stay",
+    )
 
 
 class ExecutionConfig(Section):

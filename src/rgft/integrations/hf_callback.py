@@ -98,6 +98,9 @@ class RGFTCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._attached.is_done:
             stop(args, control)
+        if self._attached.is_done or state.global_step >= state.max_steps:
+            # Before the last evaluation and checkpoint, which come after this event.
+            self._attached.finish()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.guide is not None and logs is not None and "loss" in logs:

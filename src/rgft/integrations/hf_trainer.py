@@ -273,6 +273,7 @@ class _Engagement:
         guide.announce(largest, _ids_of(largest))
         if guide.affords_upcoming:
             return batches, items
+        guide.finish()
         stop(trainer.args, trainer.control)
         return [], None
 
@@ -354,6 +355,9 @@ class _Steps(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._guide.is_done and not control.should_training_stop:
             stop(args, control)
+        if self._guide.is_done or state.global_step >= state.max_steps:
+            # Before the last evaluation and checkpoint, which come after this event.
+            self._guide.finish()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         guide = self._guide

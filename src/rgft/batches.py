@@ -13,15 +13,32 @@ from rgft.errors import DataError
 
 
 class SizedDataset(Protocol):
-    """A map-style dataset: `len(dataset)` and `dataset[i]`."""
+    """A map-style dataset: `len(dataset)` and `dataset[i]`.
+
+    With augmentation it has an attribute `variants` > 1, and `dataset[i + v * len(dataset)]` is variant v of example i
+    (variant 0: the example as it is). Training then draws a variant each time an example comes up; an id tells variants
+    apart, so that nothing kept of one is taken for another.
+
+    Where all examples have one shape, an attribute `is_uniform` = True says so: then none is loaded to find that out.
+    """
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Any: ...
 
 
+def number_of_variants(dataset: SizedDataset) -> int:
+    """How many variants the dataset has of each example."""
+    return getattr(dataset, "variants", 1)
+
+
+def is_uniform(dataset: SizedDataset) -> bool:
+    """Whether the dataset says that all its examples have one shape."""
+    return getattr(dataset, "is_uniform", False)
+
+
 @dataclass(frozen=True, kw_only=True)
 class IndexedBatch:
-    """A collated batch and which examples (positions in the dataset) its rows are."""
+    """A collated batch and which examples (positions in the dataset, variants included) its rows are."""
 
     ids: tuple[int, ...]
     batch: Any
@@ -31,7 +48,7 @@ class BatchStream:
     """Yields `epochs` epochs of shuffled batches; the order depends on the seed and the epoch alone.
 
     Args:
-        dataset: map-style; an example's id is its position.
+        dataset: map-style; an example's id is its position. Which variant comes up depends on the seed and the epoch.
         batch_size: examples per batch; the last of an epoch may be smaller.
         collate_fn: list of examples → batch; None is torch's default.
         epochs: epochs until the stream ends; None never ends.
@@ -67,8 +84,12 @@ class BatchStream:
         return max(0, self.position - 1) // self.batches_per_epoch
 
     def order(self, epoch: int) -> list[int]:
+        """The ids of an epoch's examples."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        return torch.randperm(len(self.dataset), generator=generator).tolist()
+        order, variants = torch.randperm(len(self.dataset), generator=generator), number_of_variants(self.dataset)
+        if variants > 1:
+            order += len(order) * torch.randint(variants, (len(order),), generator=generator)
+        return order.tolist()
 
     def indices(self, start: int = 0) -> Iterator[list[int]]:
         """The ids of each batch from position `start` on, without loading anything."""
@@ -97,16 +118,20 @@ class BatchStream:
 
 
 class Subset:
-    """A dataset of some positions of another."""
+    """A dataset of some positions of another, in all their variants."""
 
     def __init__(self, dataset: SizedDataset, indices: Sequence[int]) -> None:
         self._dataset, self._indices = dataset, indices
+        self.variants = number_of_variants(dataset)
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def __getitem__(self, index: int) -> Any:
-        return self._dataset[self._indices[index]]
+        variant, place = divmod(index, len(self))
+        if not 0 <= variant < self.variants:
+            raise IndexError(f"expected a position below {self.variants * len(self)}, found {index}")
+        return self._dataset[self._indices[place] + variant * len(self._dataset)]
 
 
 class _Indices:

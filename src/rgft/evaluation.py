@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from rgft.batches import SizedDataset
+from rgft.batches import SizedDataset, is_uniform
 
 
 class Metric(Protocol):
@@ -81,6 +81,8 @@ def _by_length(dataset: SizedDataset, batch_size: int) -> Iterator[list[int]]:
         ids = example.get("input_ids") if isinstance(example, Mapping) else None
         return len(ids) if ids is not None else 0
 
-    order = sorted(range(len(dataset)), key=length)
+    order = list(range(len(dataset)))
+    if not is_uniform(dataset):
+        order.sort(key=length)
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]

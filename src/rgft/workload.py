@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from rgft.batches import BatchStream
+from rgft.batches import BatchStream, is_uniform
 from rgft.cost import BatchShape, CostModel
 
 #: Scanning more batches than this costs more time than their shapes are worth; beyond, a spread sample is taken.
@@ -35,9 +35,16 @@ class Workload:
 
     @classmethod
     def scan(cls, stream: BatchStream) -> Workload:
-        """Collates the batches of a run (a spread sample of long ones) to learn their shapes."""
-        stride = -(-stream.total_batches // MAX_SCANNED)
+        """Collates the batches of a run (a spread sample of long ones) to learn their shapes.
+
+        Of examples of one shape, a single batch tells them all.
+        """
         counts: Counter[tuple[int, int]] = Counter()
+        if is_uniform(stream.dataset):
+            _, tokens = batch_shape(stream.load(next(stream.indices())))
+            counts.update((len(indices), tokens) for indices in stream.indices())
+            return cls(shapes=dict(counts), batches=stream.total_batches)
+        stride = -(-stream.total_batches // MAX_SCANNED)
         for indices in islice(stream.indices(), 0, None, stride):
             counts[batch_shape(stream.load(indices))] += 1
         scale = stream.total_batches / sum(counts.values())

@@ -1,7 +1,8 @@
-"""Loading a pre-trained model and its tokenizer by name or path."""
+"""Loading a pre-trained model and its tokenizer or image processor by name or path."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,45 @@ def load_classifier(name: str, *, labels: int, seed: int, pad_token_id: int, **s
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = pad_token_id
     return model
+
+
+def load_image_processor(name: str) -> Any:
+    """What turns images into a model's input, as the model was trained with.
+
+    Raises:
+        DataError: the model has none, or it cannot be loaded.
+    """
+    from transformers import AutoImageProcessor
+
+    try:
+        return _loaded(AutoImageProcessor, name, "image processor")
+    except DataError as error:
+        raise DataError(
+            f"{error}\nImages are prepared by the model's own image processor (preprocessor_config.json); where a "
+            "model comes without one, save that of its kind beside it, as "
+            'ViTImageProcessor(size={"height": 224, "width": 224}).save_pretrained(FOLDER)'
+        ) from error
+
+
+def load_image_classifier(name: str, *, names: Sequence[str], seed: int) -> Any:
+    """An image classification model; what the checkpoint lacks (the classifier) is initialised from `seed`.
+
+    Args:
+        name: hub name or folder.
+        names: of the classes, by label; they go into the model's configuration.
+        seed: of new weights; the global random state is left alone.
+
+    Raises:
+        DataError: it cannot be loaded.
+    """
+    from transformers import AutoModelForImageClassification
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _loaded(
+            AutoModelForImageClassification, name, "model", num_labels=len(names), ignore_mismatched_sizes=True,
+            id2label=dict(enumerate(names)), label2id={label: i for i, label in enumerate(names)},
+        )  # fmt: skip
 
 
 def _loaded(factory: Any, name: str, what: str, **settings: Any) -> Any:

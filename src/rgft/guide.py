@@ -346,12 +346,16 @@ class Guide:
         """Checks and scores the gradients of this step's batches."""
         self._check_finite()
         if self._measurement is not None and self._scores_training:
+            started = time.perf_counter()
             self._measurement.observe_training(self.step_count)
+            self._book_scoring(started)
 
     def end_step(self) -> None:
         """After the optimizer's step, before gradients are cleared."""
         if self._measurement is not None and self._scores_training:
+            started = time.perf_counter()
             self._measurement.observe_own_step(self.step_count)
+            self._book_scoring(started)
         self.ledger.end_step(
             seconds=time.perf_counter() - self._step_started,
             updated={c.name: c.numel for c in self.partition if c.name in self._executor.active},
@@ -373,6 +377,12 @@ class Guide:
         self._ends_after_step = self._in_step  # the data ended inside an accumulation, whose step is still to come
         if not self._in_step:
             self._average.apply()
+
+    def _book_scoring(self, started: float) -> None:
+        """Time spent on scores since `started` is no time of the step that it happened in."""
+        now = time.perf_counter()
+        self.ledger.add_scoring(seconds=now - started)
+        self._step_started += now - started
 
     # ---------------------------------------------------------------- measure and decide
 

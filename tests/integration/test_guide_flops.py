@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -160,3 +161,24 @@ def test_the_torch_encoder_in_eval_mode_with_gradients() -> None:
         with torch.no_grad():
             without = model(**batch).logits
         assert torch.allclose(with_gradients, without, atol=1e-6)
+
+
+def test_scoring_of_training_gradients_is_no_time_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    family, pause, calls = FAMILIES["bert"], 0.02, 0
+    guide = Guide(family.build(), Config(budget=0.9, warmup_fraction=0.9, probe={"interval": 0}))
+    assert guide._measurement is not None
+    own = guide._measurement.observe_training
+
+    def slow(step: int) -> None:
+        nonlocal calls
+        calls += 1
+        time.sleep(pause)
+        own(step)
+
+    monkeypatch.setattr(guide._measurement, "observe_training", slow)
+    started = time.perf_counter()
+    guided(guide, adamw(guide), Examples(family, 40), epochs=1)
+    elapsed = time.perf_counter() - started
+    assert calls >= 3
+    assert guide.ledger.seconds["probe"] >= calls * pause
+    assert guide.ledger.seconds["step"] <= elapsed - calls * pause

@@ -56,7 +56,7 @@ class Ledger:
         probe_flops, fill_flops: scoring, and filling the activation cache; part of what is spent.
         evaluation_flops: not part of it.
         audited_flops, audited_modelled_flops, audits: counted and modelled FLOPs of the same audited pieces of work.
-        seconds: wall-clock by part.
+        seconds: wall-clock by part; "probe" is all scoring, of training gradients too.
         peak_memory_bytes: highest resident memory of the process; None when unknown.
         peak_accelerator_bytes: highest tensor memory on one device.
         updated_parameters: parameters updated, summed over steps.
@@ -127,7 +127,7 @@ class Ledger:
         """Books the end of an optimizer step.
 
         Args:
-            seconds: wall-clock of the step, probes excluded.
+            seconds: wall-clock of the step, scoring excluded.
             updated: name → number of parameters, of the components that were updated.
         """
         self.steps += 1
@@ -143,6 +143,10 @@ class Ledger:
         """Books one look at held-out examples."""
         self.probes += 1
         self.probe_flops += flops
+        self.seconds["probe"] += seconds
+
+    def add_scoring(self, *, seconds: float) -> None:
+        """Books time spent on scoring a training step's own gradients, which needs no pass of its own."""
         self.seconds["probe"] += seconds
 
     def add_fill(self, *, flops: float, seconds: float) -> None:

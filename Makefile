@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 SETUP := .venv/.rgft-ready
 
-.PHONY: demo test test-slow check lint types contracts bench clean
+.PHONY: demo test test-slow check lint types contracts bench bench-engine bench-gpu clean
 
 demo: $(SETUP)  ## fine-tune a real encoder within 30 % of full fine-tuning's FLOPs
 	$(BIN)/python examples/demo.py
@@ -32,6 +32,13 @@ bench: $(SETUP)  ## the committed quality comparison; resumes where it stopped
 	$(BIN)/rgft bench run benchmarks/experiments/rotten_tomatoes.json
 	$(BIN)/rgft bench run benchmarks/experiments/rotten_tomatoes_full.json
 	$(BIN)/rgft bench run benchmarks/experiments/cuts.json
+
+bench-engine: $(SETUP)  ## time, FLOPs and memory of a step, each way of doing less of it; 15 minutes on two cores
+	$(BIN)/rgft bench engine minilm
+	$(BIN)/rgft bench engine smollm2
+
+bench-gpu: $(SETUP)  ## the same on an accelerator, in pieces of at most nine minutes; start it again until it is done
+	benchmarks/gpu/run 9
 
 $(SETUP): pyproject.toml requirements/tested.txt requirements/demo.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

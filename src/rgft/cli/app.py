@@ -204,6 +204,30 @@ def bench_table(
             table.update(update, text)
 
 
+@bench.command("engine")
+def bench_engine(
+    workload: Annotated[str, typer.Argument(help="minilm, smollm2, llama_1b, vit_b or resnet_50")],
+    results: Annotated[Path, typer.Option(help="folder of all results")] = Path("benchmarks/results/engine"),
+    device: Annotated[str, typer.Option(help="auto: an accelerator where there is one, else the CPU")] = "auto",
+    minutes: Annotated[float | None, typer.Option(help="begin no new cell after this time")] = None,
+) -> None:
+    """Time, FLOPs and memory of a training step, beside full fine-tuning's; it can be stopped and started again."""
+    from rgft.cli.failures import reported
+
+    with reported():
+        import torch
+
+        from rgft.bench.engine.runner import run_engine, table
+        from rgft.bench.engine.workloads import workload as chosen
+        from rgft.cli.preparing import device_of
+
+        model, place = chosen(workload), torch.device(device_of(device))
+        folder = results / f"{model.name}-{place.type}"
+        for path in run_engine(model, folder, device=place, stop_after_seconds=minutes and minutes * 60):
+            typer.echo(path, err=True)
+        typer.echo(table(folder))
+
+
 def _show(data: dict[str, Any], show: Any, *, as_json: bool, quiet: bool) -> None:
     if as_json:
         typer.echo(json.dumps(data))

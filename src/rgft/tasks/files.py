@@ -1,9 +1,10 @@
-"""Reading labelled rows: CSV, TSV, JSONL, parquet, or a name on the hub. Columns are checked first."""
+"""Reading rows: CSV, TSV, JSONL, parquet, texts, or a name on the hub. Columns are checked first."""
 
 from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,15 +15,16 @@ from rgft.errors import DataError
 Row = dict[str, Any]
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
-_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
 
 
 def read_rows(source: str, columns: Sequence[str], *, split: str = "train") -> list[Row]:
     """The wanted columns of every row.
 
     Args:
-        source: a file (`.csv`, `.tsv` with a header, `.jsonl`, `.parquet`) or the name of a data set on the hub.
-        columns: wanted columns.
+        source: a file (`.csv`, `.tsv` with a header, `.jsonl`, `.parquet`; `.txt`: texts separated by blank lines) or
+            the name of a data set on the hub.
+        columns: wanted columns; of a `.txt` file one, whatever its name.
         split: of a hub data set; files have one.
 
     Raises:
@@ -53,6 +55,8 @@ def _read_file(path: Path, columns: Sequence[str]) -> list[Row]:
 
             require_columns(str(path), columns, parquet.read_schema(path).names)
             return parquet.read_table(path, columns=list(dict.fromkeys(columns))).to_pylist()
+        if path.suffix == ".txt":
+            return _read_texts(path, columns)
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path}: expected UTF-8, found byte {error.object[error.start]:#x} at {error.start}"
@@ -81,6 +85,16 @@ def _read_jsonl(path: Path, columns: Sequence[str]) -> list[Row]:
     return rows
 
 
+def _read_texts(path: Path, columns: Sequence[str]) -> list[Row]:
+    if len(set(columns)) != 1:
+        raise DataError(
+            f"{path}: a .txt file holds texts alone, expected one column, found {', '.join(columns)}; give a .csv, "
+            ".tsv, .jsonl or .parquet file"
+        )
+    paragraphs = re.split(r"\n[^\S\n]*\n", path.read_text(encoding="utf-8-sig"))
+    return [{columns[0]: paragraph.strip("\n")} for paragraph in paragraphs if paragraph.strip()]
+
+
 def _read_hub(name: str, columns: Sequence[str], split: str) -> list[Row]:
     from datasets import load_dataset
 
@@ -89,7 +103,8 @@ def _read_hub(name: str, columns: Sequence[str], split: str) -> list[Row]:
     except Exception as error:  # the hub's client raises many kinds
         raise DataError(
             f"{name!r} is no file here, and could not be loaded from the hub ({type(error).__name__}: {error}). "
-            "Give the path of a .csv, .tsv, .jsonl or .parquet file, or check the name, the network and HF_HUB_OFFLINE"
+            f"Give the path of a file ending in {', '.join(_SUFFIXES)}, or check the name, the network and "
+            "HF_HUB_OFFLINE"
         ) from error
     require_columns(name, columns, data.column_names)
     return [dict(row) for row in data.select_columns(list(dict.fromkeys(columns)))]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from rgft.errors import DataError
+from rgft.tasks.gguf import converted
 
 
 def load_tokenizer(name: str) -> Any:
@@ -58,6 +59,31 @@ def load_classifier(name: str, *, labels: int, seed: int, pad_token_id: int, **s
     return model
 
 
+def load_causal_lm(name: str, *, pad_token_id: int) -> Any:
+    """A decoder that predicts next tokens.
+
+    Args:
+        name: hub name, folder, or `.gguf` file.
+        pad_token_id: for models whose configuration has none.
+
+    Raises:
+        DataError: it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = _loaded(AutoModelForCausalLM, name, "model")
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = pad_token_id
+    return model
+
+
+def require_positions(model: Any, length: int) -> None:
+    """Raises DataError where the model has positions for fewer tokens than `length`."""
+    found = getattr(model.config, "max_position_embeddings", None)
+    if found is not None and length > found:
+        raise DataError(f"max_length: expected at most the model's {found} positions, found {length}")
+
+
 def load_image_processor(name: str) -> Any:
     """What turns images into a model's input, as the model was trained with.
 
@@ -98,6 +124,8 @@ def load_image_classifier(name: str, *, names: Sequence[str], seed: int) -> Any:
 
 
 def _loaded(factory: Any, name: str, what: str, **settings: Any) -> Any:
+    if name.endswith(".gguf"):
+        name = str(converted(Path(name).expanduser()))
     looks_like_path = name.startswith((".", "/", "~")) or Path(name).exists()
     folder = Path(name).expanduser()
     if looks_like_path and not (folder / "config.json").is_file():

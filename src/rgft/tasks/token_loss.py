@@ -1,0 +1,80 @@
+"""The loss of next-token prediction, and batches for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+#: Label of a position that is not learnt (PyTorch's default for cross-entropy).
+IGNORED = -100
+
+
+def token_losses(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """Losses per example [B] whose mean is the mean over all target tokens of the batch.
+
+    l_i = B/N · Σ_t −log p(y_it | y_i,<t), with N the batch's target tokens: examples with more of them weigh more, as
+    in the usual loss of a batch. In fp32. A batch without targets has loss 0.
+    """
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    losses = _negative_log_likelihoods(logits, batch["labels"])
+    return losses.sum(1) * (len(losses) / max(1, number_of_targets(batch)))
+
+
+def _negative_log_likelihoods(logits: Tensor, labels: Tensor) -> Tensor:
+    """Per position [B, T−1]; 0 where nothing is learnt."""
+    targets = labels[:, 1:]
+    flat = functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return flat.view(targets.shape)
+
+
+def number_of_targets(batch: Mapping[str, Any]) -> int:
+    """How many tokens the batch predicts. The first of an example is never predicted."""
+    return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+
+class TokenMetric:
+    """Perplexity and the share of target tokens that are the likeliest; sums over batches, logits are not kept."""
+
+    def __init__(self) -> None:
+        self._loss, self._right, self._targets = 0.0, 0, 0
+
+    def update(self, logits: Tensor, batch: Mapping[str, Any]) -> None:
+        labels = batch["labels"].to(logits.device)
+        for row in range(len(logits)):  # by row: a vocabulary's fp32 logits of a whole batch may be gigabytes
+            mine, its = logits[row : row + 1], labels[row : row + 1]
+            self._loss += float(_negative_log_likelihoods(mine, its).double().sum())
+            self._right += int(((mine[:, :-1].argmax(-1) == its[:, 1:]) & (its[:, 1:] != IGNORED)).sum())
+            self._targets += int((its[:, 1:] != IGNORED).sum())
+
+    def compute(self) -> dict[str, float]:
+        if not self._targets:
+            return {}
+        mean = torch.tensor(self._loss / self._targets, dtype=torch.float64)
+        return {"perplexity": float(mean.exp()), "token_accuracy": self._right / self._targets}
+
+
+class TokenCollator:
+    """Pads on the right to the longest of the batch; padding is neither attended to nor learnt.
+
+    Args:
+        pad_token_id: what padding is filled with.
+    """
+
+    def __init__(self, pad_token_id: int) -> None:
+        self._pad_token_id = pad_token_id
+
+    def __call__(self, examples: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+        ids = [torch.tensor(example["input_ids"]) for example in examples]
+        labels = [torch.tensor(example["labels"]) for example in examples]
+        pad = nn.utils.rnn.pad_sequence
+        return {
+            "input_ids": pad(ids, batch_first=True, padding_value=self._pad_token_id),
+            "attention_mask": pad([torch.ones_like(i) for i in ids], batch_first=True),
+            "labels": pad(labels, batch_first=True, padding_value=IGNORED),
+        }

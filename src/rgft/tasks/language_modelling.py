@@ -55,7 +55,7 @@ def language_modelling(
         if not data[split]:
             raise DataError(f"{split}: expected texts of at least two tokens in all, found none")
     network = load_causal_lm(model, pad_token_id=tokenizer.pad_token_id)
-    require_positions(network, max_length)
+    require_positions(network, (example["input_ids"] for split in data.values() for example in split))
     return PreparedTask(
         model=network, processor=tokenizer, train=data["train"], validation=data["validation"], test=data.get("test"),
         collate=TokenCollator(tokenizer.pad_token_id), loss=token_losses, metric=TokenMetric, weight=number_of_targets,

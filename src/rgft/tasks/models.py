@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +77,14 @@ def load_causal_lm(name: str, *, pad_token_id: int) -> Any:
     return model
 
 
-def require_positions(model: Any, length: int) -> None:
-    """Raises DataError where the model has positions for fewer tokens than `length`."""
-    found = getattr(model.config, "max_position_embeddings", None)
-    if found is not None and length > found:
-        raise DataError(f"max_length: expected at most the model's {found} positions, found {length}")
+def require_positions(model: Any, examples: Iterable[Sequence[int]]) -> None:
+    """Raises DataError where the model has fewer positions than the longest example has tokens."""
+    longest, found = max(map(len, examples)), getattr(model.config, "max_position_embeddings", None)
+    if found is not None and longest > found:
+        raise DataError(
+            f"max_length: the model has {found} positions, found an example of {longest} tokens; give --max-length "
+            f"{found} or less"
+        )
 
 
 def load_image_processor(name: str) -> Any:

@@ -49,7 +49,8 @@ def test_a_missing_column_names_the_nearest(tmp_path: Path, name: str) -> None:
         ("a.jsonl", b'{"text": "a", "label": 1}\n{"text"\n', "line 2: expected JSON"),
         ("a.jsonl", b"[1]\n", "line 1: expected an object"),
         ("a.parquet", b"nonsense", "cannot be read"),
-        ("a.txt", b"x", "expected a file ending in"),
+        ("a.txt", b"x", "holds texts alone, expected one column, found text, label"),
+        ("a.doc", b"x", "expected a file ending in"),
     ],
 )
 def test_bad_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -81,3 +82,9 @@ def test_hub_names_go_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     assert read_rows("some/name", ["text", "label"], split="test") == ROWS
     assert asked == [("some/name", "test")]
+
+
+def test_paragraphs_of_a_text_file_are_its_texts(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("\ufeffone\nmore\n\n \n\ntwo  \n", encoding="utf-8")
+    assert read_rows(str(path), ["anything"]) == [{"anything": "one\nmore"}, {"anything": "two  "}]

@@ -1,0 +1,146 @@
+"""`rgft train` and `rgft map` on texts and conversations, with a saved tiny LLaMA."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rgft.cli.train import stored_request
+from rgft.telemetry.run_folder import RunFolder
+from tests.decoders import save_decoder
+from tests.integration.cli_inputs import invoke, refused
+
+LETTERS = "abcdefghij"
+
+
+def texts(path: Path, count: int = 160) -> str:
+    """Each letter is followed by the next one: easily learnt."""
+    lines = [" ".join(LETTERS[(i + j) % 10] for j in range(8)) + f" {LETTERS[i % 7]}" for i in range(count)]
+    path.write_text("\n\n".join(lines))
+    return str(path)
+
+
+def conversations(path: Path, count: int = 160) -> str:
+    """The answer is yes after an a, else no."""
+    rows = []
+    for i in range(count):
+        word = "a" if i % 2 else "b"
+        question = f"{LETTERS[i % 10]} {LETTERS[i // 10 % 10]} {LETTERS[i // 3 % 10]} {word}"
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "yes" if i % 2 else "no"}]
+        rows.append({"messages": turns})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    folder = tmp_path_factory.mktemp("inputs")
+    model = save_decoder(folder / "model")
+    shared = ["--model", model, "--batch-size", "8", "--lr", "5e-3", "--max-length", "16", "--seed", "1"]
+    return {
+        "language-modelling": [*shared, "--data", texts(folder / "t.txt"), "--task", "language-modelling"],
+        "chat": [*shared, "--data", conversations(folder / "c.jsonl"), "--task", "chat"],
+    }
+
+
+def trained(options: list[str], output: Path, *more: str) -> dict[str, Any]:
+    return json.loads(invoke("train", *options, "--output", str(output), "--json", "--quiet", *more).stdout)
+
+
+@pytest.mark.parametrize("task", ["language-modelling", "chat"])
+def test_a_run_learns_and_leaves_a_plain_model(inputs: dict[str, list[str]], tmp_path: Path, task: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    report = trained(inputs[task], tmp_path / "run", "--budget", "0.6", "--epochs", "8")
+    assert 0.3 < report["flops"]["fraction_of_full"] <= 0.6
+    assert abs(report["audit"]["error"]) < 0.02
+    found = report["metrics"]["validation"]
+    # 20 words: perplexity 20 before. One of the 9 letters of a text is drawn; of an answer nothing is.
+    assert found["perplexity"] < (4.0 if task == "language-modelling" else 1.5)
+    assert found["perplexity"] == pytest.approx(torch.tensor(found["loss"]).exp().item(), rel=1e-4)
+    assert found["token_accuracy"] > 0.6
+    losses = [r.data["loss"] for r in RunFolder.open(tmp_path / "run").read_records() if r.type == "step"]
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    model = AutoModelForCausalLM.from_pretrained(report["model"])
+    tokenizer = AutoTokenizer.from_pretrained(report["model"])
+    if task == "chat":
+        for word, answer in (("a", "yes"), ("b", "no")):
+            prompt = tokenizer.apply_chat_template(
+                [{"role": "user", "content": f"c d e {word}"}], add_generation_prompt=True, return_tensors="pt",
+                return_dict=True,
+            )  # fmt: skip
+            said = model.generate(**prompt, max_new_tokens=2, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+            assert tokenizer.decode(said).split() == [answer, "<|end|>"]
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "pipeline_tag: text-generation" in card
+
+
+@pytest.mark.parametrize("task", ["language-modelling", "chat"])
+def test_the_frozen_prefix_is_read_from_the_cache(inputs: dict[str, list[str]], tmp_path: Path, task: str) -> None:
+    fixed = ("--set", "mask.frozen_fraction=0.6", "--epochs", "4", "--budget", "0.9")
+    report = trained(inputs[task], tmp_path / "run", *fixed)
+    assert report["flops"]["saved"]["forward_cached"] > 0.0
+    plain = trained(inputs[task], tmp_path / "plain", *fixed, "--set", "execution.cache=none")
+    assert plain["flops"]["saved"]["forward_cached"] == 0.0
+    assert report["metrics"]["validation"]["loss"] < 2.5
+    if report["steps"] == plain["steps"]:
+        assert report["metrics"]["validation"]["loss"] == pytest.approx(
+            plain["metrics"]["validation"]["loss"], rel=1e-3
+        )
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(
+    inputs: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rgft.run import Run
+
+    whole = trained(inputs["chat"], tmp_path / "whole", "--epochs", "2")
+    own = Run._step
+
+    def stopping(self: Run, *args: Any) -> None:
+        own(self, *args)
+        if self.guide.step_count == 7:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_step", stopping)
+        refused(
+            "train", *inputs["chat"], "--output", str(tmp_path / "part"), "--epochs", "2", "--checkpoint-every", "5",
+            "--quiet", code=130, said="interrupted",
+        )  # fmt: skip
+    assert stored_request(tmp_path / "part")["settings"]["task"] == "chat"
+    again = json.loads(
+        invoke("train", "--resume", "--output", str(tmp_path / "part"), "--json", "--quiet").stdout
+    )  # fmt: skip
+    assert again["metrics"] == whole["metrics"]
+    left, right = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "part"))
+    assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+@pytest.mark.parametrize("task", ["language-modelling", "chat"])
+def test_previews_and_maps(inputs: dict[str, list[str]], tmp_path: Path, task: str) -> None:
+    options = inputs[task]
+    preview = json.loads(invoke("train", *options, "--output", str(tmp_path / "run"), "--dry-run", "--json").stdout)
+    assert preview["model"]["family"] == "llama"
+    assert not (tmp_path / "run").exists()
+    place = options.index("--batch-size")
+    options = [*options[:place], *options[place + 2 :]]
+    measured = json.loads(invoke("map", *options, "--probes", "2", "--probe-size", "8", "--json").stdout)
+    assert {row["kind"] for row in measured["components"]} >= {"layer", "embedding", "lm_head"}
+
+
+def test_settings_of_other_tasks_are_refused(inputs: dict[str, list[str]], tmp_path: Path) -> None:
+    said = refused(
+        "train", *inputs["chat"], "--output", str(tmp_path / "run"), "--text", "body", "--set", "packing=false"
+    )  # fmt: skip
+    assert "text: expected only with text-classification or regression or language-modelling" in said
+    assert "packing: expected only with language-modelling" in said
+    said = refused(
+        "train", *inputs["language-modelling"], "--output", str(tmp_path / "run"), "--text", "a", "--text", "b"
+    )  # fmt: skip
+    assert "text: expected one column for language-modelling, found a, b" in said

@@ -47,7 +47,7 @@ def converted(path: Path) -> Path:
             return folder  # another process was first
         raise DataError(
             f"{path}: cannot be converted: {type(error).__name__}: {error}. The package gguf is needed (pip install "
-            f"gguf), a format that Transformers knows, and room in {root} (see RGFT_CACHE)"
+            f"'rgft[quant]'), a format that Transformers knows, and room in {root} (see RGFT_CACHE)"
         ) from error
     finally:
         if aside is not None:

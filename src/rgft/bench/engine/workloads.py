@@ -124,6 +124,7 @@ def _resnet_50() -> nn.Module:
 
 
 _BERT = ("query", "key", "value", "dense")
+_VIT = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
 _LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 WORKLOADS: Mapping[str, EngineWorkload] = {
@@ -142,8 +143,7 @@ WORKLOADS: Mapping[str, EngineWorkload] = {
             lora_targets=_LLAMA, neuron_blocks=8,
         ),
         EngineWorkload(
-            name="vit_b", build=_vit_b, example=_pixels, rows=64, lora_targets=("query", "key", "value", "dense"),
-            head=("classifier",), layers_pattern="layer",
+            name="vit_b", build=_vit_b, example=_pixels, rows=64, lora_targets=_VIT, head=("classifier",),
         ),
         EngineWorkload(name="resnet_50", build=_resnet_50, example=_pixels, rows=64, few=True),
     )

@@ -14,10 +14,10 @@ import torch
 from rgft.batches import BatchStream
 from rgft.bench.experiment import Cell, Experiment, Results
 from rgft.bench.methods import method
+from rgft.bench.tasks import bench_task
 from rgft.cost import trace_costs
 from rgft.partition import partition
 from rgft.run import Run, Settings, Task
-from rgft.tasks.demo import demo_task
 from rgft.telemetry.environment import environment
 from rgft.workload import Workload
 
@@ -55,7 +55,7 @@ def run_cell(experiment: Experiment, cell: Cell) -> dict[str, Any]:
     """One run from a fresh model to its figures. Test data is evaluated by final runs only."""
     contender = cell.contender
     chosen = method(contender.method)
-    task = demo_task(seed=cell.seed, **experiment.task)
+    task = bench_task(experiment.task, seed=cell.seed)
     settings = Settings(**{**experiment.run, "lr": cell.lr})
     config = chosen.configuration(
         budget=contender.budget, seed=cell.seed, settings={**contender.settings, "config": {

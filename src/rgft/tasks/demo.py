@@ -29,6 +29,9 @@ TEST_SIZE, VALIDATION_SIZE = 1500, 1000
 MAX_TOKENS = 128
 
 
+Labelled = list[tuple[str, int]]
+
+
 def demo_task(*, train_size: int = 2000, seed: int = 0) -> PreparedTask:
     """MiniLM (6 layers, 22.7 M parameters) with a new classifier, on Rotten Tomatoes.
 
@@ -39,6 +42,20 @@ def demo_task(*, train_size: int = 2000, seed: int = 0) -> PreparedTask:
     Raises:
         DataError: a package is missing (the message has the command), or fewer sentences than `train_size` are there.
     """
+    return encoder_task(_splits(), train_size=train_size, seed=seed)
+
+
+def encoder_task(splits: Mapping[str, Labelled], *, train_size: int, seed: int) -> PreparedTask:
+    """The packaged encoder with a new classifier, on sentences of two classes.
+
+    Args:
+        splits: "train" (what the training set is drawn from), "validation" and "test": sentences with label 0 or 1.
+        train_size: sentences to draw.
+        seed: of the new classifier and of the draw.
+
+    Raises:
+        DataError: the model's package is missing, or there are fewer sentences than `train_size`.
+    """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     folder = model_folder()
@@ -46,13 +63,12 @@ def demo_task(*, train_size: int = 2000, seed: int = 0) -> PreparedTask:
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
-    splits = _splits()
     pool = splits["train"]
     if train_size > len(pool):
         raise DataError(f"train_size: expected at most {len(pool)} sentences, found {train_size}")
     drawn = random.Random(f"train/{seed}").sample(pool, train_size)
 
-    def encoded(rows: list[tuple[str, int]]) -> list[dict[str, Any]]:
+    def encoded(rows: Labelled) -> list[dict[str, Any]]:
         ids = tokenizer([text for text, _ in rows], truncation=True, max_length=MAX_TOKENS)["input_ids"]
         return [{"input_ids": i, "labels": label} for i, (_, label) in zip(ids, rows, strict=True)]
 

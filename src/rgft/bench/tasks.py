@@ -1,0 +1,110 @@
+"""The tasks of the bench: real labelled sentences, split so that no test sentence was seen in training."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from rgft.errors import ConfigError, DataError
+from rgft.tasks.base import PreparedTask
+from rgft.tasks.demo import Labelled, demo_task, encoder_task
+from rgft.tasks.files import read_rows
+
+#: Environment variable with the folder of data sets that come in no package: GLUE's, as SST-2/train.tsv and so on.
+DATA_FOLDER = "RGFT_BENCH_DATA"
+
+TEST_SIZE, VALIDATION_SIZE = 2500, 1000
+#: Shorter phrases are no sentences to test on.
+MIN_WORDS = 8
+
+
+def bench_task(settings: Mapping[str, Any], *, seed: int) -> PreparedTask:
+    """The task of an experiment: its `name` ("rotten_tomatoes" where none is given), and the settings of that task.
+
+    Raises:
+        ConfigError: there is no such task.
+        DataError: its data are missing.
+    """
+    rest = dict(settings)
+    name = rest.pop("name", "rotten_tomatoes")
+    tasks: dict[str, Callable[..., PreparedTask]] = {"rotten_tomatoes": demo_task, "sst2": sst2}
+    if name not in tasks:
+        raise ConfigError(f"task.name: expected one of {', '.join(tasks)}, found {name!r}")
+    return tasks[name](seed=seed, **rest)
+
+
+def sst2(*, train_size: int, seed: int) -> PreparedTask:
+    """SST-2 (Socher et al. 2013) as GLUE has it, with the packaged encoder.
+
+    GLUE's training set is phrases cut out of sentences, and its test labels are not public. Here sentences are held
+    out, and every phrase that is part of one of them is left out of the training set. Its reviews are those of Rotten
+    Tomatoes: never count the two as independent.
+
+    Args:
+        train_size: phrases, drawn from what is not held out.
+        seed: of the draw and of the new classifier.
+
+    Raises:
+        DataError: the folder of data sets is not named, or lacks the file.
+    """
+    return encoder_task(_sst2_splits(_data_folder() / "SST-2" / "train.tsv"), train_size=train_size, seed=seed)
+
+
+def _data_folder() -> Path:
+    folder = os.environ.get(DATA_FOLDER)
+    if not folder:
+        raise DataError(f"set the environment variable {DATA_FOLDER} to a folder with GLUE's data (SST-2/train.tsv, …)")
+    return Path(folder).expanduser()
+
+
+@cache
+def _sst2_splits(path: Path) -> dict[str, Labelled]:
+    rows = read_rows(str(path), ["sentence", "label"])
+    phrases = {row["sentence"].strip(): int(row["label"]) for row in rows}
+    return held_out_sentences(phrases, test=TEST_SIZE, validation=VALIDATION_SIZE)
+
+
+def held_out_sentences(phrases: Mapping[str, int], *, test: int, validation: int) -> dict[str, Labelled]:
+    """Splits phrases so that none in training is part of a held-out sentence, nor has one as a part.
+
+    Args:
+        phrases: text → label.
+        test, validation: sentences to hold out.
+
+    Raises:
+        DataError: there are not that many sentences.
+    """
+    sentences = _sentences(phrases)
+    if len(sentences) <= test + validation:
+        raise DataError(f"expected more than {test + validation} sentences, found {len(sentences)}")
+    random.Random("sst-2").shuffle(sentences)
+    held = sentences[: test + validation]
+    everything = "\n".join(f" {sentence} " for sentence in held)
+    train = [(p, label) for p, label in phrases.items() if f" {p} " not in everything]
+    return {
+        "test": [(s, phrases[s]) for s in held[:test]],
+        "validation": [(s, phrases[s]) for s in held[test:]],
+        "train": train,
+    }
+
+
+def _sentences(phrases: Mapping[str, int]) -> list[str]:
+    """Phrases of at least MIN_WORDS words that are part of no other, sorted."""
+    longest_first = sorted(phrases, key=lambda p: (-len(p), p))
+    starts: dict[tuple[str, ...], list[str]] = {}  # each run of MIN_WORDS words → the sentences that have it
+    found: list[str] = []
+    for phrase in longest_first:
+        words = phrase.split()
+        if len(words) < MIN_WORDS:
+            continue
+        first = tuple(words[:MIN_WORDS])
+        if any(f" {phrase} " in f" {sentence} " for sentence in starts.get(first, ())):
+            continue
+        found.append(phrase)
+        for place in range(len(words) - MIN_WORDS + 1):
+            starts.setdefault(tuple(words[place : place + MIN_WORDS]), []).append(phrase)
+    return sorted(found)

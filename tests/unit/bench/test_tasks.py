@@ -1,0 +1,56 @@
+from pathlib import Path
+
+import pytest
+
+from rgft.bench.tasks import DATA_FOLDER, bench_task, held_out_sentences
+from rgft.errors import ConfigError, DataError
+
+SENTENCES = [
+    f"film number {i} is a {'good' if i % 2 else 'bad'} one and that is all there is to say" for i in range(20)
+]
+PHRASES = {
+    **{sentence: i % 2 for i, sentence in enumerate(SENTENCES)},
+    **{f"film number {i} is a {'good' if i % 2 else 'bad'} one and that is": i % 2 for i in range(20)},  # a long part
+    **{f"number {i}": i % 2 for i in range(20)},
+    "to say": 1,
+    "nothing of the kind": 0,
+}
+
+
+def test_no_training_phrase_is_part_of_a_held_out_sentence() -> None:
+    splits = held_out_sentences(PHRASES, test=5, validation=3)
+    held = [text for name in ("test", "validation") for text, _ in splits[name]]
+    assert [len(splits[name]) for name in ("test", "validation")] == [5, 3]
+    assert set(held) < set(SENTENCES)
+    train = [text for text, _ in splits["train"]]
+    for text in train:
+        assert all(f" {text} " not in f" {sentence} " for sentence in held)
+    # Each held-out sentence takes its two parts along, and "to say", which is part of all of them.
+    assert len(train) == len(PHRASES) - 8 * 3 - 1
+    assert "nothing of the kind" in train
+    assert all(label == PHRASES[text] for split in splits.values() for text, label in split)
+
+
+def test_the_split_is_fixed_whatever_the_order() -> None:
+    backwards = dict(reversed(list(PHRASES.items())))
+    first, second = (held_out_sentences(p, test=5, validation=3) for p in (PHRASES, backwards))
+    assert first["test"] == second["test"]
+    assert first["validation"] == second["validation"]
+
+
+def test_part_of_a_word_is_no_part() -> None:
+    phrases = {**PHRASES, "umber 1": 0}
+    assert ("umber 1", 0) in held_out_sentences(phrases, test=5, validation=3)["train"]
+
+
+def test_what_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DataError, match="expected more than 20 sentences, found 20"):
+        held_out_sentences(PHRASES, test=15, validation=5)
+    with pytest.raises(ConfigError, match="expected one of rotten_tomatoes, sst2, found 'imdb'"):
+        bench_task({"name": "imdb"}, seed=0)
+    monkeypatch.delenv(DATA_FOLDER, raising=False)
+    with pytest.raises(DataError, match="set the environment variable RGFT_BENCH_DATA"):
+        bench_task({"name": "sst2", "train_size": 10}, seed=0)
+    monkeypatch.setenv(DATA_FOLDER, str(tmp_path))
+    with pytest.raises(DataError, match=r"train.tsv: expected a file, found nothing"):
+        bench_task({"name": "sst2", "train_size": 10}, seed=0)

@@ -69,6 +69,41 @@ def test_empty_dataset() -> None:
         BatchStream([], batch_size=4)
 
 
+class Signed:
+    """0…9; variant 1 of each is its negative."""
+
+    variants = 2
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.tensor(float(index) if index < 10 else 10.0 - index)
+
+
+def test_variants_are_drawn_by_epoch_and_told_apart_by_their_ids() -> None:
+    def signed() -> BatchStream:
+        return BatchStream(Signed(), batch_size=4, epochs=40, seed=1)
+
+    batches = list(signed())
+    epochs = [[i for b in batches[3 * e : 3 * e + 3] for i in b.ids] for e in range(40)]
+    assert all(sorted(i % 10 for i in epoch) == list(range(10)) for epoch in epochs)
+    assert len({frozenset(epoch) for epoch in epochs}) > 30
+    assert 0.4 < sum(i >= 10 for epoch in epochs for i in epoch) / 400 < 0.6
+    for indexed in batches:
+        assert torch.equal(indexed.batch, torch.stack([Signed()[i] for i in indexed.ids]))
+    resumed = signed()
+    resumed.position = 50
+    assert ids(resumed) == [b.ids for b in batches[50:]]
+
+
+def test_a_subset_has_all_variants_of_its_examples() -> None:
+    subset = Subset(Signed(), [7, 2, 5])
+    assert [int(subset[i]) for i in range(6)] == [7, 2, 5, -7, -2, -5]
+    with pytest.raises(IndexError):
+        subset[6]
+
+
 def test_subset() -> None:
     subset = Subset(["a", "b", "c"], [2, 0])
     assert (len(subset), subset[0], subset[1]) == (2, "c", "a")

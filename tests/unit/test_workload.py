@@ -90,3 +90,14 @@ def test_typical_batches_are_full_ones_with_tokens_averaged_over_examples() -> N
     found = Workload(shapes={(4, 10): 3.0, (4, 20): 1.0, (2, 40): 1.0}, batches=5)
     assert found.typical == (4, round((120 + 80 + 80) / 18))
     assert Workload(shapes={(8, 1): 2.0}, batches=2).typical == (8, 1)
+
+
+def test_of_examples_of_one_shape_a_single_batch_is_loaded() -> None:
+    class Uniform(Texts):
+        is_uniform = True
+
+    data = Uniform(22, lengths=(7,))
+    scanned = Workload.scan(BatchStream(data, batch_size=4, collate_fn=padded, epochs=3))
+    assert data.loaded == 4
+    assert scanned == Workload.scan(BatchStream(Texts(22, lengths=(7,)), batch_size=4, collate_fn=padded, epochs=3))
+    assert scanned.shapes == {(4, 7): 15, (2, 7): 3}

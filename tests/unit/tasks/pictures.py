@@ -15,11 +15,9 @@ SIDE = 16
 
 
 def picture(kind: int, number: int, *, side: int = SIDE) -> Image.Image:
-    """Noise with a bright upper (0), lower (1) or left (2) half."""
+    """Noise in which one channel is brighter, on the left more than on the right."""
     pixels = np.random.default_rng([kind, number]).integers(0, 100, (side, side, 3), dtype=np.uint8)
-    half = side // 2
-    place = (slice(0, half), slice(half, side), (slice(None), slice(0, half)))[kind]
-    pixels[place] += 150
+    pixels[..., kind] += np.linspace(150, 60, side, dtype=np.uint8)
     return Image.fromarray(pixels)
 
 

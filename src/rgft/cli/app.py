@@ -156,6 +156,43 @@ def map_errors(
             mapping.show(measured, Console())
 
 
+@app.command("plan")
+def plan_costs(
+    model: Annotated[str, typer.Option(help="hub name, folder or config.json; weights are not needed")],
+    task: Annotated[
+        str, typer.Option(help="text-classification, language-modelling or image-classification")
+    ] = "text-classification",
+    batch_size: Annotated[int, typer.Option(min=1, help="examples per step")] = 32,
+    tokens: Annotated[int, typer.Option(min=2, help="tokens per example")] = 128,
+    examples: Annotated[int, typer.Option(min=1, help="of the training set")] = 10_000,
+    epochs: Annotated[float, typer.Option(min=0.01, help="passes over them")] = 3.0,
+    labels: Annotated[int, typer.Option(min=2, help="classes")] = 2,
+    dtype: Annotated[str, typer.Option(help="of the weights: fp32 or bf16")] = "fp32",
+    budget: Annotated[float | None, typer.Option(help="share of full fine-tuning's FLOPs")] = None,
+    device: Annotated[
+        str, typer.Option(help="whose rates the times are for: auto, cpu, cuda, …; none: no times")
+    ] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Say what full fine-tuning, LoRA and RGFT would cost: FLOPs, memory, time. Needs no weights and trains nothing."""
+    from rgft.cli.failures import reported
+
+    with reported():
+        from rgft.cli import planning
+        from rgft.cli.preparing import device_of
+        from rgft.errors import ConfigError
+
+        if dtype not in planning.DTYPES:
+            raise ConfigError(f"dtype: expected {' or '.join(planning.DTYPES)}, found {dtype!r}")
+        if budget is not None and not 0.0 < budget <= 1.0:
+            raise ConfigError(f"budget: expected a share of full fine-tuning's FLOPs, 0 < budget <= 1, found {budget}")
+        found = planning.plan(
+            model=model, task=task, rows=batch_size, tokens=tokens, examples=examples, epochs=epochs, labels=labels,
+            dtype=dtype, budget=budget, device=None if device == "none" else device_of(device),
+        )  # fmt: skip
+        _show(found, planning.show, as_json=as_json, quiet=False)
+
+
 @app.command()
 def env(as_json: AsJson = False) -> None:
     """Versions, processor, memory and accelerators (for bug reports and result files)."""

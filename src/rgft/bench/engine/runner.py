@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from rgft.bench.engine.cells import EngineCell, all_cells, few_cells
-from rgft.bench.engine.memory import step_memory
-from rgft.bench.engine.rates import SHAPES, Rates, measure_rates, synchronise
 from rgft.bench.engine.stepping import Stepper, stepper
 from rgft.bench.engine.workloads import EngineWorkload
+from rgft.cost.memory import step_memory
+from rgft.cost.rates import SHAPES, Rates, measure_rates, synchronise
 from rgft.errors import DataError
 from rgft.telemetry.atomic_write import write_bytes
 from rgft.telemetry.environment import environment

@@ -6,9 +6,9 @@ import torch
 
 from rgft.bench.engine import runner
 from rgft.bench.engine.cells import EngineCell, few_cells
-from rgft.bench.engine.rates import Rates, measure_rates
 from rgft.bench.engine.stepping import stepper
 from rgft.bench.engine.workloads import WORKLOADS, workload
+from rgft.cost.rates import Rates, measure_rates
 from rgft.errors import ConfigError, DataError
 from tests.unit.bench.engine.tiny import TINY
 

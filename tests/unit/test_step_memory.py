@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from rgft.bench.engine.memory import step_memory
+from rgft.cost.memory import step_memory
 
 
 def test_every_byte_of_a_linear_layer_by_hand() -> None:

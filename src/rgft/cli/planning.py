@@ -1,0 +1,211 @@
+"""`rgft plan`: what full fine-tuning, LoRA and RGFT would cost on a model, without its weights."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rgft.cli.preparing import silence_transformers
+from rgft.cost.memory import StepMemory
+from rgft.cost.rates import measure_rates
+from rgft.errors import ConfigError, DataError
+from rgft.forecast import Forecast, Length, forecast
+from rgft.partition import partition
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Kind = Literal["text-classification", "language-modelling", "image-classification"]
+
+FROZEN = (0.0, 0.25, 0.5, 0.75)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def empty_model(name: str, task: str, *, labels: int, dtype: torch.dtype) -> nn.Module:
+    """The model of that name without weights, on the meta device.
+
+    Args:
+        name: hub name, folder, or configuration file (`config.json`).
+        task: what it is for.
+        labels: classes.
+        dtype: of the weights.
+
+    Raises:
+        DataError: its configuration cannot be read.
+        ConfigError: the task is unknown.
+    """
+    import transformers
+
+    factories = {
+        "text-classification": transformers.AutoModelForSequenceClassification,
+        "language-modelling": transformers.AutoModelForCausalLM,
+        "image-classification": transformers.AutoModelForImageClassification,
+    }
+    if task not in factories:
+        raise ConfigError(f"task: expected one of {', '.join(factories)}, found {task!r}")
+    silence_transformers()
+    settings = {} if task == "language-modelling" else {"num_labels": labels}
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(Path(name).expanduser()) if Path(name).exists() else name)
+        for key, value in settings.items():
+            setattr(config, key, value)
+        with torch.device("meta"):
+            return factories[task].from_config(config, dtype=dtype).train()
+    except Exception as error:  # the hub's client and the configurations raise many kinds
+        raise DataError(
+            f"{name}: expected a hub name, a folder or a config.json of a model for {task}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def empty_batch(model: nn.Module, task: str, *, rows: int, tokens: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A batch of that shape, without values."""
+    with torch.device("meta"):
+        if task == "image-classification":
+            config: Any = model.config
+            size = config.image_size if isinstance(getattr(config, "image_size", None), int) else 224
+            pixels = torch.empty(rows, getattr(config, "num_channels", 3), size, size, dtype=dtype)
+            return {"pixel_values": pixels, "labels": torch.zeros(rows, dtype=torch.long)}
+        ids = torch.zeros(rows, tokens, dtype=torch.long)
+        return {"input_ids": ids, "labels": ids if task == "language-modelling" else ids[:, 0]}
+
+
+def plan(
+    *, model: str, task: str, rows: int, tokens: int, examples: int, epochs: float, labels: int = 2,
+    dtype: str = "fp32", budget: float | None = None, rank: int = 8, device: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Forecasts of all ways of training, fit for JSON.
+
+    Args:
+        model, task, labels, dtype: see `empty_model`.
+        rows, tokens: of a batch.
+        examples: of the training set.
+        epochs: passes over them.
+        budget: share of full fine-tuning's FLOPs; then each row says how many epochs it buys.
+        rank: of LoRA, on all linear layers.
+        device: whose rates are measured for the times; None: no times.
+
+    Raises:
+        DataError, ConfigError: see `empty_model`.
+        PartitionError: the model's layers cannot be found.
+    """
+    kind = DTYPES[dtype]
+    whole = empty_model(model, task, labels=labels, dtype=kind)
+    batch = empty_batch(whole, task, rows=rows, tokens=tokens, dtype=kind)
+    length = Length(steps=math.ceil(examples / rows), epochs=epochs)
+    rates = None if device is None else measure_rates(torch.device(device), kind, _shapes(whole, rows * tokens))
+    found = forecast(
+        whole, partition(whole), batch, length=length, loss=_loss, frozen_fractions=FROZEN, rates=rates
+    )  # fmt: skip
+    full = found[0]
+    adapted = _with_lora(empty_model(model, task, labels=labels, dtype=kind), rank)
+    if adapted is not None:
+        found[1:1] = forecast(
+            adapted, partition(adapted, "adapter"), batch, length=length, loss=_loss, frozen_fractions=(0.0,),
+            rates=rates, reference_flops=full.step_flops, name="lora",
+        )  # fmt: skip
+    return {
+        "model": model, "task": task, "dtype": dtype, "rows": rows, "tokens": tokens, "examples": examples,
+        "epochs": epochs, "steps": round(length.steps * epochs), "budget": budget,
+        "parameters": sum(p.numel() for p in whole.parameters()),
+        "rates": None if rates is None else {"device": device, **rates.to_dict()},
+        "ways": [{**row.to_dict(), "epochs_in_budget": _epochs_in(row, full, length, budget)} for row in found],
+    }  # fmt: skip
+
+
+def _loss(model: nn.Module, batch: Any) -> Tensor:
+    return model(**batch).loss
+
+
+def _with_lora(model: nn.Module, rank: int) -> nn.Module | None:
+    """The model with LoRA on its linear layers; None without PEFT, or without linear layers to adapt."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ModuleNotFoundError:
+        return None
+    names = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.count(".") > 2}
+    if not names:
+        return None
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of one library about the other's names
+        return get_peft_model(model, LoraConfig(r=rank, target_modules=sorted(names)))  # type: ignore[arg-type]
+
+
+def _shapes(model: nn.Module, positions: int) -> tuple[tuple[int, int, int], ...]:
+    """Products of the model's commonest linear layers, rows × inputs × outputs."""
+    counts: dict[tuple[int, int], int] = {}
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            shape = (module.in_features, module.out_features)
+            counts[shape] = counts.get(shape, 0) + 1
+    commonest = sorted(counts, key=lambda shape: -counts[shape])[:3] or [(512, 512)]
+    return tuple((min(positions, 4096), *shape) for shape in commonest)
+
+
+def _epochs_in(row: Forecast, full: Forecast, length: Length, budget: float | None) -> float | None:
+    """How many epochs the budget buys."""
+    if budget is None:
+        return None
+    allowed = budget * full.flops
+    first, later = row.step_flops * length.steps, row.cached_step_flops * length.steps
+    return allowed / first if allowed < first else 1.0 + (allowed - first) / later
+
+
+def show(found: Mapping[str, Any], console: Console) -> None:
+    """A table: one row per way of training."""
+    from rich.table import Table
+
+    console.print(
+        f"{found['model']}: {found['parameters']:,} parameters in {found['dtype']}; {found['examples']:,} examples × "
+        f"{found['epochs']:g} epochs, {found['steps']:,} steps of {found['rows']} × {found['tokens']}"
+        + ("" if found["budget"] is None else f"; epochs: how many {found['budget']:.0%} of full fine-tuning's buys")
+    )
+    table = Table(box=None, padding=(0, 1))
+    table.add_column("way", no_wrap=True)
+    names = ["trained", "FLOPs", "of full", "memory", "(saved)", "cache", "at least"]
+    for name in names if found["budget"] is None else [*names, "epochs"]:
+        table.add_column(name, justify="right", no_wrap=True)
+    for way in found["ways"]:
+        memory = StepMemory(**{key: way["memory"][key] for key in ("weights", "gradients", "moments", "activations")})
+        cells = [
+            _title(way), _count(way["trained_parameters"]), f"{way['flops']:.2g}",
+            f"{way['fraction_of_full']:.0%}", _size(memory.total), _size(memory.activations),
+            _size(way["cache_bytes"]) if way["cache_bytes"] else "–",
+            "–" if way["seconds"] is None else _time(way["seconds"]),
+        ]  # fmt: skip
+        if found["budget"] is not None:
+            cells.append(f"{way['epochs_in_budget']:.1f}")
+        table.add_row(*cells)
+    console.print(table)
+    console.print(
+        "RGFT: by share of frozen layers. FLOPs: of products. Memory: of a step; (saved): activations kept for "
+        "backward, less with fused attention. Cache: of the frozen prefix, all examples. At least: at this machine's rates of products and AdamW; "
+        "the rest of a step comes on top.",
+        highlight=False,
+    )
+
+
+def _title(way: Mapping[str, Any]) -> str:
+    if way["name"] == "lora":
+        return "LoRA"
+    return f"RGFT {way['frozen_fraction']:.0%}" if way["frozen_fraction"] else "full"
+
+
+def _count(number: float) -> str:
+    return f"{number / 1e9:.3g} B" if number >= 1e9 else f"{number / 1e6:.3g} M"
+
+
+def _size(amount: float) -> str:
+    value, unit = (amount / 2**30, "GiB") if amount >= 2**30 else (amount / 2**20, "MiB")
+    return f"{value:.1f} {unit}" if value < 10 else f"{value:,.0f} {unit}"
+
+
+def _time(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours} h {rest // 60:02} m" if hours else f"{rest // 60} m {rest % 60:02} s"

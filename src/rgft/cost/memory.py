@@ -1,0 +1,123 @@
+"""Memory of a training step, by what holds it; the same on every device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMemory:
+    """Bytes held at the height of a step: weights; gradients; optimizer state; activations saved for backward."""
+
+    weights: int
+    gradients: int
+    moments: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.moments + self.activations
+
+    def to_dict(self) -> dict[str, int]:
+        return {**asdict(self), "total": self.total}
+
+
+def step_memory(model: nn.Module, optimizer: Optimizer, step: Callable[[], None]) -> StepMemory:
+    """Measures one step (which it makes).
+
+    Storages are counted once, however many views or graph nodes hold them; activations are what autograd saves
+    beyond weights. Optimizer state is counted after the step.
+    """
+    weights = _storages([*model.parameters(), *model.buffers()])
+    gradients: dict[int, int] = {}
+
+    def before(optimizer: Optimizer, args: object, kwargs: object) -> None:
+        held = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradients.update(_storages(held))
+
+    handle = optimizer.register_step_pre_hook(before)
+    try:
+        with _Saved(weights) as saved:
+            step()
+    finally:
+        handle.remove()
+    state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
+    return StepMemory(
+        weights=sum(weights.values()), gradients=sum(gradients.values()), moments=sum(_storages(state).values()),
+        activations=saved.total,
+    )  # fmt: skip
+
+
+def forecast_memory(
+    model: nn.Module, trained: Collection[str], forward: Callable[[], Tensor], *, moments: int = 2
+) -> StepMemory:
+    """What a step would hold, from a forward pass alone; on the meta device it takes no memory and no time.
+
+    There attention is plain products whose probabilities are kept, rows × heads × tokens² of each layer; fused kernels
+    keep less.
+
+    Args:
+        model: plain.
+        trained: names of the parameters that are trained; flags are put back.
+        forward: a training forward pass, to the loss.
+        moments: optimizer state per parameter, in tensors of its size (AdamW: 2).
+    """
+    weights = _storages([*model.parameters(), *model.buffers()])
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    try:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained)
+        with _Saved(weights) as saved, torch.enable_grad():
+            loss = forward()
+        del loss
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(flags[name])
+    gradients = sum(p.nbytes for name, p in model.named_parameters() if name in trained)
+    return StepMemory(
+        weights=sum(weights.values()), gradients=gradients, moments=moments * gradients, activations=saved.total
+    )
+
+
+class _Saved:
+    """Counts, inside, the bytes that autograd saves beside `weights`."""
+
+    def __init__(self, weights: Mapping[int, int]) -> None:
+        self._weights = weights
+        self._found: dict[int, int] = {}
+        self._kept: list[Tensor] = []  # storages must stay alive, or an identity may come up twice
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    @property
+    def total(self) -> int:
+        return sum(self._found.values())
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        (identity, size), *_ = _storages([tensor]).items()
+        if identity not in self._weights and identity not in self._found:
+            self._found[identity] = size
+            self._kept.append(tensor.detach())
+        return tensor
+
+    def __enter__(self) -> Self:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.__exit__(*error)
+        self._kept.clear()
+
+
+def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Identity → bytes of each distinct storage. Addresses would not do: on the meta device all are 0."""
+    found: dict[int, int] = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        found[storage._cdata] = storage.nbytes()
+    return found

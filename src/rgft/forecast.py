@@ -1,0 +1,121 @@
+"""What ways of training would cost, before anything runs: FLOPs, memory by kind, and time at this machine's rates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rgft.components import Partition
+from rgft.cost import trace_costs
+from rgft.cost.memory import StepMemory, forecast_memory
+from rgft.cost.rates import Rates
+from rgft.workload import batch_shape
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """One way of training.
+
+    Attributes:
+        name: "full", "lora", or RGFT with its share of frozen layers.
+        frozen_fraction: share of layers below the cut.
+        trained_parameters: number of elements that are updated.
+        step_flops: of a step in the first epoch.
+        cached_step_flops: of a step once the frozen prefix is read from the activation cache.
+        flops: of all epochs.
+        fraction_of_full: of full fine-tuning's.
+        memory: of a step.
+        cache_bytes: of the activation cache, all examples.
+        seconds: of all epochs at the rates given, at the least; None without rates.
+    """
+
+    name: str
+    frozen_fraction: float
+    trained_parameters: int
+    step_flops: float
+    cached_step_flops: float
+    flops: float
+    fraction_of_full: float
+    memory: StepMemory
+    cache_bytes: int
+    seconds: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "memory": self.memory.to_dict()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Length:
+    """How long the training is: optimizer steps of an epoch, and epochs."""
+
+    steps: int
+    epochs: float
+
+
+def forecast(
+    model: nn.Module, partition: Partition, batch: Mapping[str, Tensor], *, length: Length, loss: Loss,
+    frozen_fractions: Sequence[float], rates: Rates | None, reference_flops: float | None = None, name: str = "rgft",
+) -> list[Forecast]:  # fmt: skip
+    """One row per share of frozen layers.
+
+    Args:
+        model: plain; may be on the meta device, where this takes neither memory nor a download.
+        partition: its components, whole layers.
+        batch: of the run's shape.
+        length: of the run.
+        loss: (model, batch) → scalar.
+        frozen_fractions: shares of layers below the cut; 0 trains all.
+        rates: of the machine.
+        reference_flops: of full fine-tuning's step, where it is not this model's own (adapters).
+        name: of the rows.
+    """
+    costs = trace_costs(model, partition, batch, loss=loss)
+    rows, tokens = batch_shape(batch)
+    full = costs.full_step(rows, tokens).total if reference_flops is None else reference_flops
+    depths = sorted({c.depth for c in partition if c.layer is not None})
+    found: list[Forecast] = []
+    for fraction in frozen_fractions:
+        frozen = round(fraction * len(depths))
+        cut = 0 if frozen == 0 else (depths[frozen] if frozen < len(depths) else depths[-1] + 1)
+        active = frozenset(c.name for c in partition if c.depth >= cut)
+        trained = {part.parameter for c in partition if c.name in active for part in c.slices}
+        first = costs.step_flops(active, rows=rows, tokens=tokens).total
+        later = costs.step_flops(active, rows=rows, tokens=tokens, cached_below=cut).total if cut else first
+        steps = length.steps * length.epochs
+        in_first = min(steps, length.steps)
+        flops = in_first * first + (steps - in_first) * later
+        parameters = sum(c.numel for c in partition if c.name in active)
+        found.append(
+            Forecast(
+                name=name, frozen_fraction=frozen / max(1, len(depths)), trained_parameters=parameters,
+                step_flops=first, cached_step_flops=later, flops=flops, fraction_of_full=flops / (steps * full),
+                memory=forecast_memory(model, trained, lambda: loss(model, batch)),
+                cache_bytes=_cache_bytes(model, partition.layers[frozen - 1], lambda: loss(model, batch)) * length.steps
+                if cut and length.epochs > 1 else 0,
+                seconds=None if rates is None else rates.seconds(flops, steps * parameters),
+            )
+        )  # fmt: skip
+    return found
+
+
+def _cache_bytes(model: nn.Module, layer: str, forward: Callable[[], Tensor]) -> int:
+    """What the cache keeps of a batch: the output of the last frozen layer."""
+    found: list[int] = []
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        hidden = output if isinstance(output, Tensor) else output[0]
+        found.append(hidden.nbytes)
+
+    handle = model.get_submodule(layer).register_forward_hook(note)
+    try:
+        with torch.no_grad():
+            forward()
+    finally:
+        handle.remove()
+    return sum(found)

@@ -1,0 +1,52 @@
+"""`rgft plan`: costs of a model that need not be there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.decoders import save_decoder
+from tests.integration.cli_inputs import invoke, refused, save_inputs
+
+
+def test_ways_of_training_a_classifier(tmp_path: Path) -> None:
+    save_inputs(tmp_path, rows=4)
+    config = tmp_path / "model" / "config.json"
+    (tmp_path / "model" / "model.safetensors").unlink()  # weights are not needed
+    options = ["--model", str(config.parent), "--tokens", "16", "--examples", "100", "--epochs", "4"]
+    found = json.loads(invoke("plan", *options, "--budget", "0.4", "--json").stdout)
+    ways = {(way["name"], round(way["frozen_fraction"], 2)): way for way in found["ways"]}
+    assert set(ways) == {("rgft", 0.0), ("lora", 0.0), ("rgft", 0.33), ("rgft", 0.67)}
+    full, half = ways["rgft", 0.0], ways["rgft", 0.67]
+    assert full["fraction_of_full"] == pytest.approx(1.0)
+    assert full["epochs_in_budget"] == pytest.approx(1.6)
+    assert half["epochs_in_budget"] > 2.0
+    # Rank 8 on the six linear layers of each of three layers of width 32 and 48, and on the pooler.
+    assert ways["lora", 0.0]["trained_parameters"] == 8 * (3 * (4 * (32 + 32) + 2 * (32 + 48)) + 32 + 32)
+    assert half["trained_parameters"] < full["trained_parameters"]
+    assert full["memory"]["moments"] == 2 * full["memory"]["gradients"] == 8 * full["trained_parameters"]
+    assert 0.0 < half["seconds"] < full["seconds"]
+    assert found["steps"] == 16
+    shown = invoke("plan", *options, "--device", "none").stdout
+    assert "RGFT 67%" in shown
+    assert max(len(line) for line in shown.splitlines() if "RGFT" in line) <= 80
+
+
+def test_a_decoder_by_its_configuration_alone(tmp_path: Path) -> None:
+    config = Path(save_decoder(tmp_path / "model")) / "config.json"
+    options = ["--model", str(config), "--task", "language-modelling", "--tokens", "16", "--batch-size", "4"]
+    single = json.loads(invoke("plan", *options, "--device", "none", "--json").stdout)
+    half = json.loads(invoke("plan", *options, "--device", "none", "--dtype", "bf16", "--json").stdout)
+    assert single["ways"][0]["memory"]["weights"] == pytest.approx(2 * half["ways"][0]["memory"]["weights"], rel=0.05)
+    assert single["ways"][0]["flops"] == half["ways"][0]["flops"]
+    assert single["ways"][0]["seconds"] is None
+
+
+def test_what_cannot_be_planned(tmp_path: Path) -> None:
+    config = str(Path(save_decoder(tmp_path / "model")) / "config.json")
+    assert "expected fp32 or bf16, found 'fp8'" in refused("plan", "--model", config, "--dtype", "fp8")
+    assert "0 < budget <= 1, found 3.0" in refused("plan", "--model", config, "--budget", "3")
+    assert "expected one of text-classification" in refused("plan", "--model", config, "--task", "speech")
+    assert "expected a hub name, a folder or a config.json" in refused("plan", "--model", str(tmp_path / "nothing"))

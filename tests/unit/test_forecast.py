@@ -1,0 +1,96 @@
+from typing import Any
+
+import pytest
+import torch
+
+from rgft.cost import trace_costs
+from rgft.cost.memory import step_memory
+from rgft.cost.rates import Rates
+from rgft.forecast import Length, forecast
+from rgft.partition import partition
+from tests.families import FAMILIES, loss_of
+
+RATES = Rates(product_flops=1e9, optimizer_elements=1e6)
+
+
+def rows_of(name: str, **settings: Any):
+    family = FAMILIES[name]
+    model = family.build()
+    batch = family.batch()
+    return model, batch, forecast(
+        model, partition(model), batch, length=Length(steps=10, epochs=3), loss=loss_of,
+        frozen_fractions=(0.0, 0.5), rates=RATES, **settings,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "vit"])
+def test_flops_and_times_by_hand(name: str) -> None:
+    model, batch, (full, half) = rows_of(name)
+    parts = partition(model)
+    costs = trace_costs(model, parts, batch, loss=loss_of)
+    rows, tokens = 4, batch["input_ids"].shape[1] if "input_ids" in batch else 1
+    step = costs.full_step(rows, tokens).total
+    assert full.flops == pytest.approx(30 * step)
+    assert full.fraction_of_full == pytest.approx(1.0)
+    assert full.cache_bytes == 0
+    layers = [c for c in parts if c.layer is not None]
+    cut = layers[round(0.5 * len(layers))].depth
+    active = frozenset(c.name for c in parts if c.depth >= cut)
+    first = costs.step_flops(active, rows=rows, tokens=tokens).total
+    later = costs.step_flops(active, rows=rows, tokens=tokens, cached_below=cut).total
+    assert later < first < step
+    assert half.flops == pytest.approx(10 * first + 20 * later)
+    trained = sum(c.numel for c in parts if c.name in active)
+    assert half.trained_parameters == trained
+    assert half.seconds == pytest.approx(half.flops / 1e9 + 30 * trained / 1e6)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_memory_is_what_a_step_holds(name: str) -> None:
+    model, batch, (full, half) = rows_of(name)
+    for found in (full, half):
+        parts = partition(model)
+        depths = sorted({c.depth for c in parts if c.layer is not None})
+        cut = depths[round(found.frozen_fraction * len(depths))] if found.frozen_fraction else 0
+        on = {part.parameter for c in parts if c.depth >= cut for part in c.slices}
+        for parameter_name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter_name in on)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+
+        def step(optimizer: torch.optim.Optimizer = optimizer) -> None:
+            loss_of(model, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        measured = step_memory(model, optimizer, step)
+        counts = 4 * len(optimizer.state)  # AdamW's step counts, a number each
+        assert found.memory.weights == measured.weights
+        assert found.memory.gradients == measured.gradients
+        assert found.memory.moments == measured.moments - counts
+        assert found.memory.activations == pytest.approx(measured.activations, rel=0.02)
+    assert half.memory.activations < full.memory.activations
+
+
+def test_the_cache_holds_the_output_of_the_last_frozen_layer() -> None:
+    _, batch, (_, half) = rows_of("bert")
+    assert half.cache_bytes == 10 * batch["input_ids"].numel() * 32 * 4
+
+
+def test_flags_stay_and_the_meta_device_will_do() -> None:
+    family = FAMILIES["llama"]
+    with torch.device("meta"):
+        model = family.make().train()
+    ids = torch.zeros(4, 12, dtype=torch.long, device="meta")
+    batch = {"input_ids": ids, "labels": ids}
+    settings: Any = {"length": Length(steps=10, epochs=3), "loss": lambda m, b: m(**b).loss, "rates": None}
+    (full,) = forecast(model, partition(model), batch, frozen_fractions=(0.0,), **settings)
+    real = family.build()
+    there = {key: torch.zeros_like(value, device="cpu") for key, value in batch.items()}
+    (expected,) = forecast(real, partition(real), there, frozen_fractions=(0.0,), **settings)
+    # On the meta device attention is plain products; the CPU's kernel recomputes some of them, and keeps less.
+    assert full.flops == pytest.approx(expected.flops, rel=0.02)
+    assert full.memory.gradients == expected.memory.gradients
+    assert full.memory.weights == expected.memory.weights
+    assert expected.memory.activations <= full.memory.activations
+    assert full.seconds is None
+    assert all(p.requires_grad for p in model.parameters())

@@ -185,8 +185,8 @@ def show(found: Mapping[str, Any], console: Console) -> None:
     console.print(table)
     console.print(
         "RGFT: by share of frozen layers. FLOPs: of products. Memory: of a step; (saved): activations kept for "
-        "backward, less with fused attention. Cache: of the frozen prefix, all examples. At least: at this machine's rates of products and AdamW; "
-        "the rest of a step comes on top.",
+        "backward, less with fused attention. Cache: of the frozen prefix, all examples. At least: at this machine's "
+        "rates of products and AdamW; the rest of a step comes on top.",
         highlight=False,
     )
 

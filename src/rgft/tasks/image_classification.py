@@ -130,8 +130,20 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def image_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """Cross-entropy of each example, [B]."""
-    logits = model(pixel_values=batch["pixel_values"]).logits
+    """Cross-entropy of each example, [B].
+
+    Raises:
+        DataError: a batch of one image in training, in which BatchNorm finds a single value per channel.
+    """
+    try:
+        logits = model(pixel_values=batch["pixel_values"]).logits
+    except ValueError as error:
+        if len(batch["labels"]) > 1 or not model.training:
+            raise
+        raise DataError(
+            f"a batch of one image cannot be trained on: {error}. Choose a batch size that leaves no single image at "
+            "the end of an epoch, or larger images"
+        ) from error
     return functional.cross_entropy(logits.float(), batch["labels"], reduction="none")
 
 

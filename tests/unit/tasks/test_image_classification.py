@@ -169,6 +169,17 @@ def test_models_that_cannot_be_used(model: Path, data: Path, tmp_path: Path) -> 
         prepared(tmp_path / "nowhere", data)
 
 
+def test_a_single_image_that_batch_norm_cannot_take(data: Path, tmp_path: Path) -> None:
+    task = prepared(save_model(tmp_path / "resnet", "resnet"), data)
+    batches = [task.collate([task.train[i] for i in range(count)]) for count in (2, 1)]
+    task.model.train()
+    assert task.loss(task.model, batches[0]).shape == (2,)
+    with pytest.raises(DataError, match="a batch of one image cannot be trained on"):
+        task.loss(task.model, batches[1])
+    task.model.eval()
+    assert task.loss(task.model, batches[1]).shape == (1,)
+
+
 def test_broken_images_are_named_before_anything_is_loaded(tmp_path: Path, data: Path) -> None:
     for name in ("up/000.png", "down/003.png"):
         (data / name).write_bytes((data / name).read_bytes()[:60])

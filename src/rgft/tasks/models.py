@@ -1,4 +1,8 @@
-"""Loading a pre-trained model and its tokenizer or image processor by name or path."""
+"""Loading a pre-trained model and its tokenizer or image processor by name or path.
+
+Weights are loaded in fp32 whatever the checkpoint's type: small steps are lost to rounding in bf16 weights. Autocast is
+what saves time.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +33,7 @@ def load_tokenizer(name: str) -> Any:
 
 
 def load_classifier(name: str, *, labels: int, seed: int, pad_token_id: int, **settings: Any) -> Any:
-    """A sequence classification model; what the checkpoint lacks (the classifier) is initialised from `seed`.
+    """A sequence classification model in fp32; what the checkpoint lacks (the classifier) is initialised from `seed`.
 
     Args:
         name: hub name or folder.
@@ -50,6 +54,7 @@ def load_classifier(name: str, *, labels: int, seed: int, pad_token_id: int, **s
             AutoModelForSequenceClassification,
             name,
             "model",
+            dtype=torch.float32,
             num_labels=labels,
             ignore_mismatched_sizes=True,
             **settings,
@@ -60,21 +65,42 @@ def load_classifier(name: str, *, labels: int, seed: int, pad_token_id: int, **s
 
 
 def load_causal_lm(name: str, *, pad_token_id: int) -> Any:
-    """A decoder that predicts next tokens.
+    """A decoder that predicts next tokens, in fp32.
 
     Args:
         name: hub name, folder, or `.gguf` file.
         pad_token_id: for models whose configuration has none.
 
     Raises:
-        DataError: it cannot be loaded.
+        DataError: it cannot be loaded, its checkpoint lacks weights (a classifier's has no language model's head), or
+            it sees the tokens that it would predict (an encoder).
     """
     from transformers import AutoModelForCausalLM
 
-    model = _loaded(AutoModelForCausalLM, name, "model")
+    model, report = _loaded(AutoModelForCausalLM, name, "model", dtype=torch.float32, output_loading_info=True)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise DataError(
+            f"{name}: expected a language model with all its weights, found none for {', '.join(missing[:5])}{more}; "
+            f"the checkpoint is one of {', '.join(model.config.architectures or ['an unknown kind'])}"
+        )
+    _require_causal(name, model)
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = pad_token_id
     return model
+
+
+@torch.no_grad()
+def _require_causal(name: str, model: Any) -> None:
+    """Two inputs that differ in their last token: what is predicted after the first must not."""
+    inputs = torch.tensor([[1, 2], [1, 3]]) % model.config.get_text_config().vocab_size
+    first = model(input_ids=inputs, attention_mask=torch.ones_like(inputs)).logits[:, 0].float()
+    if not torch.allclose(first[0], first[1], rtol=1e-4, atol=1e-5 * float(first.abs().max())):
+        raise DataError(
+            f"{name}: expected a decoder, found {type(model).__name__}, which sees the tokens that it is to predict; "
+            "give a decoder (GPT, LLaMA, Qwen, …)"
+        )
 
 
 def require_positions(model: Any, examples: Iterable[Sequence[int]]) -> None:
@@ -106,7 +132,7 @@ def load_image_processor(name: str) -> Any:
 
 
 def load_image_classifier(name: str, *, names: Sequence[str], seed: int) -> Any:
-    """An image classification model; what the checkpoint lacks (the classifier) is initialised from `seed`.
+    """An image classification model in fp32; what the checkpoint lacks (the classifier) is initialised from `seed`.
 
     Args:
         name: hub name or folder.
@@ -121,7 +147,8 @@ def load_image_classifier(name: str, *, names: Sequence[str], seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return _loaded(
-            AutoModelForImageClassification, name, "model", num_labels=len(names), ignore_mismatched_sizes=True,
+            AutoModelForImageClassification, name, "model", dtype=torch.float32, num_labels=len(names),
+            ignore_mismatched_sizes=True,
             id2label=dict(enumerate(names)), label2id={label: i for i, label in enumerate(names)},
         )  # fmt: skip
 

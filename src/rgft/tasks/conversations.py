@@ -9,8 +9,8 @@ from typing import Any
 from rgft.errors import DataError
 from rgft.tasks.files import read_rows
 
-#: Messages with `role` and `content`, as chat templates take them.
-Conversation = list[dict[str, str]]
+#: Messages with `role`, `content` and whatever else a chat template may use (a name, reasoning, …).
+Conversation = list[dict[str, Any]]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -69,14 +69,17 @@ def conversation_of(messages: Any) -> Conversation:
     return conversation
 
 
-def _message(position: int, message: Any) -> dict[str, str]:
+def _message(position: int, message: Any) -> dict[str, Any]:
     if isinstance(message, Mapping) and {"from", "value"} <= message.keys():
-        message = {"role": _OLDER.get(message["from"], message["from"]), "content": message["value"]}
-    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+        role = message["from"]
+        message = {"role": _OLDER.get(role, role) if isinstance(role, str) else role, "content": message["value"]}
+    calls_tools = isinstance(message, Mapping) and bool(message.get("tool_calls"))
+    if not isinstance(message, Mapping) or "role" not in message or not (calls_tools or "content" in message):
         raise DataError(f"message {position}: expected role and content, found {message!r}")
-    role, content = message["role"], message["content"]
+    role, content = message["role"], message.get("content")
     if role not in ROLES:
         raise DataError(f"message {position}: expected a role of {', '.join(ROLES)}, found {role!r}")
-    if not isinstance(content, str) or not content.strip():
+    if not (isinstance(content, str) and content.strip()) and not (calls_tools and not content):
         raise DataError(f"message {position}: expected a text as content, found {content!r}")
-    return {"role": role, "content": content}
+    # Columns of parquet files and the hub have every key that occurs anywhere, as null where it does not.
+    return {key: value for key, value in message.items() if value is not None}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from rgft.errors import DataError
 Row = dict[str, Any]
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
+
+#: Characters of a field; the csv module's own limit of 131,072 is less than a book.
+_FIELD_LIMIT = 2**31 - 1
 _SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
 
 
@@ -44,7 +48,7 @@ def _read_file(path: Path, columns: Sequence[str]) -> list[Row]:
         raise DataError(f"{path}: expected a file, found {'a folder' if path.is_dir() else 'nothing'} there")
     try:
         if path.suffix in _DELIMITERS:
-            with path.open(encoding="utf-8-sig", newline="") as file:
+            with path.open(encoding="utf-8-sig", newline="") as file, _long_fields():
                 reader = csv.DictReader(file, delimiter=_DELIMITERS[path.suffix], strict=True)
                 require_columns(str(path), columns, reader.fieldnames or ())
                 return [_picked(path, number, row, columns) for number, row in enumerate(reader, start=2)]
@@ -66,6 +70,15 @@ def _read_file(path: Path, columns: Sequence[str]) -> list[Row]:
             raise
         raise DataError(f"{path}: cannot be read: {error}") from error
     raise DataError(f"{path}: expected a file ending in {', '.join(_SUFFIXES)}, found {path.suffix or 'no ending'!r}")
+
+
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    before = csv.field_size_limit(_FIELD_LIMIT)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
 
 
 def _read_jsonl(path: Path, columns: Sequence[str]) -> list[Row]:

@@ -52,6 +52,11 @@ def language_modelling(
         ids = _encoded(some, tokenizer)
         examples = packed(ids, max_length) if packing else _cut(ids, max_length, split)
         data[split] = [{"input_ids": example, "labels": example} for example in examples if len(example) > 1]
+        if len(data[split]) < len(examples):
+            log.warning(
+                "%s: %d of %d examples are single tokens, which predict nothing, and are left out", split,
+                len(examples) - len(data[split]), len(examples),
+            )  # fmt: skip
         if not data[split]:
             raise DataError(f"{split}: expected texts of at least two tokens in all, found none")
     network = load_causal_lm(model, pad_token_id=tokenizer.pad_token_id)

@@ -19,18 +19,21 @@ def token_losses(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     l_i = B/N · Σ_t −log p(y_it | y_i,<t), with N the batch's target tokens: examples with more of them weigh more, as
     in the usual loss of a batch. In fp32. A batch without targets has loss 0.
     """
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    losses = _negative_log_likelihoods(logits, batch["labels"])
-    return losses.sum(1) * (len(losses) / max(1, number_of_targets(batch)))
+    logits = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+    ).logits  # fmt: skip
+    losses, targets = _negative_log_likelihoods(logits, batch["labels"])
+    return losses.sum(1) * (len(losses) / targets.sum().clamp(min=1))
 
 
-def _negative_log_likelihoods(logits: Tensor, labels: Tensor) -> Tensor:
-    """Per position [B, T−1]; 0 where nothing is learnt."""
-    targets = labels[:, 1:]
-    flat = functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
+def _negative_log_likelihoods(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Per position t [B, T] −log p(y_{t+1} | y_≤t), 0 where nothing is learnt; and where something is."""
+    # The labels are shifted, not the logits: those are the largest tensor there is, and a slice would be copied.
+    following = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    losses = functional.cross_entropy(
+        logits.flatten(0, 1).float(), following.flatten(), ignore_index=IGNORED, reduction="none"
     )
-    return flat.view(targets.shape)
+    return losses.view(following.shape), following != IGNORED
 
 
 def number_of_targets(batch: Mapping[str, Any]) -> int:
@@ -48,9 +51,10 @@ class TokenMetric:
         labels = batch["labels"].to(logits.device)
         for row in range(len(logits)):  # by row: a vocabulary's fp32 logits of a whole batch may be gigabytes
             mine, its = logits[row : row + 1], labels[row : row + 1]
-            self._loss += float(_negative_log_likelihoods(mine, its).double().sum())
-            self._right += int(((mine[:, :-1].argmax(-1) == its[:, 1:]) & (its[:, 1:] != IGNORED)).sum())
-            self._targets += int((its[:, 1:] != IGNORED).sum())
+            losses, targets = _negative_log_likelihoods(mine, its)
+            self._loss += float(losses.double().sum())
+            self._right += int(((mine[:, :-1].argmax(-1) == its[:, 1:]) & targets[:, :-1]).sum())
+            self._targets += int(targets.sum())
 
     def compute(self) -> dict[str, float]:
         if not self._targets:

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from rgft.errors import DataError
-from rgft.tasks.chat import chat, encode
+from rgft.tasks.chat import chat
 from rgft.tasks.conversations import Conversation, conversation_of
 from rgft.tasks.token_loss import IGNORED
-from tests.decoders import FORGETFUL, MARKED, TEMPLATE, WORDS, save_decoder, word_tokenizer
+from tests.decoders import FORGETFUL, TEMPLATE, WORDS, save_decoder
 
 TURNS: Conversation = [
     {"role": "system", "content": "a"},
@@ -32,35 +32,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def rows(path: Path, conversations: list[Any]) -> str:
     path.write_text("".join(json.dumps({"messages": c}) + "\n" for c in conversations))
     return str(path)
-
-
-@pytest.mark.parametrize("template", [TEMPLATE, MARKED])
-def test_the_assistants_turns_are_learnt_ends_of_turns_included(template: str) -> None:
-    example = encode(TURNS, word_tokenizer(template), assistant_only=True, where="here")
-    first = "<s> <|system|> a <|end|> <|user|> b c <|end|> <|assistant|> d e <|end|>"  # one <s>, the template's
-    second = "<|user|> f <|end|> <|assistant|> yes <|end|>"
-    assert [WORDS[i] for i in example["input_ids"]] == [*first.split(), *second.split()]
-    assert learnt(example) == ["d", "e", "<|end|>", "yes", "<|end|>"]
-    places = [place for place, label in enumerate(example["labels"]) if label != IGNORED]
-    assert places == [9, 10, 11, 16, 17]
-
-
-def test_everything_is_learnt_on_request() -> None:
-    example = encode(TURNS, word_tokenizer(), assistant_only=False, where="here")
-    assert example["labels"] == example["input_ids"]
-
-
-def test_a_template_that_changes_earlier_turns_is_refused_with_the_remedy() -> None:
-    with pytest.raises(DataError, match=r"row 3: the chat template renders turn 3 differently .*generation"):
-        encode(TURNS, word_tokenizer(FORGETFUL), assistant_only=True, where="train, row 3")
-    example = encode(TURNS, word_tokenizer(FORGETFUL), assistant_only=False, where="here")
-    assert "d" not in learnt(example)
-
-
-def test_a_template_without_ends_of_turns_learns_the_line_end() -> None:
-    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    spans = encode(TURNS, word_tokenizer(template), assistant_only=True, where="here")
-    assert learnt(spans)[-1] == "yes"
 
 
 def test_conversations_become_a_task(model: str, tmp_path: Path) -> None:
@@ -105,7 +76,7 @@ def test_what_is_too_long_is_cut_and_what_has_nothing_left_is_left_out(
     with caplog.at_level(logging.WARNING, logger="rgft"):
         task = chat(model=model, train=path, validation=path, max_length=8)
     assert "train: 2 of 3 conversations are longer than 8 tokens and are cut" in caplog.text
-    assert "train: 1 conversations have nothing to learn" in caplog.text
+    assert "train: 1 of 3 conversations have nothing to learn" in caplog.text
     assert [learnt(task.train[i]) for i in range(len(task.train))] == [["yes", "<|end|>"], ["a", "b", "c"]]
     with pytest.raises(DataError, match="found none of 1; raise max_length"):
         chat(model=model, train=rows(tmp_path / "long.jsonl", [long]), validation=path, max_length=8)
@@ -114,6 +85,7 @@ def test_what_is_too_long_is_cut_and_what_has_nothing_left_is_left_out(
 @pytest.mark.parametrize(
     ("messages", "problem"),
     [
+        ([{"from": ["gpt"], "value": "a"}], "message 1: expected a role of system"),
         ([], "expected a list of messages"),
         ("hello", "found the text 'hello'"),
         (3, "expected a list of messages, found 3"),
@@ -129,12 +101,33 @@ def test_what_is_no_conversation(messages: Any, problem: str) -> None:
         conversation_of(messages)
 
 
+def test_whatever_else_a_message_has_goes_to_the_template() -> None:
+    calls = [{"function": {"name": "f", "arguments": {}}}]
+    messages = [
+        {"role": "user", "content": "a", "name": "b", "tool_calls": None},
+        {"role": "assistant", "content": None, "tool_calls": calls},
+    ]
+    assert conversation_of(messages) == [
+        {"role": "user", "content": "a", "name": "b"}, {"role": "assistant", "tool_calls": calls}
+    ]  # fmt: skip
+
+
 def test_bad_rows_are_named_all_at_once(model: str, tmp_path: Path) -> None:
     path = rows(tmp_path / "chat.jsonl", [[{"role": "user", "content": "a"}], TURNS, []])
     with pytest.raises(DataError) as caught:
         chat(model=model, train=path)
     assert "row 1: expected at least one message" in str(caught.value)
     assert "row 3: expected a list of messages" in str(caught.value)
+
+
+def test_a_template_that_fails_names_the_row_of_the_file(model: str, tmp_path: Path) -> None:
+    short = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "yes"}]
+    path = rows(tmp_path / "chat.jsonl", [[*short[:1], {**short[1], "content": c}] for c in "abcdefg"] + [TURNS])
+    template = tmp_path / "forgetful.jinja"
+    template.write_text(FORGETFUL)
+    for seed in range(3):  # whichever side of the split it comes to
+        with pytest.raises(DataError, match=r"chat\.jsonl, row 8: the chat template renders turn 3 differently"):
+            chat(model=model, train=path, chat_template=str(template), seed=seed, held_out=0.4)
 
 
 def test_templates_that_are_missing_or_broken(model: str, tmp_path: Path) -> None:

@@ -88,3 +88,12 @@ def test_paragraphs_of_a_text_file_are_its_texts(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("\ufeffone\nmore\n\n \n\ntwo  \n", encoding="utf-8")
     assert read_rows(str(path), ["anything"]) == [{"anything": "one\nmore"}, {"anything": "two  "}]
+
+
+def test_a_field_may_be_as_long_as_a_book(tmp_path: Path) -> None:
+    limit, book = csv.field_size_limit(), "a" * 200_000
+    path = write(tmp_path / "a.csv")
+    with path.open("a", newline="") as file:
+        csv.writer(file).writerow(["1", book])
+    assert read_rows(str(path), ["text"])[-1] == {"text": book}
+    assert csv.field_size_limit() == limit

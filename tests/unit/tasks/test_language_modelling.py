@@ -60,6 +60,17 @@ def test_without_packing_long_texts_are_cut_and_counted(
     assert len(task.train) == 30
 
 
+def test_a_last_block_of_one_token_is_left_out_and_counted(
+    model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "texts.txt"
+    path.write_text("a b c d e")  # <s>, 5 words, </s>
+    with caplog.at_level(logging.WARNING, logger="rgft"):
+        task = language_modelling(model=model, train=str(path), validation=str(path), max_length=3)
+    assert "train: 1 of 3 examples are single tokens" in caplog.text
+    assert [len(task.train[i]["input_ids"]) for i in range(len(task.train))] == [3, 3]
+
+
 def test_bad_input(model: str, texts: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="the model has 64 positions, found an example of 65 tokens"):
         language_modelling(model=model, train=texts, max_length=65)

@@ -42,7 +42,7 @@ def test_a_batch_without_targets_has_no_loss_and_no_gradient(model: torch.nn.Mod
     assert number_of_targets(batch) == 0
     loss = token_losses(model, batch).mean()
     loss.backward()
-    assert float(loss) == 0.0
+    assert loss.item() == 0.0
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 

@@ -91,6 +91,8 @@ def test_paragraphs_of_a_text_file_are_its_texts(tmp_path: Path) -> None:
 
 
 def test_a_field_may_be_as_long_as_a_book(tmp_path: Path) -> None:
+    import csv
+
     limit, book = csv.field_size_limit(), "a" * 200_000
     path = write(tmp_path / "a.csv")
     with path.open("a", newline="") as file:

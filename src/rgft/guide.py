@@ -27,9 +27,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from rgft.allocation.base import Situation
 from rgft.allocation.selection import depends_on_map, matching
 from rgft.assembly import build_cache, build_policy, build_signal
-from rgft.batches import BatchStream, SizedDataset, Subset
+from rgft.batches import BatchStream, IndexedBatch, SizedDataset, Subset
 from rgft.config import Config
 from rgft.cost import CostModel, trace_costs
+from rgft.cost.rates import measure_rates
 from rgft.error_map import ErrorMap
 from rgft.errors import AttachError, ConfigError, NonFiniteError
 from rgft.execution.activation_cache import ActivationCache
@@ -109,7 +110,7 @@ class Guide:
         self._measurement = signal and Measurement(
             model, self._binding, signal, self._mean_loss, beta=settings.beta, bias_correction=settings.bias_correction
         )
-        self._average = IterateAverage(self._binding)
+        self._average = IterateAverage(self._binding, model.buffers())
         self._ends_after_step = False
         self._spending = Spending(self.config.budget, cache)
         self._prober = Prober(self._measurement, self.config.probe, self._spending)
@@ -207,7 +208,8 @@ class Guide:
                 is_sliceable=lambda module: layout_of(module) is not None,
             )  # fmt: skip
         workload, spending = Workload.scan(stream), self._spending
-        spending.allow(costs, workload, full=full_flops)
+        pace = self._machine_pace() if spending.needs_pace else None
+        spending.allow(costs, workload, full=full_flops, pace=pace)
         self._cheapest = self._decision_without_means()
         spending.require(self._cheapest.active(0), workload)
         full_step = costs.full_step(*spending.typical).total
@@ -220,6 +222,11 @@ class Guide:
             full_flops=spending.full, reason=self.plan.reason,
         )  # fmt: skip
         return self.run_plan
+
+    def _machine_pace(self) -> float:
+        """FLOPs per second to reckon with before the first step; products alone are about twice as fast."""
+        weight = next(self.model.parameters())
+        return 0.5 * measure_rates(weight.device, weight.dtype).product_flops
 
     def _decision_without_means(self) -> UpdatePlan:
         """What the policy would do if nothing were known and left to spend: no plan of this run costs less."""
@@ -260,12 +267,23 @@ class Guide:
         )  # fmt: skip
         if self._restored is not None:
             self._restore_data(self._restored)
-        for indexed in stream:
+        for indexed in self._awaited(stream):
             self._ids, self._upcoming = indexed.ids, indexed.batch
             if not self.affords_upcoming:
                 break
             yield indexed.batch
         self.finish()
+
+    def _awaited(self, stream: BatchStream) -> Iterator[IndexedBatch]:
+        """The stream, with the time that its batches take booked."""
+        batches = iter(stream)
+        while True:
+            started = time.perf_counter()
+            indexed = next(batches, None)
+            self.ledger.add_data(seconds=time.perf_counter() - started)
+            if indexed is None:
+                return
+            yield indexed
 
     def loss(self, batch: Any) -> Tensor:
         """Mean loss of the batch, under the plan of this step."""
@@ -356,7 +374,7 @@ class Guide:
             started = time.perf_counter()
             self._measurement.observe_own_step(self.step_count)
             self._book_scoring(started)
-        self.ledger.end_step(
+        self._spending.end_step(
             seconds=time.perf_counter() - self._step_started,
             updated={c.name: c.numel for c in self.partition if c.name in self._executor.active},
         )
@@ -499,6 +517,11 @@ class Guide:
         return self._executor.active
 
     @property
+    def budget_spent(self) -> float:
+        """What was spent so far, as a share of the budget; 0 without one."""
+        return self._spending.share_spent
+
+    @property
     def flops_fraction(self) -> float:
         """What was spent so far, as a share of full fine-tuning's FLOPs."""
         return self._spending.fraction
@@ -585,7 +608,7 @@ class Guide:
             "measurement": self._measurement.state_dict() if self._measurement else None,
             "executor": self._executor.state_dict(),
             "average": self._average.state_dict(),
-            "ledger": self.ledger.to_dict(),
+            "spending": self._spending.state_dict(),
             "prober": self._prober.state_dict(),
             "position": self._stream.position if self._stream else 0,
             "rng": torch.get_rng_state(),
@@ -612,7 +635,7 @@ class Guide:
             self._measurement.load_state_dict(state["measurement"])
         self._executor.load_state_dict(state["executor"])
         self._average.load_state_dict(state["average"])
-        self._spending.ledger = Ledger.from_dict(state["ledger"])
+        self._spending.load_state_dict(state["spending"])
         if self._stream is None:
             self._restored = state
         else:

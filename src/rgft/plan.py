@@ -103,16 +103,26 @@ class RunPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What a whole run may spend, scoring and cache filling included, evaluation excluded.
+    """What a whole run may spend, scoring and cache filling included, evaluation excluded; where several are given,
+    whichever is spent first ends it.
 
     Attributes:
         flops: share of the FLOPs of full fine-tuning on the same data, epochs, collator and padding, in (0, 1].
+        seconds: wall-clock of steps, scoring, filling and loading.
     """
 
-    flops: float
+    flops: float | None = None
+    seconds: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.flops <= 1.0:
-            raise ConfigError(
+        problems: list[str] = []
+        if self.flops is None and self.seconds is None:
+            problems.append("budget: expected flops, seconds or both, found none")
+        if self.flops is not None and not 0.0 < self.flops <= 1.0:
+            problems.append(
                 f"budget.flops: expected a share of full fine-tuning's FLOPs, 0 < flops <= 1, found {self.flops}"
             )
+        if self.seconds is not None and not 0.0 < self.seconds < float("inf"):
+            problems.append(f"budget.seconds: expected a number of seconds > 0, found {self.seconds}")
+        if problems:
+            raise ConfigError(problems)

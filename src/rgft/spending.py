@@ -13,9 +13,14 @@ from rgft.plan import Budget, UpdatePlan
 from rgft.telemetry.ledger import Ledger
 from rgft.workload import Workload, batch_shape
 
+#: Weight of what was known in the running pace, per step: about the last five steps count.
+PACE_MEMORY = 0.8
+
 
 class Spending:
-    """The FLOPs of a run: allowed, booked and still to be had. Before `allow`, nothing is limited and nothing known.
+    """The FLOPs and seconds of a run: allowed, booked and still to be had. Before `allow`, nothing is limited.
+
+    Seconds are turned into FLOPs at the pace of the run's own last steps; before the first, at the machine's.
 
     Args:
         budget: None does not limit; the ledger is kept all the same.
@@ -25,26 +30,42 @@ class Spending:
         ledger: all that was spent.
         costs: FLOPs of any plan on this model.
         full: FLOPs of full fine-tuning of the same run.
-        allowed: FLOPs of this one.
         typical: (rows, tokens) of a typical batch.
         accumulation: micro-batches per optimizer step; a step is begun only if all of them are paid for.
     """
 
     def __init__(self, budget: Budget | None, cache: ActivationCache | None) -> None:
         self.is_limited = budget is not None
-        self._share = 1.0 if budget is None else budget.flops
+        self._share = 1.0 if budget is None or budget.flops is None else budget.flops
+        self._counts_flops = budget is not None and budget.flops is not None
+        self._seconds = None if budget is None else budget.seconds
+        self._pace: float | None = None  # FLOPs per second, of the last steps
+        self._seen = (0.0, 0.0)  # FLOPs and seconds booked before the step in hand
         self._cache = cache
         self.ledger = Ledger()
         self.costs: CostModel | None = None
-        self.full = self.allowed = math.inf
+        self.full = self._allowed_flops = math.inf
         self.typical = (1, 1)
         self.accumulation = 1
 
-    def allow(self, costs: CostModel, workload: Workload, *, full: float | None) -> None:
-        """Fixes what the run may spend: the budget's share of `full`, or of fully fine-tuning on the workload."""
+    @property
+    def needs_pace(self) -> bool:
+        """Whether `allow` wants to know how fast the machine is."""
+        return self._seconds is not None and self._pace is None
+
+    def allow(self, costs: CostModel, workload: Workload, *, full: float | None, pace: float | None = None) -> None:
+        """Fixes what the run may spend: the budget's share of `full`, or of fully fine-tuning on the workload.
+
+        Args:
+            costs, workload: of the run.
+            full: FLOPs of full fine-tuning; None: of this model on this workload.
+            pace: FLOPs per second to reckon with before the first step, where seconds are limited.
+        """
         self.costs, self.typical = costs, workload.typical
         self.full = workload.full_flops(costs) if full is None else full
-        self.allowed = self.full * self._share
+        self._allowed_flops = self.full * self._share
+        if self._seconds is not None and self._pace is None:
+            self._pace = pace
 
     def require(self, active: Collection[str], workload: Workload) -> None:
         """Makes sure that a step on any batch of the workload can be paid for, with only `active` on.
@@ -55,11 +76,16 @@ class Spending:
         assert self.costs is not None
         # Of the largest batch, for whichever comes first must fit.
         flops = max(self.costs.step_flops(active, rows=rows, tokens=tokens).total for rows, tokens in workload.shapes)
-        if self.is_limited and self.allowed < flops:
+        if self._seconds is not None and self._pace is not None and flops > 2.0 * self._seconds * self._pace:
+            raise BudgetError(
+                f"the budget of {self._seconds:g} s is less than a step of the cheapest plan takes here, about "
+                f"{flops / self._pace:.3g} s"
+            )
+        if self._counts_flops and self._allowed_flops < flops:
             smallest = math.ceil(1e4 * flops / self.full) / 1e4
             raise BudgetError(
-                f"the budget of {self._share:.4g} of full fine-tuning buys {self.allowed:.3g} FLOPs, less than one "
-                f"step of the cheapest plan ({flops:.3g}); the smallest budget of this run is {smallest:.4f}"
+                f"the budget of {self._share:.4g} of full fine-tuning buys {self._allowed_flops:.3g} FLOPs, less than "
+                f"one step of the cheapest plan ({flops:.3g}); the smallest budget of this run is {smallest:.4f}"
             )
 
     # ---------------------------------------------------------------- booking
@@ -77,7 +103,27 @@ class Spending:
         if self.costs is not None:
             self.ledger.add_fill(flops=self.costs.forward_flops(rows, tokens, below=below), seconds=seconds)
 
+    def end_step(self, *, seconds: float, updated: Mapping[str, int]) -> None:
+        """A step's end; see `Ledger.end_step`."""
+        ledger = self.ledger
+        ledger.end_step(seconds=seconds, updated=updated)
+        flops, elapsed = ledger.spent_flops - self._seen[0], ledger.elapsed - self._seen[1]
+        self._seen = (ledger.spent_flops, ledger.elapsed)
+        if self._seconds is not None and flops > 0.0 and elapsed > 0.0:
+            pace = flops / elapsed
+            # What the machine was said to do is a guess, and the first step is slow: allocations, choice of kernels.
+            is_known = self._pace is not None and ledger.steps > 2
+            self._pace = PACE_MEMORY * self._pace + (1.0 - PACE_MEMORY) * pace if is_known and self._pace else pace
+
     # ---------------------------------------------------------------- what is left
+
+    @property
+    def allowed(self) -> float:
+        """FLOPs of the whole run; where seconds are limited, what they are going to buy."""
+        if self._seconds is None or self._pace is None:
+            return self._allowed_flops
+        bought = self.ledger.spent_flops + max(0.0, self._seconds - self.ledger.elapsed) * self._pace
+        return min(self._allowed_flops, bought)
 
     @property
     def left(self) -> float:
@@ -92,7 +138,10 @@ class Spending:
     @property
     def share_spent(self) -> float:
         """What was spent so far, as a share of what is allowed; 0 without a limit."""
-        return self.ledger.spent_flops / self.allowed if self.is_limited else 0.0
+        shares = [self.ledger.spent_flops / self._allowed_flops] if self._counts_flops else []
+        if self._seconds is not None:
+            shares.append(self.ledger.elapsed / self._seconds)
+        return max(shares, default=0.0)
 
     def pays_for(
         self, plan: UpdatePlan, step: int, batch: Any, ids: Sequence[int] | None, *, beside: float = 0.0
@@ -127,3 +176,13 @@ class Spending:
         assert self.costs is not None
         below = plan.cut if is_hit else 0
         return self.costs.step_flops(plan.active(step), rows=rows, tokens=tokens, cached_below=below).total
+
+    # ---------------------------------------------------------------- saving
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"ledger": self.ledger.to_dict(), "pace": self._pace, "seen": list(self._seen)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.ledger = Ledger.from_dict(state["ledger"])
+        self._pace = state["pace"]
+        self._seen = (state["seen"][0], state["seen"][1])

@@ -230,3 +230,15 @@ def test_errors_of_a_process_are_one_message(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert result.stderr.strip().startswith("error: ")
     assert "Traceback" not in result.stderr
+
+
+def test_a_budget_of_seconds(inputs: list[str], tmp_path: Path) -> None:
+    """Of 500 epochs two seconds buy a few; how close the run comes is tested with a clock of its own."""
+    result = invoke(
+        *inputs, "--output", str(tmp_path / "run"), "--seconds", "2", "--epochs", "500", "--json", "--quiet"
+    )
+    report = json.loads(result.stdout)
+    assert report["flops"]["fraction_of_full"] < 0.5
+    assert 1.0 < report["seconds"]["total"] < 4.0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["resolved"]["budget"] == {"seconds": 2.0}

@@ -137,6 +137,15 @@ def test_groups_may_be_given_as_objects_and_keep_the_presets_other_values() -> N
     assert Config(preset="proposal_a", probe=ProbeConfig(size=8)).probe == ProbeConfig(interval=100, size=8)
 
 
+def test_budgets_of_seconds_and_both() -> None:
+    assert Config(budget={"seconds": 60}).budget == Budget(seconds=60)
+    both = Config(budget={"seconds": 60.0, "flops": 0.3})
+    assert both.budget == Budget(flops=0.3, seconds=60.0)
+    assert Config.from_dict(both.to_dict()) == both
+    assert problems(budget={"seconds": 0}) == ["budget.seconds: expected a number of seconds > 0, found 0"]
+    assert len(problems(budget={"seconds": -1, "flops": 2})) == 2
+
+
 @pytest.mark.parametrize("budget", [0.3, {"flops": 0.3}, Budget(flops=0.3)])
 def test_budget_forms(budget: Any) -> None:
     assert Config(budget=budget).budget == Budget(flops=0.3)

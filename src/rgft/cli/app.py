@@ -56,6 +56,7 @@ def train(
             help="share of full fine-tuning's FLOPs, in (0, 1]  [default: 0.3 with the preset rgft, else no limit]"
         ),
     ] = None,
+    seconds: Annotated[float | None, typer.Option(help="wall-clock budget; with --budget, what is first")] = None,
     preset: Preset = None,
     granularity: Granularity = None,
     lr: LearningRate = None,
@@ -86,7 +87,7 @@ def train(
 
     with reported(quiet=quiet):
         from rgft.cli import preview, summary
-        from rgft.cli.request import read_request
+        from rgft.cli.request import budget_of, read_request
         from rgft.cli.train import describe_run, run_training, stored_request
 
         request = read_request(
@@ -94,7 +95,7 @@ def train(
             flags={"model": model, "data": data, "task": task, "text": tuple(text) if text else None, "label": label,
                    "validation": validation, "test": test, "lr": lr, "epochs": epochs, "batch_size": batch_size,
                    "max_length": max_length, "checkpoint_every": checkpoint_every, "seed": seed},
-            rgft_flags={"budget": budget, "preset": preset, "granularity": granularity},
+            rgft_flags={"budget": budget_of(budget, seconds), "preset": preset, "granularity": granularity},
         )  # fmt: skip
         if dry_run:
             _show(describe_run(request), preview.show, as_json=as_json, quiet=quiet)

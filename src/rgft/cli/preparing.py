@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rgft.cli.request import MAX_LENGTH, RunSettings, TaskName
+from rgft.cli.request import EVAL_BATCH_SIZE, LANGUAGE_MODELS, MAX_LENGTH, RunSettings, TaskName
 from rgft.errors import ConfigError
 from rgft.run import Settings
 
@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 
 def silence_transformers() -> None:
     """Its progress bars and notes about new classifiers say nothing that a run does not say itself."""
+    import datasets
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    datasets.disable_progress_bars()
 
 
 def prepare_task(settings: RunSettings) -> PreparedTask:
@@ -74,8 +76,12 @@ def _images(settings: RunSettings, shared: dict[str, Any]) -> PreparedTask:
 
 def run_settings(settings: RunSettings) -> Settings:
     """What a `Run` is told."""
-    shared = set(Settings.__dataclass_fields__) & set(RunSettings.model_fields) - {"device"}
-    return Settings(**{name: getattr(settings, name) for name in shared}, device=device_of(settings.device))
+    shared = set(Settings.__dataclass_fields__) & set(RunSettings.model_fields) - {"device", "eval_batch_size"}
+    largest = min(EVAL_BATCH_SIZE, settings.batch_size) if settings.task in LANGUAGE_MODELS else EVAL_BATCH_SIZE
+    return Settings(
+        **{name: getattr(settings, name) for name in shared}, device=device_of(settings.device),
+        eval_batch_size=settings.eval_batch_size or largest,
+    )  # fmt: skip
 
 
 def device_of(name: str) -> str:

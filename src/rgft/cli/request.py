@@ -36,6 +36,11 @@ MAX_LENGTH: Mapping[TaskName, int] = {
     "text-classification": 128, "regression": 128, "language-modelling": 512, "chat": 1024
 }  # fmt: skip
 
+#: Examples per evaluation batch where `eval_batch_size` is not given. A language model's outputs are a vocabulary wide
+#: at each position, gigabytes in a large batch: there, training's own is taken where it is smaller.
+EVAL_BATCH_SIZE = 64
+LANGUAGE_MODELS: tuple[TaskName, ...] = ("language-modelling", "chat")
+
 #: Key of the file's section that holds RGFT's own configuration.
 SECTION = "rgft"
 
@@ -94,7 +99,9 @@ class RunSettings(Section):
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16: autocast")
     device: str = Field(default="auto", description="auto: an accelerator where there is one, else the CPU")
     checkpoint_every: int = Field(default=100, ge=0, description="steps between checkpoints; 0: at the end only")
-    eval_batch_size: int = Field(default=64, ge=1, description="examples per evaluation batch")
+    eval_batch_size: int | None = Field(
+        default=None, ge=1, description="examples per evaluation batch (None: 64; as in training for language models)"
+    )
     seed: int = Field(default=0, ge=0, lt=2**63, description="of splits, new weights, data order, probes and dropout")
 
     @model_validator(mode="after")
@@ -136,6 +143,11 @@ class Request:
             SECTION: dict(self.rgft),
             "resolved": self.config.resolved().to_dict(),
         }
+
+
+def budget_of(flops: float | None, seconds: float | None) -> Any:
+    """The budget that two flags ask for; None where neither is given."""
+    return flops if seconds is None else {"seconds": seconds} if flops is None else {"flops": flops, "seconds": seconds}
 
 
 def read_request(

@@ -17,13 +17,17 @@ class IterateAverage:
     Late steps walk around a minimum; their mean lies nearer to it than any of them, and stands a higher learning rate
     (Polyak & Juditsky 1992; with networks: Izmailov et al. 2018, Kaddour 2022). A component that goes off meanwhile
     counts with the value that it keeps, one that comes on with the value that it had. Means are kept in fp32 at least.
+    Statistics of batch normalisation are averaged with the weights that they belong to.
 
     Args:
         binding: the components' live parameters.
+        buffers: of the model; those of floating point are averaged, which leaves constant ones as they are.
     """
 
-    def __init__(self, binding: Binding) -> None:
+    def __init__(self, binding: Binding, buffers: Iterable[Tensor] = ()) -> None:
         self._binding = binding
+        self._buffers = [buffer for buffer in buffers if buffer.is_floating_point()]
+        self._buffer_means: list[Tensor] = []
         self._count = 0
         self._means: dict[str, list[Tensor]] = {}
 
@@ -46,6 +50,10 @@ class IterateAverage:
         for name in active:
             if name not in self._means:  # the first step of all
                 self._means[name] = self._current(name)
+        if not self._buffer_means:
+            self._buffer_means = [buffer.clone() for buffer in self._buffers]
+        for mean, buffer in zip(self._buffer_means, self._buffers, strict=True):
+            mean.lerp_(buffer, 1.0 / self._count)
         for name, means in self._means.items():
             current = [p.detach().to(mean.dtype) for p, mean in zip(self._binding.parameters[name], means, strict=True)]
             torch._foreach_lerp_(means, current, 1.0 / self._count)  # pyright: ignore[reportPrivateImportUsage]
@@ -56,7 +64,9 @@ class IterateAverage:
         for name, means in self._means.items():
             for parameter, mean in zip(self._binding.parameters[name], means, strict=True):
                 parameter.copy_(mean)
-        self._count, self._means = 0, {}
+        for mean, buffer in zip(self._buffer_means, self._buffers, strict=bool(self._count)):
+            buffer.copy_(mean)
+        self._count, self._means, self._buffer_means = 0, {}, []
 
     def _current(self, name: str) -> list[Tensor]:
         return [
@@ -68,6 +78,7 @@ class IterateAverage:
         return {
             "count": self._count,
             "means": {k: [mean.clone() for mean in means] for k, means in self._means.items()},
+            "buffer_means": [mean.clone() for mean in self._buffer_means],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -76,3 +87,7 @@ class IterateAverage:
             name: [mean.to(p.device, copy=True) for mean, p in zip(means, self._binding.parameters[name], strict=True)]
             for name, means in state["means"].items()
         }
+        self._buffer_means = [
+            mean.to(buffer.device, copy=True)
+            for mean, buffer in zip(state["buffer_means"], self._buffers, strict=False)
+        ]

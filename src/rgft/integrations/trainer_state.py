@@ -22,9 +22,8 @@ def log_entries(guide: Guide) -> dict[str, float]:
         rgft/active_components: number on in this step; rgft/cut: depth below which nothing is trained;
         rgft/captured_share: share of the error map in what is on (left out until something was measured).
     """
-    plan = guide.run_plan
     entries = {
-        "rgft/budget_spent": guide.ledger.spent_flops / plan.flops if plan else 0.0,
+        "rgft/budget_spent": guide.budget_spent,
         "rgft/flops_fraction": guide.flops_fraction,
         "rgft/active_components": float(len(guide.active)),
         "rgft/cut": float(guide.plan.cut),

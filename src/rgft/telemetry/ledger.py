@@ -21,7 +21,7 @@ try:
 except ModuleNotFoundError:  # not on Windows
     resource = None
 
-Part = Literal["step", "probe", "fill", "evaluation"]
+Part = Literal["step", "probe", "fill", "data", "evaluation"]
 
 
 def peak_memory_bytes() -> int | None:
@@ -86,7 +86,7 @@ class Ledger:
     audited_modelled_flops: float = 0.0
     audits: int = 0
     seconds: dict[Part, float] = field(
-        default_factory=lambda: {"step": 0.0, "probe": 0.0, "fill": 0.0, "evaluation": 0.0}
+        default_factory=lambda: {"step": 0.0, "probe": 0.0, "fill": 0.0, "data": 0.0, "evaluation": 0.0}
     )
     peak_memory_bytes: int | None = None
     peak_accelerator_bytes: int = 0
@@ -154,6 +154,10 @@ class Ledger:
         self.fill_flops += flops
         self.seconds["fill"] += seconds
 
+    def add_data(self, *, seconds: float) -> None:
+        """Books time spent on waiting for a batch."""
+        self.seconds["data"] += seconds
+
     def add_evaluation(self, *, seconds: float, flops: float = 0.0) -> None:
         """Books an evaluation: recorded, and outside the budget."""
         self.evaluation_flops += flops
@@ -183,6 +187,11 @@ class Ledger:
     def spent_flops(self) -> float:
         """What counts against the budget: training, probes and cache filling; evaluation does not."""
         return self.training_flops + self.probe_flops + self.fill_flops
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds that count against a budget: all but evaluation."""
+        return sum(self.seconds.values()) - self.seconds["evaluation"]
 
     @property
     def parameters_ever_updated(self) -> int:
@@ -228,7 +237,7 @@ class Ledger:
                 "audits": self.audits, "counted": self.audited_flops, "modelled": self.audited_modelled_flops,
                 "error": self.audit_error,
             },
-            "seconds": {**self.seconds, "total": sum(self.seconds.values()) - self.seconds["evaluation"]},
+            "seconds": {**self.seconds, "total": self.elapsed},
             "memory": {
                 "peak_bytes": self.peak_memory_bytes, "peak_accelerator_bytes": self.peak_accelerator_bytes or None,
             },

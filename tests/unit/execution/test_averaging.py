@@ -86,3 +86,21 @@ def test_state_goes_on_bit_for_bit_and_is_a_copy(stop_at: int) -> None:
     resumed.apply()
     for left, right in zip(whole.parameters(), model.parameters(), strict=True):
         assert torch.equal(left, right)
+
+
+def test_statistics_of_batch_normalisation_are_averaged_and_constants_keep_their_bits() -> None:
+    model = Toy()
+    norm = torch.nn.BatchNorm1d(4)
+    constant = torch.tensor([0.1, 0.2, 0.3])
+    before = constant.clone()
+    average = IterateAverage(toy_binding(model), [*norm.buffers(), constant])
+    seen = []
+    for step in range(7):
+        average.before_step({"layers.0"})
+        norm(torch.randn(6, 4, generator=torch.Generator().manual_seed(step)) + step)
+        average.after_step({"layers.0"})
+        seen.append(norm.running_mean.clone())  # type: ignore[union-attr]
+    average.apply()
+    torch.testing.assert_close(norm.running_mean, torch.stack(seen).mean(0))
+    assert torch.equal(constant, before)
+    assert int(norm.num_batches_tracked) == 7  # type: ignore[arg-type]

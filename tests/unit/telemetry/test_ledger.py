@@ -21,6 +21,7 @@ def small() -> Ledger:
     ledger = Ledger()
     ledger.add_probe(flops=60.0, seconds=0.5)
     ledger.add_scoring(seconds=0.125)
+    ledger.add_data(seconds=0.5)
     ledger.add_forward(full=FULL, spent=FULL, rows=4, tokens=40, padding_tokens=10)
     ledger.add_forward(full=FULL, spent=HALF, rows=4, tokens=40, padding_tokens=6)
     ledger.end_step(seconds=2.0, updated={"a": 10, "b": 5})
@@ -46,7 +47,7 @@ def test_every_figure_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
             "evaluation": 1000.0,
         },
         "audit": {"audits": 1, "counted": 200.0, "modelled": 201.0, "error": pytest.approx(0.005)},
-        "seconds": {"step": 3.0, "probe": 0.625, "fill": 0.25, "evaluation": 9.0, "total": 3.875},
+        "seconds": {"step": 3.0, "probe": 0.625, "fill": 0.25, "data": 0.5, "evaluation": 9.0, "total": 4.375},
         "memory": {"peak_bytes": 1234, "peak_accelerator_bytes": small().peak_accelerator_bytes or None},
         "data": {"passes": 3, "examples": 10, "tokens": 96, "padding_tokens": 16},
         "parameters": {

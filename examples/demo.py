@@ -111,7 +111,9 @@ def show_progress(report: StepReport) -> None:
 def show_table(scores: dict[str, float], fraction: float, is_short: bool) -> None:
     rows = [("RGFT, this run" + (" (short)" if is_short else ""), fraction, [scores["accuracy"]], [scores["loss"]])]
     for label, title in (("rgft", "RGFT"), ("lora", "LoRA r 8"), ("full-stopped", "full, stopped"), ("full", "full")):
-        results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"*/{label}--final--*.json"))]
+        results = [
+            json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"rotten_tomatoes*/{label}--final--*.json"))
+        ]
         if results:
             rows.append(
                 (

@@ -15,19 +15,37 @@ from rgft.telemetry.atomic_write import write_bytes
 START, END = "<!-- results -->", "<!-- /results -->"
 
 
-def final_results(folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
-    """Contender → seed → result, of all final runs below `folder`.
+Results = dict[str, dict[int, dict[str, Any]]]
+
+
+def final_results(folder: Path) -> dict[str, Results]:
+    """Comparison → contender → seed → result, of all final runs below `folder`.
+
+    A comparison is of runs on the same task. Fixed cuts are one of their own, with RGFT's runs on that task.
 
     Raises:
         DataError: there are none.
     """
-    found: dict[str, dict[int, dict[str, Any]]] = {}
+    found: dict[str, Results] = {}
     for path in sorted(folder.glob("**/*--final--*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
-        found.setdefault(result["contender"], {})[result["seed"]] = result
+        found.setdefault(_title(result), {}).setdefault(result["contender"], {})[result["seed"]] = result
     if not found:
         raise DataError(f"{folder}: expected results of final runs, found none; run the experiment first")
+    for title, results in found.items():
+        if title.endswith(CUTS) and "rgft" in (whole := found.get(title.removesuffix(CUTS), {})):
+            results["rgft"] = whole["rgft"]
     return found
+
+
+CUTS = ", the last layers trained from the start"
+
+
+def _title(result: Mapping[str, Any]) -> str:
+    task, run = result["task"], result["run"]
+    name = {"rotten_tomatoes": "Rotten Tomatoes", "sst2": "SST-2"}[task.get("name", "rotten_tomatoes")]
+    epochs = "one epoch" if run["epochs"] == 1 else f"{run['epochs']:g} epochs"
+    return f"{name}, {task['train_size']:,} examples, {epochs}" + (CUTS if result["method"] == "cut" else "")
 
 
 def metric(results: Mapping[int, Mapping[str, Any]], name: str) -> dict[int, float]:
@@ -36,29 +54,41 @@ def metric(results: Mapping[int, Mapping[str, Any]], name: str) -> dict[int, flo
 
 
 def markdown(folder: Path, *, reference: str = "rgft") -> str:
-    """The comparison as a Markdown table; every other contender is compared with `reference`, seed by seed."""
+    """The comparisons as Markdown tables; every other contender is compared with `reference`, seed by seed."""
     found = final_results(folder)
+    tables = [_table(title, results, reference) for title, results in sorted(found.items())]
+    any_result = next(iter(next(iter(next(iter(found.values())).values())).values()))
+    hardware = any_result["environment"].get("cpu", {})
+    note = (
+        "Test split, mean ± standard deviation over seeds; learning rates chosen on validation data with other seeds; "
+        "differences with 95 % intervals, paired by seed. Time: of training, relative to the slowest row, on "
+        f"{_cpu(hardware)}."
+    )
+    return "\n\n".join([*tables, note])
+
+
+def _table(title: str, found: Results, reference: str) -> str:
     lines = [
-        "| | lr | FLOPs | time | accuracy | held-out loss | RGFT's loss is lower by (95 %) | |",
-        "|---|---|---|---|---|---|---|---|",
+        f"**{title}**",
+        "",
+        "| | lr | FLOPs | time | accuracy | held-out loss | RGFT's accuracy is higher by | RGFT's loss is lower by | |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     slowest = max(mean(r["seconds"] for r in results.values()) for results in found.values())
     for label in sorted(found, key=lambda name: (name != reference, name)):
-        results = found[label]
-        comparison = None
+        results, comparisons = found[label], None
         if label != reference and reference in found and len(set(found[reference]) & set(results)) > 1:
-            comparison = compare(metric(found[reference], "loss"), metric(results, "loss"), higher_is_better=False)
-        lines.append(_row(label, results, comparison, slowest))
-    any_result = next(iter(next(iter(found.values())).values()))
-    hardware = any_result["environment"].get("cpu", {})
-    lines += [
-        "",
-        f"Test split, mean ± standard deviation over seeds; time relative to the slowest row, on {_cpu(hardware)}.",
-    ]
+            comparisons = tuple(
+                compare(metric(found[reference], name), metric(results, name), higher_is_better=name == "accuracy")
+                for name in ("accuracy", "loss")
+            )
+        lines.append(_row(label, results, comparisons, slowest))
     return "\n".join(lines)
 
 
-def _row(label: str, results: Mapping[int, Mapping[str, Any]], comparison: Comparison | None, slowest: float) -> str:
+def _row(
+    label: str, results: Mapping[int, Mapping[str, Any]], comparisons: tuple[Comparison, ...] | None, slowest: float
+) -> str:
     fraction = mean(r["ledger"]["flops"]["fraction_of_full"] for r in results.values())
     seconds = mean(r["seconds"] for r in results.values()) / slowest
     lr = "/".join(sorted({f"{r['lr']:g}" for r in results.values()}))
@@ -66,10 +96,11 @@ def _row(label: str, results: Mapping[int, Mapping[str, Any]], comparison: Compa
         f"{label} ({len(results)} seeds)", lr, f"{fraction:.2f}", f"{seconds:.2f}",
         _spread(list(metric(results, "accuracy").values())), _spread(list(metric(results, "loss").values())),
     ]  # fmt: skip
-    if comparison is None:
-        cells += ["", ""]
+    if comparisons is None:
+        cells += ["", "", ""]
     else:
-        cells += [f"{comparison.difference:+.3f} [{comparison.low:+.3f}, {comparison.high:+.3f}]", comparison.verdict]
+        cells += [f"{c.difference:+.3f} [{c.low:+.3f}, {c.high:+.3f}]" for c in comparisons]
+        cells.append(", ".join(dict.fromkeys(c.verdict for c in comparisons)))
     return "| " + " | ".join(cells) + " |"
 
 

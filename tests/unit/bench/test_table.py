@@ -7,9 +7,12 @@ from rgft.bench.table import END, START, final_results, markdown, update
 from rgft.errors import DataError
 
 
-def write(folder: Path, label: str, seed: int, loss: float, *, kind: str = "final") -> None:
+def write(
+    folder: Path, label: str, seed: int, loss: float, *, kind: str = "final", task: str = "sst2", method: str = "full"
+) -> None:
     result = {
-        "contender": label, "seed": seed, "lr": 1e-4, "seconds": 10.0 if label == "full" else 5.0,
+        "method": method, "task": {"name": task, "train_size": 2000}, "run": {"epochs": 3.0}, "contender": label,
+        "seed": seed, "lr": 1e-4, "seconds": 10.0 if label == "full" else 5.0,
         "metrics": {"test": {"loss": loss, "accuracy": 1 - loss}},
         "ledger": {"flops": {"fraction_of_full": 0.3}}, "environment": {"cpu": {"count": 2, "model": "x"}},
     }  # fmt: skip
@@ -24,8 +27,23 @@ def test_table_compares_seed_by_seed_and_ignores_tuning_runs(tmp_path: Path) -> 
     table = markdown(tmp_path)
     rgft, full = (line for line in table.splitlines() if "3 seeds" in line)
     assert rgft.startswith("| rgft (3 seeds) | 0.0001 | 0.30 | 0.50 | 0.600 ± 0.100 | 0.400 ± 0.100 |")
-    assert "+0.050" in full
+    assert full.count("+0.050 [+0.025, +0.075]") == 2
     assert full.endswith("| better |")
+
+
+def test_tasks_are_kept_apart_and_cuts_stand_beside_rgft(tmp_path: Path) -> None:
+    for seed in range(2):
+        write(tmp_path, "rgft", seed, 0.4 + seed / 10)
+        write(tmp_path, "frozen-1", seed, 0.42 + seed / 9, method="cut")
+        (tmp_path / "other").mkdir(exist_ok=True)
+        write(tmp_path / "other", "rgft", seed, 0.6, task="rotten_tomatoes")
+    found = final_results(tmp_path)
+    assert {title: set(results) for title, results in found.items()} == {
+        "SST-2, 2,000 examples, 3 epochs": {"rgft"},
+        "SST-2, 2,000 examples, 3 epochs, the last layers trained from the start": {"rgft", "frozen-1"},
+        "Rotten Tomatoes, 2,000 examples, 3 epochs": {"rgft"},
+    }
+    assert markdown(tmp_path).count("**") == 6
 
 
 def test_update_replaces_what_is_between_the_markers_only(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def _spread(values: list[float]) -> str:
 
 
 def _cpu(hardware: Mapping[str, Any]) -> str:
-    return f"{hardware.get('count', '?')} cores ({hardware.get('model') or 'unknown processor'})"
+    return f"{hardware.get('usable_cores', '?')} cores ({hardware.get('model') or 'unknown processor'})"
 
 
 def update(document: Path, table: str) -> None:

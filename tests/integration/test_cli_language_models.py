@@ -10,9 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rgft.cli.preparing import prepare_task
+from rgft.cli.request import RunSettings
 from rgft.cli.train import stored_request
+from rgft.tasks.base import PreparedTask
 from rgft.telemetry.run_folder import RunFolder
-from tests.decoders import save_decoder
+from tests.decoders import WORDS, save_decoder, word_tokenizer
+from tests.gguf_files import TOKENS, tiny_llama, write_gguf
 from tests.integration.cli_inputs import invoke, refused
 
 LETTERS = "abcdefghij"
@@ -82,16 +86,14 @@ def test_a_run_learns_and_leaves_a_plain_model(inputs: dict[str, list[str]], tmp
 
 @pytest.mark.parametrize("task", ["language-modelling", "chat"])
 def test_the_frozen_prefix_is_read_from_the_cache(inputs: dict[str, list[str]], tmp_path: Path, task: str) -> None:
-    fixed = ("--set", "mask.frozen_fraction=0.6", "--epochs", "4", "--budget", "0.9")
+    # Neither run comes to the end of so large a budget, so that both make the same steps.
+    fixed = ("--set", "mask.frozen_fraction=0.6", "--epochs", "4", "--budget", "1.0")
     report = trained(inputs[task], tmp_path / "run", *fixed)
-    assert report["flops"]["saved"]["forward_cached"] > 0.0
     plain = trained(inputs[task], tmp_path / "plain", *fixed, "--set", "execution.cache=none")
+    assert report["flops"]["saved"]["forward_cached"] > 0.0
     assert plain["flops"]["saved"]["forward_cached"] == 0.0
-    assert report["metrics"]["validation"]["loss"] < 2.5
-    if report["steps"] == plain["steps"]:
-        assert report["metrics"]["validation"]["loss"] == pytest.approx(
-            plain["metrics"]["validation"]["loss"], rel=1e-3
-        )
+    assert report["steps"] == plain["steps"]
+    assert report["metrics"]["validation"]["loss"] == pytest.approx(plain["metrics"]["validation"]["loss"], rel=1e-4)
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(
@@ -144,3 +146,70 @@ def test_settings_of_other_tasks_are_refused(inputs: dict[str, list[str]], tmp_p
         "train", *inputs["language-modelling"], "--output", str(tmp_path / "run"), "--text", "a", "--text", "b"
     )  # fmt: skip
     assert "text: expected one column for language-modelling, found a, b" in said
+
+
+def other_decoder(name: str, folder: Path) -> str:
+    from transformers import (
+        GemmaConfig,
+        GemmaForCausalLM,
+        GPT2Config,
+        GPT2LMHeadModel,
+        MixtralConfig,
+        MixtralForCausalLM,
+    )
+
+    torch.manual_seed(0)
+    ends = {"vocab_size": len(WORDS), "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
+    shape = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 64, **ends,
+    }  # fmt: skip
+    models = {
+        "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=64, **ends)),
+        "gemma": lambda: GemmaForCausalLM(GemmaConfig(**shape, head_dim=8)),
+        "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**shape, num_local_experts=2)),
+    }
+    models[name]().save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(("name", "tied"), [("gpt2", True), ("gemma", True), ("mixtral", False)])
+def test_other_decoders_and_tied_embeddings(
+    inputs: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, tied: bool
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    tasks: list[PreparedTask] = []
+
+    def prepared(settings: RunSettings) -> PreparedTask:
+        tasks.append(prepare_task(settings))
+        return tasks[-1]
+
+    monkeypatch.setattr("rgft.cli.train.prepare_task", prepared)
+    options = [*inputs["chat"], "--model", other_decoder(name, tmp_path / name)]
+    report = trained(options, tmp_path / "run", "--budget", "0.6", "--epochs", "4")
+    assert 0.3 < report["flops"]["fraction_of_full"] <= 0.6
+    assert report["audit"]["audits"] >= 1
+    assert abs(report["audit"]["error"]) < 0.02
+    losses = [r.data["loss"] for r in RunFolder.open(tmp_path / "run").read_records() if r.type == "step"]
+    assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
+    loaded = AutoModelForCausalLM.from_pretrained(report["model"])
+    assert (loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight) == tied
+    own = tasks[0].model.state_dict()
+    assert loaded.state_dict().keys() == own.keys()
+    assert all(torch.equal(value, own[key]) for key, value in loaded.state_dict().items())
+
+
+def test_a_gguf_file_is_tuned_into_a_plain_model(
+    inputs: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    pytest.importorskip("gguf")
+    monkeypatch.setenv("RGFT_CACHE", str(tmp_path / "cache"))
+    file = write_gguf(tiny_llama(), tmp_path / "tiny.gguf")
+    report = trained([*inputs["language-modelling"], "--model", str(file)], tmp_path / "run", "--budget", "0.5")
+    assert "quantization_config" not in json.loads((Path(report["model"]) / "config.json").read_text())
+    assert AutoModelForCausalLM.from_pretrained(report["model"]).config.num_hidden_layers == 2
+    assert AutoTokenizer.from_pretrained(report["model"])("yes")["input_ids"] == [TOKENS.index("yes")]

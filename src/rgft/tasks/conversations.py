@@ -30,6 +30,11 @@ def read_conversations(source: str, columns: Sequence[str], *, split: str = "tra
     Raises:
         DataError: the source cannot be read, or rows are no conversations: the first ten of them are named.
     """
+    if not 1 <= len(columns) <= 2:
+        raise DataError(
+            f"messages: expected one column of conversations, or two with prompt and answer, found {len(columns)}: "
+            f"{', '.join(columns) or 'none'}"
+        )
     conversations: list[Conversation] = []
     problems: list[str] = []
     for number, row in enumerate(read_rows(source, columns, split=split), start=1):

@@ -120,6 +120,12 @@ def test_bad_rows_are_named_all_at_once(model: str, tmp_path: Path) -> None:
     assert "row 3: expected a list of messages" in str(caught.value)
 
 
+def test_a_third_column_is_refused(model: str, tmp_path: Path) -> None:
+    path = rows(tmp_path / "chat.jsonl", [TURNS])
+    with pytest.raises(DataError, match=r"expected one column of conversations, or two .* found 3: a, b, c"):
+        chat(model=model, train=path, messages=("a", "b", "c"))
+
+
 def test_a_template_that_fails_names_the_row_of_the_file(model: str, tmp_path: Path) -> None:
     short = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "yes"}]
     path = rows(tmp_path / "chat.jsonl", [[*short[:1], {**short[1], "content": c}] for c in "abcdefg"] + [TURNS])

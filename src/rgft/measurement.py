@@ -61,9 +61,9 @@ class Measurement:
             for p in group["params"]
         }
 
-    def _step_of(self, parameter: Tensor, direction: Tensor | None) -> Tensor | None:
-        """Δθ at reference learning rate."""
-        return None if direction is None else direction.mul(-self._rates.get(id(parameter), 1.0))
+    def _step_size(self, parameter: Tensor) -> float:
+        """Δθ at reference learning rate is the direction times this."""
+        return -self._rates.get(id(parameter), 1.0)
 
     def observe_training(self, step: int) -> None:
         """Scores the gradients of a training batch. Call before the optimizer's step.
@@ -89,7 +89,7 @@ class Measurement:
                 continue
             update = None
             if self._directions is not None:
-                update = self._step_of(parameter, self._directions.last(parameter))
+                update = self._directions.last(parameter, self._step_size(parameter))
                 if update is None:
                     continue
             parts.append(
@@ -145,8 +145,7 @@ class Measurement:
                 gradient, parameter.grad = parameter.grad, None
                 if gradient is None:
                     gradient = torch.zeros_like(parameter)
-                direction = self._directions.would_make(parameter, gradient)
-                update = self._step_of(parameter, direction)
+                update = self._directions.would_make(parameter, gradient, self._step_size(parameter))
                 steps.append(torch.zeros_like(parameter) if update is None else update)
                 part = PartGradient(weight=parameter.detach(), gradient=gradient, update=steps[-1])
                 same.setdefault(component.name, []).append(part)

@@ -40,33 +40,37 @@ class Directions:
             self._count = count
         return self._groups.get(id(parameter))
 
-    def last(self, parameter: Tensor) -> Tensor | None:
-        """Direction −Δθ/η of the step just made; None before the parameter's first step."""
+    def last(self, parameter: Tensor, scale: float = 1.0) -> Tensor | None:
+        """Direction −Δθ/η of the step just made, times `scale`; None before the parameter's first step."""
         group, state = self._group(parameter), self._optimizer.state.get(parameter)
         if group is None or not state:
             return None
         if "exp_avg" in state:
-            return _adam(state["exp_avg"], _second(state, group), float(state["step"]), group)
-        return state.get("momentum_buffer")
+            return _adam(state["exp_avg"], _second(state, group), float(state["step"]), group, scale)
+        buffer = state.get("momentum_buffer")
+        return None if buffer is None else buffer * scale
 
     @torch.no_grad()
-    def would_make(self, parameter: Tensor, gradient: Tensor) -> Tensor | None:
-        """Direction of the step that `gradient` would make from the moments kept; the state is not changed."""
+    def would_make(self, parameter: Tensor, gradient: Tensor, scale: float = 1.0) -> Tensor | None:
+        """Direction of the step that `gradient` would make from the moments kept, times `scale`.
+
+        The state is not changed.
+        """
         group = self._group(parameter)
         if group is None:
             return None
         state = self._optimizer.state.get(parameter) or {}
         if "betas" not in group:
             momentum, buffer = group.get("momentum", 0.0), state.get("momentum_buffer")
-            return gradient if buffer is None else gradient + momentum * buffer.to(gradient)
+            return gradient * scale if buffer is None else (gradient + momentum * buffer.to(gradient)).mul_(scale)
         beta1, beta2 = group["betas"]
         if "exp_avg" not in state:
-            return _adam((1 - beta1) * gradient, (1 - beta2) * gradient.square(), 1.0, group)
+            return _adam((1 - beta1) * gradient, (1 - beta2) * gradient.square(), 1.0, group, scale)
         first = torch.lerp(state["exp_avg"].to(gradient), gradient, 1 - beta1)
         second = state["exp_avg_sq"].to(gradient).mul(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         if group.get("amsgrad"):
             second = torch.maximum(second, state["max_exp_avg_sq"].to(gradient))
-        return _adam(first, second, float(state["step"]) + 1.0, group)
+        return _adam(first, second, float(state["step"]) + 1.0, group, scale)
 
 
 def _second(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
@@ -74,7 +78,11 @@ def _second(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
 
 
 @torch.no_grad()
-def _adam(first: Tensor, second: Tensor, step: float, group: dict[str, Any]) -> Tensor:
+def _adam(first: Tensor, second: Tensor, step: float, group: dict[str, Any], scale: float) -> Tensor:
+    """scale · (m/(1 − β₁ᵗ)) / (√(v/(1 − β₂ᵗ)) + ε), in as few passes over memory as it takes."""
+    if scale == 0.0:
+        return torch.zeros_like(first)
     beta1, beta2 = group["betas"]
+    factor = (1.0 - beta1**step) / scale
     root = math.sqrt(1.0 - beta2**step)
-    return first.div(1.0 - beta1**step).div_(second.sqrt().div_(root).add_(group["eps"]))
+    return first.div(second.sqrt().mul_(factor / root).add_(group["eps"] * factor))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import secrets
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ def converted(path: Path) -> Path:
     aside: Path | None = None
     try:
         root.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=root))
+        aside = root / f".{folder.name}-{secrets.token_hex(8)}"
+        aside.mkdir()
         _convert(path, aside)
         os.replace(aside, folder)
     except Exception as error:  # the readers of the format raise many kinds

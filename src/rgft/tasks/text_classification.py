@@ -49,15 +49,16 @@ def text_classification(
         if source is not None:
             rows[split] = _checked(source, read_rows(source, columns, split=split), text, label)
     parse, names = _numbers() if regression else _classes(train, rows["train"], label)
+    for split, source in (("train", train), ("validation", validation), ("test", test)):
+        for number, row in enumerate(rows.get(split, ()), start=1):
+            row[label] = parse(str(source), number, row[label])
     if "validation" not in rows:
         rows["train"], rows["validation"] = stratified(
             rows["train"], key=lambda row: tuple(row[column] for column in text), held_out=held_out, seed=seed,
-            label=(lambda row: 0) if regression else (lambda row: str(row[label])),
+            label=(lambda row: 0) if regression else (lambda row: row[label]),
         )  # fmt: skip
     tokenizer = load_tokenizer(model)
-    data = {
-        split: _encoded(some, tokenizer, text, label, parse, max_length, where=split) for split, some in rows.items()
-    }
+    data = {split: _encoded(some, tokenizer, text, label, max_length, where=split) for split, some in rows.items()}
     settings: dict[str, Any] = {"problem_type": "regression"} if regression else {
         "id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}
     }  # fmt: skip
@@ -118,8 +119,7 @@ def _numbers() -> tuple[Callable[[str, int, Any], float], tuple[str, ...]]:
 
 
 def _encoded(
-    rows: list[Row], tokenizer: Any, text: Sequence[str], label: str, parse: Callable[[str, int, Any], Any],
-    max_length: int, *, where: str,
+    rows: list[Row], tokenizer: Any, text: Sequence[str], label: str, max_length: int, *, where: str
 ) -> list[dict[str, Any]]:  # fmt: skip
     columns = [[row[column] for row in rows] for column in text]
     full = tokenizer(*columns)["input_ids"]
@@ -128,10 +128,7 @@ def _encoded(
         log.warning("%s: %d of %d examples are longer than %d tokens and are cut", where, cut, len(rows), max_length)
     encoded = tokenizer(*columns, truncation=True, max_length=max_length)
     keys = [key for key in ("input_ids", "attention_mask", "token_type_ids") if key in encoded]
-    return [
-        {**{key: encoded[key][i] for key in keys}, "labels": parse(where, i + 1, row[label])}
-        for i, row in enumerate(rows)
-    ]
+    return [{**{key: encoded[key][i] for key in keys}, "labels": row[label]} for i, row in enumerate(rows)]
 
 
 def collate(tokenizer: Any, examples: list[dict[str, Any]]) -> dict[str, Tensor]:

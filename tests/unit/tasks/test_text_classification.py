@@ -89,9 +89,7 @@ def test_new_weights_depend_on_the_seed_alone(tmp_path: Path, model_folder: Path
 def test_bad_input(tmp_path: Path, model_folder: Path) -> None:
     path, model = labelled(tmp_path / "a.csv"), str(model_folder)
     unseen = write(tmp_path / "v.csv", [{"text": "good", "label": "maybe"}])
-    with pytest.raises(
-        DataError, match=r"validation, row 1: the label 'maybe' does not occur .*\(its labels: no, yes\)"
-    ):
+    with pytest.raises(DataError, match=r"row 1: the label 'maybe' does not occur .*\(its labels: no, yes\)"):
         text_classification(model=model, train=path, validation=unseen)
     with pytest.raises(DataError, match="at least two classes"):
         text_classification(model=model, train=labelled(tmp_path / "one.csv", ("x",)))

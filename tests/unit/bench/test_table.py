@@ -12,9 +12,9 @@ def write(
 ) -> None:
     result = {
         "method": method, "task": {"name": task, "train_size": 2000}, "run": {"epochs": 3.0}, "contender": label,
-        "seed": seed, "lr": 1e-4, "seconds": 10.0 if label == "full" else 5.0,
+        "seed": seed, "lr": 1e-4, "steps": 10 if label == "full" else 25,
         "metrics": {"test": {"loss": loss, "accuracy": 1 - loss}},
-        "ledger": {"flops": {"fraction_of_full": 0.3}}, "environment": {"cpu": {"count": 2, "model": "x"}},
+        "ledger": {"flops": {"fraction_of_full": 0.3}},
     }  # fmt: skip
     (folder / f"{label}--{kind}--lr0.0001--seed{seed}.json").write_text(json.dumps(result))
 
@@ -26,7 +26,7 @@ def test_table_compares_seed_by_seed_and_ignores_tuning_runs(tmp_path: Path) -> 
     write(tmp_path, "rgft", 100, 9.0, kind="tuning")
     table = markdown(tmp_path)
     rgft, full = (line for line in table.splitlines() if "3 seeds" in line)
-    assert rgft.startswith("| rgft (3 seeds) | 0.0001 | 0.30 | 0.50 | 0.600 ± 0.100 | 0.400 ± 0.100 |")
+    assert rgft.startswith("| rgft (3 seeds) | 0.0001 | 0.30 | 25 | 0.600 ± 0.100 | 0.400 ± 0.100 |")
     assert full.count("+0.050 [+0.025, +0.075]") == 2
     assert full.endswith("| better |")
 

@@ -70,7 +70,7 @@ class Session:
         for key in ("seconds", "peak_memory_bytes", "peak_accelerator_bytes"):
             del ledger[key]
         guide = self.guide.state_dict()
-        del guide["ledger"]
+        del guide["spending"]  # the ledger again, and seconds
         return {
             "weights": dict(self.model.state_dict()), "ledger": ledger, "guide": guide,
             "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),

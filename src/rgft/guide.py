@@ -37,6 +37,7 @@ from rgft.execution.activation_cache import ActivationCache
 from rgft.execution.averaging import IterateAverage
 from rgft.execution.executor import Executor
 from rgft.execution.linear import layout_of
+from rgft.execution.read_positions import ReadPositions
 from rgft.execution.views import bind
 from rgft.measurement import Measurement
 from rgft.partition import partition
@@ -202,11 +203,7 @@ class Guide:
             BudgetError: no plan fits the budget.
         """
         example = stream.load(next(stream.indices()))
-        with self._binding.plain():
-            costs = trace_costs(
-                self.model, self.partition, example, loss=cost_loss or self._mean_loss,
-                is_sliceable=lambda module: layout_of(module) is not None,
-            )  # fmt: skip
+        costs = self._traced_costs(example, cost_loss or self._mean_loss)
         workload, spending = Workload.scan(stream), self._spending
         pace = self._machine_pace() if spending.needs_pace else None
         spending.allow(costs, workload, full=full_flops, pace=pace)
@@ -220,8 +217,30 @@ class Guide:
             steps=steps, cache="memory" if self._executor.cache is not None else "none",
             probes=self._prober.number(steps), probe_size=self._prober.schedule.size, flops=spending.allowed,
             full_flops=spending.full, reason=self.plan.reason,
+            position=None if self._executor.positions is None else self._executor.positions.position,
         )  # fmt: skip
         return self.run_plan
+
+    def _traced_costs(self, example: Any, loss: Loss) -> CostModel:
+        """Costs of any plan; finds on the way which positions the last layer need not compute."""
+
+        def traced() -> CostModel:
+            return trace_costs(
+                self.model, self.partition, example, loss=loss,
+                is_sliceable=lambda module: layout_of(module) is not None,
+            )  # fmt: skip
+
+        with self._binding.plain():
+            costs = traced()
+            if self.config.execution.positions == "all":
+                return costs
+            positions = ReadPositions.find(self.model, self.partition, example, loss)
+            if positions is None:
+                return costs
+            with positions.skipping():
+                costs = costs.with_skipping(traced())
+        self._executor.positions = positions
+        return costs
 
     def _machine_pace(self) -> float:
         """FLOPs per second to reckon with before the first step; products alone are about twice as fast."""
@@ -370,6 +389,7 @@ class Guide:
 
     def end_step(self) -> None:
         """After the optimizer's step, before gradients are cleared."""
+        self._executor.skip_positions(False)
         if self._measurement is not None and self._scores_training:
             started = time.perf_counter()
             self._measurement.observe_own_step(self.step_count)
@@ -487,6 +507,7 @@ class Guide:
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not (self._in_step and module.training and torch.is_grad_enabled()):
+            self._executor.skip_positions(False)
             return
         rows, tokens = batch_shape(kwargs or args)
         started = time.perf_counter()

@@ -81,6 +81,7 @@ class RunPlan:
         probe_size: examples per probe.
         flops: predicted FLOPs of the whole run, probes and cache filling included.
         full_flops: FLOPs of full fine-tuning on the same data and epochs.
+        position: the only one that training steps compute in the last layer, past its attention; None: all of them.
         reason: why this plan, in a few words.
     """
 
@@ -91,6 +92,7 @@ class RunPlan:
     probe_size: int = 0
     flops: float = 0.0
     full_flops: float = 0.0
+    position: int | None = None
     reason: str = ""
 
     def to_dict(self) -> dict[str, Any]:

@@ -93,9 +93,13 @@ class Spending:
     def book_pass(self, active: Collection[str], *, rows: int, tokens: int, cached_below: int) -> None:
         """A training pass with `active` on, below `cached_below` read from the cache."""
         if self.costs is not None:
+            spent, all_positions = (
+                costs.step_flops(active, rows=rows, tokens=tokens, cached_below=cached_below)
+                for costs in (self.costs, self.costs.without_skipping)
+            )
             self.ledger.add_forward(
-                full=self.costs.full_step(rows, tokens), rows=rows, tokens=rows * tokens,
-                spent=self.costs.step_flops(active, rows=rows, tokens=tokens, cached_below=cached_below),
+                full=self.costs.full_step(rows, tokens), rows=rows, tokens=rows * tokens, spent=spent,
+                all_positions=all_positions,
             )  # fmt: skip
 
     def book_fill(self, rows: int, tokens: int, *, below: int, seconds: float) -> None:

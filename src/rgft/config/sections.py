@@ -142,3 +142,8 @@ class ExecutionConfig(Section):
     cache_max_bytes: int = Field(
         default=4 << 30, ge=0, description="bytes the cache may hold; examples beyond are recomputed each time"
     )
+    positions: Literal["auto", "all"] = Field(
+        default="all",
+        description="what the last layer computes in training steps; auto: only the positions whose output the loss "
+        "reads, where the model's graph proves which; all: every position",
+    )

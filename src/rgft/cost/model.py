@@ -8,7 +8,7 @@ scaled by the active share of that weight; every other is dX.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -101,12 +101,14 @@ class CostModel:
         depths: their depths.
         training: operations of a training step.
         probing: operations in eval mode, as probes and cache filling run (without dropout, attention may be fused).
+        plain: where training steps skip work that no plan needs (`ReadPositions`), the costs without that.
     """
 
     names: tuple[str, ...]
     depths: tuple[int, ...]
     training: tuple[Operation, ...]
     probing: tuple[Operation, ...]
+    plain: CostModel | None = None
     _memo: dict[Any, tuple[Coefficients, Coefficients, Coefficients]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -142,8 +144,17 @@ class CostModel:
         )
 
     def full_step(self, rows: int, tokens: int) -> StepCost:
-        """FLOPs of a step of full fine-tuning: all components active, nothing cached."""
-        return self.step_flops(self._all, rows=rows, tokens=tokens)
+        """FLOPs of a step of full fine-tuning: all components active, nothing cached, nothing skipped."""
+        return self.without_skipping.step_flops(self._all, rows=rows, tokens=tokens)
+
+    @property
+    def without_skipping(self) -> CostModel:
+        """The costs of steps that compute everything."""
+        return self.plain or self
+
+    def with_skipping(self, skipping: CostModel) -> CostModel:
+        """These costs, but for training steps, which cost what `skipping` says."""
+        return replace(self, training=skipping.training, plain=self)
 
     def forward_flops(self, rows: int, tokens: int, below: int | None = None) -> float:
         """FLOPs of a forward pass in eval mode: all of it, or (filling a cache) what lies below a cut."""
@@ -163,7 +174,7 @@ class CostModel:
         """
         everything = (1 << len(self.names)) - 1
         totals: dict[int, list[Coefficients]] = {index: [_ZERO] * 3 for index in (*range(len(self.names)), -1)}
-        for op in self.training:
+        for op in self.without_skipping.training:
             dx = _ZERO
             for product in op.products_for(everything):
                 if product.shares is None:
@@ -186,6 +197,7 @@ class CostModel:
         return {
             "names": list(self.names), "depths": list(self.depths),
             "training": [asdict(op) for op in self.training], "probing": [asdict(op) for op in self.probing],
+            "plain": None if self.plain is None else self.plain.to_dict(),
         }  # fmt: skip
 
     @classmethod
@@ -194,6 +206,7 @@ class CostModel:
             names=tuple(data["names"]), depths=tuple(data["depths"]),
             training=tuple(_operation(op) for op in data["training"]),
             probing=tuple(_operation(op) for op in data["probing"]),
+            plain=None if data["plain"] is None else cls.from_dict(data["plain"]),
         )  # fmt: skip
 
     @cached_property

@@ -19,6 +19,7 @@ from rgft.execution.activation_cache import ActivationCache
 from rgft.execution.binding import Binding
 from rgft.execution.moments import MomentMode, Moments
 from rgft.execution.multipliers import Multipliers
+from rgft.execution.read_positions import ReadPositions
 from rgft.execution.switching import Switch
 from rgft.execution.views import check_optimizer
 from rgft.plan import UpdatePlan
@@ -44,6 +45,7 @@ class Executor:
         self._moments: Moments | None = None
         self.optimizer: Optimizer | None = None
         self.cache = cache
+        self.positions: ReadPositions | None = None
         self._on: frozenset[str] = frozenset()  # in the last step, also when that was before a resume
 
     @property
@@ -100,7 +102,16 @@ class Executor:
         self, ids: Sequence[int] | None, attention_mask: Tensor | None, tokens: int | None
     ) -> bool:  # fmt: skip
         """Announces a training forward; returns whether the prefix will be read from the cache."""
+        self.skip_positions(True)
         return self.cache is not None and self.cache.begin(ids, attention_mask, tokens)
+
+    def skip_positions(self, skips: bool) -> None:
+        """Whether forwards from here on skip positions that the loss does not read, where that is possible.
+
+        Not taken back before the step ends: gradient checkpointing runs the forward again in the backward pass.
+        """
+        if self.positions is not None:
+            self.positions.is_on = skips
 
     def end_forward(self) -> None:
         if self.cache is not None:
@@ -151,5 +162,7 @@ class Executor:
             self._multipliers.detach()
         if self.cache is not None:
             self.cache.detach()
+        if self.positions is not None:
+            self.positions.detach()
         self._switch.detach()
         self._binding.restore()

@@ -53,6 +53,7 @@ class Ledger:
         reference_flops: what full fine-tuning spends on the same batches.
         forward_flops, dx_flops, dw_flops: what the training passes spent.
         forward_cached_flops, dx_truncated_flops, dw_skipped_flops: what they saved against the reference, by axis.
+        unread_flops: what they saved beside, on all axes, by skipping positions that the loss does not read.
         probe_flops, fill_flops: scoring, and filling the activation cache; part of what is spent.
         evaluation_flops: not part of it.
         audited_flops, audited_modelled_flops, audits: counted and modelled FLOPs of the same audited pieces of work.
@@ -78,6 +79,7 @@ class Ledger:
     forward_cached_flops: float = 0.0
     dx_truncated_flops: float = 0.0
     dw_skipped_flops: float = 0.0
+    unread_flops: float = 0.0
     probe_flops: float = 0.0
     probes: int = 0
     fill_flops: float = 0.0
@@ -98,8 +100,9 @@ class Ledger:
     # ---------------------------------------------------------------- adding
 
     def add_forward(
-        self, *, full: StepCost, spent: StepCost, rows: int, tokens: int, padding_tokens: int | None = None
-    ) -> None:
+        self, *, full: StepCost, spent: StepCost, rows: int, tokens: int, padding_tokens: int | None = None,
+        all_positions: StepCost | None = None,
+    ) -> None:  # fmt: skip
         """Books one training pass (forward and backward) over a batch.
 
         Args:
@@ -108,7 +111,9 @@ class Ledger:
             rows: examples in the batch.
             tokens: positions in the batch, padding included.
             padding_tokens: those of them that are padding; None when unknown.
+            all_positions: what the plan would spend if no position were skipped; None: it skips none.
         """
+        planned = all_positions or spent
         self.passes += 1
         self.examples += rows
         self.tokens += tokens
@@ -119,9 +124,10 @@ class Ledger:
         self.forward_flops += spent.forward
         self.dx_flops += spent.dx
         self.dw_flops += spent.dw
-        self.forward_cached_flops += full.forward - spent.forward
-        self.dx_truncated_flops += full.dx - spent.dx
-        self.dw_skipped_flops += full.dw - spent.dw
+        self.forward_cached_flops += full.forward - planned.forward
+        self.dx_truncated_flops += full.dx - planned.dx
+        self.dw_skipped_flops += full.dw - planned.dw
+        self.unread_flops += planned.total - spent.total
 
     def end_step(self, *, seconds: float, updated: Mapping[str, int]) -> None:
         """Books the end of an optimizer step.
@@ -214,7 +220,7 @@ class Ledger:
             axis, with probes and filling as `added`; the fractions), `audit`, `seconds`, `memory`, `data`,
             `parameters`.
         """
-        saved = self.forward_cached_flops + self.dx_truncated_flops + self.dw_skipped_flops
+        saved = self.forward_cached_flops + self.dx_truncated_flops + self.dw_skipped_flops + self.unread_flops
         return {
             "steps": self.steps,
             "flops": {
@@ -228,7 +234,8 @@ class Ledger:
                 "scoring_fraction": self.probe_flops / self.spent_flops if self.spent_flops else None,
                 "saved": {
                     "dw_skipped": self.dw_skipped_flops, "dx_truncated": self.dx_truncated_flops,
-                    "forward_cached": self.forward_cached_flops, "added": self.probe_flops + self.fill_flops,
+                    "forward_cached": self.forward_cached_flops, "unread_positions": self.unread_flops,
+                    "added": self.probe_flops + self.fill_flops,
                     "net": saved - self.probe_flops - self.fill_flops,
                 },
                 "evaluation": self.evaluation_flops,
@@ -268,6 +275,7 @@ class Ledger:
             ("dW skipped", -self.dw_skipped_flops),
             ("dX truncated", -self.dx_truncated_flops),
             ("F cached", -self.forward_cached_flops),
+            ("positions not read", -self.unread_flops),
             ("probes", self.probe_flops),
             ("cache filling", self.fill_flops),
             ("spent", self.spent_flops),

@@ -43,7 +43,10 @@ def test_every_figure_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
             "same_batches_in_full": 870.0, "fraction_of_same_batches": 537 / 870,
             "forward": 180.0, "dx": 150.0, "dw": 140.0, "probes": 60.0, "cache_filling": 7.0,
             "scoring_fraction": 60 / 537,
-            "saved": {"dw_skipped": 160.0, "dx_truncated": 120.0, "forward_cached": 120.0, "added": 67.0, "net": 333.0},
+            "saved": {
+                "dw_skipped": 160.0, "dx_truncated": 120.0, "forward_cached": 120.0, "unread_positions": 0.0,
+                "added": 67.0, "net": 333.0,
+            },
             "evaluation": 1000.0,
         },
         "audit": {"audits": 1, "counted": 200.0, "modelled": 201.0, "error": pytest.approx(0.005)},

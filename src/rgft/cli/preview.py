@@ -103,17 +103,12 @@ def show(data: dict[str, Any], console: Console) -> None:
             f"{row['steps']:,}",
         )  # fmt: skip
     console.print(costs)
-    last_layer = (
-        ""
-        if plan["position"] is None
-        else (
-            f"; the last layer computes position {plan['position']} alone past its attention, as the loss reads no other"
-        )
-    )
+    position = plan["position"]
+    skipping = "" if position is None else f"; past the last attention only position {position}, which the loss reads"
     console.print(
         f"full fine-tuning: {plan['full_flops']:.4g} FLOPs, {data['steps_in_full']:,} steps\n"
         f"this run: at most {plan['flops']:.4g} FLOPs ({data['budget']:.1%}), probes included: "
-        f"{plan['probes']} of {plan['probe_size']} examples; cache: {plan['cache']}{last_layer}\n"
+        f"{plan['probes']} of {plan['probe_size']} examples; cache: {plan['cache']}{skipping}\n"
         f"first plan, if nothing were measured: cut at depth {data['first_plan']['cut']}, "
         f"{len(active)} of {model['components']} components on ({data['first_plan']['reason']})",
         highlight=False, soft_wrap=True,

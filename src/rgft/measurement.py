@@ -6,13 +6,14 @@ that made the step. Their ratio tells what a component learns from what it memor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rgft.blocks import row_blocks
 from rgft.components import Component
 from rgft.error_map import ErrorMap
 from rgft.errors import NonFiniteError
@@ -81,26 +82,26 @@ class Measurement:
             scores = self._same_batch.score(self._binding.partition, self._parts)
             self.same_batch_map = self.same_batch_map.observe(scores, step=step)
 
-    def _parts(self, component: Component) -> list[PartGradient]:
-        parts: list[PartGradient] = []
+    def _parts(self, component: Component) -> Iterator[PartGradient]:
         initials = self._initial[component.name] if self._initial else None
         for index, parameter in enumerate(self._binding.parameters[component.name]):
             if parameter.grad is None:
                 continue
-            update = None
             if self._directions is not None:
-                update = self._directions.last(parameter, self._step_size(parameter))
-                if update is None:
-                    continue
-            parts.append(
-                PartGradient(
-                    weight=parameter.detach(),
-                    gradient=parameter.grad,
-                    update=update,
-                    initial=initials[index] if initials else None,
-                )
+                yield from self._step_parts(parameter, parameter.grad)
+                continue
+            yield PartGradient(
+                weight=parameter.detach(), gradient=parameter.grad, initial=initials[index] if initials else None
             )
-        return parts
+
+    def _step_parts(self, parameter: nn.Parameter, gradient: Tensor) -> Iterator[PartGradient]:
+        """Gradient and last step, block by block; nothing before the parameter's first step."""
+        assert self._directions is not None
+        for rows in row_blocks(parameter):
+            update = self._directions.last(parameter, self._step_size(parameter), rows)
+            if update is None:
+                return
+            yield PartGradient(weight=parameter.detach()[rows], gradient=gradient[rows], update=update)
 
     def probe(self, batch: Any, *, own: Any = None, step: int, gradient_norm: bool = False) -> dict[str, float]:
         """Measures on a batch that is not trained on, every component on. Moves nothing.
@@ -135,24 +136,31 @@ class Measurement:
 
     def _steps_from(self, batch: Any, step: int) -> dict[str, Parts]:
         """The step that each component's kept moments and the gradient of `batch` would make."""
-        assert self._directions is not None
         self._finite_loss(step)(self._model, batch).backward()
         updates: dict[str, Parts] = {}
-        same: dict[str, list[PartGradient]] = {}
-        for component, parameters in self._binding:
-            steps = []
-            for parameter in parameters:
+
+        def parts(component: Component) -> Iterator[PartGradient]:
+            steps: list[Tensor] = []
+            for parameter in self._binding.parameters[component.name]:
                 gradient, parameter.grad = parameter.grad, None
-                if gradient is None:
-                    gradient = torch.zeros_like(parameter)
-                update = self._directions.would_make(parameter, gradient, self._step_size(parameter))
-                steps.append(torch.zeros_like(parameter) if update is None else update)
-                part = PartGradient(weight=parameter.detach(), gradient=gradient, update=steps[-1])
-                same.setdefault(component.name, []).append(part)
+                steps.append(torch.zeros_like(parameter) if gradient is None else gradient.detach())
+                yield from self._turned_into_step(parameter, steps[-1])
             updates[component.name] = tuple(steps)
-        scores = self._same_batch.score(self._binding.partition, lambda c: same[c.name])
+
+        scores = self._same_batch.score(self._binding.partition, parts)
         self.same_batch_map = self.same_batch_map.observe(scores, step=step)
         return updates
+
+    def _turned_into_step(self, parameter: nn.Parameter, gradient: Tensor) -> Iterator[PartGradient]:
+        """Gradient and the step it would make, block by block; each block becomes its step once it has been scored."""
+        assert self._directions is not None
+        for rows in row_blocks(parameter):
+            block = gradient[rows]
+            update = self._directions.would_make(parameter, block, self._step_size(parameter), rows)
+            if update is None:
+                update = torch.zeros_like(block)
+            yield PartGradient(weight=parameter.detach()[rows], gradient=block, update=update)
+            block.copy_(update)
 
     def _finite_loss(self, step: int) -> Loss:
         def loss(model: nn.Module, batch: Any) -> Tensor:

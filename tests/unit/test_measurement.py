@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rgft import blocks
 from rgft.errors import NonFiniteError
 from rgft.execution.binding import Binding
 from rgft.measurement import Measurement
@@ -17,6 +18,11 @@ from tests.unit.execution.toy import Toy, toy_batch, toy_binding
 
 LR, BETAS, EPS = 0.01, (0.9, 0.99), 1e-8
 Gradients = dict[str, list[Tensor]]
+
+
+@pytest.fixture(autouse=True, params=[1 << 16, 16], ids=["whole", "in_blocks"])
+def _block_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK", request.param)
 
 
 def loss(model: nn.Module, batch: Tensor) -> Tensor:

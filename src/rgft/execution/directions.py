@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from rgft.blocks import Rows
 from rgft.errors import OptimizerError
 
 
@@ -40,21 +41,36 @@ class Directions:
             self._count = count
         return self._groups.get(id(parameter))
 
-    def last(self, parameter: Tensor, scale: float = 1.0) -> Tensor | None:
-        """Direction −Δθ/η of the step just made, times `scale`; None before the parameter's first step."""
+    def last(self, parameter: Tensor, scale: float = 1.0, rows: Rows = ...) -> Tensor | None:
+        """Direction −Δθ/η of the step just made, times `scale`; None before the parameter's first step.
+
+        Args:
+            parameter: whose step.
+            scale: factor.
+            rows: the part of it that is wanted.
+        """
         group, state = self._group(parameter), self._optimizer.state.get(parameter)
         if group is None or not state:
             return None
         if "exp_avg" in state:
-            return _adam(state["exp_avg"], _second(state, group), float(state["step"]), group, scale)
+            second = _second(state, group)[rows]
+            return _adam(state["exp_avg"][rows], second, float(state["step"]), group, scale)
         buffer = state.get("momentum_buffer")
-        return None if buffer is None else buffer * scale
+        return None if buffer is None else buffer[rows] * scale
 
     @torch.no_grad()
-    def would_make(self, parameter: Tensor, gradient: Tensor, scale: float = 1.0) -> Tensor | None:
+    def would_make(
+        self, parameter: Tensor, gradient: Tensor, scale: float = 1.0, rows: Rows = ...
+    ) -> Tensor | None:  # fmt: skip
         """Direction of the step that `gradient` would make from the moments kept, times `scale`.
 
         The state is not changed.
+
+        Args:
+            parameter: whose step.
+            gradient: of those `rows`.
+            scale: factor.
+            rows: the part of it that is wanted.
         """
         group = self._group(parameter)
         if group is None:
@@ -62,14 +78,14 @@ class Directions:
         state = self._optimizer.state.get(parameter) or {}
         if "betas" not in group:
             momentum, buffer = group.get("momentum", 0.0), state.get("momentum_buffer")
-            return gradient * scale if buffer is None else (gradient + momentum * buffer.to(gradient)).mul_(scale)
+            return gradient * scale if buffer is None else (gradient + momentum * buffer[rows].to(gradient)).mul_(scale)
         beta1, beta2 = group["betas"]
         if "exp_avg" not in state:
             return _adam((1 - beta1) * gradient, (1 - beta2) * gradient.square(), 1.0, group, scale)
-        first = torch.lerp(state["exp_avg"].to(gradient), gradient, 1 - beta1)
-        second = state["exp_avg_sq"].to(gradient).mul(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        first = torch.lerp(state["exp_avg"][rows].to(gradient), gradient, 1 - beta1)
+        second = state["exp_avg_sq"][rows].to(gradient).mul(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         if group.get("amsgrad"):
-            second = torch.maximum(second, state["max_exp_avg_sq"].to(gradient))
+            second = torch.maximum(second, state["max_exp_avg_sq"][rows].to(gradient))
         return _adam(first, second, float(state["step"]) + 1.0, group, scale)
 
 

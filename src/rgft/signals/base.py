@@ -108,11 +108,11 @@ class GradientSignal(Signal):
         return None
 
     def score(
-        self, components: Iterable[Component], parts: Callable[[Component], list[PartGradient]]
+        self, components: Iterable[Component], parts: Callable[[Component], Iterable[PartGradient]]
     ) -> dict[str, float]:
         """Scores from gradients that exist already; a component for which `parts` is empty is left out.
 
-        One device synchronisation for all components together.
+        Each part is scored before the next is asked for. One device synchronisation for all components together.
         """
         scored: list[Component] = []
         totals: list[Tensor] = []

@@ -10,8 +10,10 @@ from abc import ABC
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
+from rgft.blocks import row_blocks
 from rgft.errors import ConfigError
 from rgft.signals.base import GradientSignal, PartGradient, at_least_float32
 
@@ -24,7 +26,11 @@ class _Decrease(GradientSignal, ABC):
     def partial(self, part: PartGradient) -> Tensor:
         if part.update is None:
             raise ConfigError(f"signal {self.name!r} needs the optimizer's step; found a gradient without one")
-        return -(at_least_float32(part.gradient) * at_least_float32(part.update)).sum()
+        gradient, update = part.gradient, part.update
+        products = [
+            (at_least_float32(gradient[rows]) * at_least_float32(update[rows])).sum() for rows in row_blocks(gradient)
+        ]
+        return -torch.stack(products).sum()
 
     @property
     def sketchable(self) -> Literal["squared_norm", "decrease"] | None:

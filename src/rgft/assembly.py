@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -55,4 +57,5 @@ def build_cache(config: Config, model: nn.Module, partition: Partition) -> Activ
     return ActivationCache(
         model, partition, dtype=None if settings.cache_dtype == "model" else getattr(torch, settings.cache_dtype),
         max_bytes=settings.cache_max_bytes, required=settings.cache != "auto",
+        folder=None if settings.cache_dir is None else Path(settings.cache_dir).expanduser(),
     )  # fmt: skip

@@ -214,7 +214,7 @@ class Guide:
         if self._measurement is not None and self._follows_map:
             self._prober.plan(steps=steps, examples=len(stream.dataset))
         self.run_plan = RunPlan(
-            steps=steps, cache="memory" if self._executor.cache is not None else "none",
+            steps=steps, cache="none" if self._executor.cache is None else self._executor.cache.place,
             probes=self._prober.number(steps), probe_size=self._prober.schedule.size, flops=spending.allowed,
             full_flops=spending.full, reason=self.plan.reason,
             position=None if self._executor.positions is None else self._executor.positions.position,

@@ -87,7 +87,7 @@ class RunPlan:
 
     steps: int
     cut: int = 0
-    cache: Literal["none", "memory"] = "none"
+    cache: Literal["none", "memory", "disk"] = "none"
     probes: int = 0
     probe_size: int = 0
     flops: float = 0.0

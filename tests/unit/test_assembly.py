@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ from rgft.allocation.threshold import TargetSparsity
 from rgft.assembly import build_cache, build_policy, build_signal
 from rgft.errors import CacheError
 from rgft.execution.activation_cache import ActivationCache
+from rgft.execution.states import MemoryStates
 from rgft.partition import partition
 from rgft.signals.decrease import GeneralisingDecrease
 from rgft.signals.gradient import GradNorm
@@ -86,16 +89,21 @@ def test_a_policy_replaces_the_stages() -> None:
     assert build_signal(config) is None
 
 
-def test_caches() -> None:
+def test_caches(tmp_path: Path) -> None:
     model = FAMILIES["bert"].build()
     whole = partition(model, "layer")
     assert build_cache(Config(preset="full"), model, whole) is None
     cache = build_cache(Config(execution={"cache_dtype": "bfloat16", "cache_max_bytes": 77}), model, whole)
     assert isinstance(cache, ActivationCache)
-    assert (cache._dtype, cache._max_bytes, cache._required) == (torch.bfloat16, 77, False)
+    assert (cache._dtype, cache._required, cache.place) == (torch.bfloat16, False, "memory")
+    assert isinstance(cache._states, MemoryStates)
+    assert cache._states._max_bytes == 77
     cache = build_cache(Config(execution={"cache": "memory"}), model, whole)
     assert cache is not None
     assert cache._required
+    cache = build_cache(Config(execution={"cache": "disk", "cache_dir": str(tmp_path)}), model, whole)
+    assert cache is not None
+    assert (cache.place, cache._required) == ("disk", True)
     flat = torch.nn.Linear(3, 2)
     assert build_cache(Config(), flat, partition(flat, "layer")) is None
     with pytest.raises(CacheError, match="needs a model with layers"):

@@ -80,8 +80,9 @@ def _groups(config: Config, given: set[str]) -> list[str]:
             "as probe.interval and probe.size are both given",
         ),
     ]
-    if config.execution.cache == "memory":
-        rules.append((config.mask is None and config.policy is None, ("execution.",), "as nothing is ever frozen"))
+    caching = ("execution.cache",)
+    if config.execution.cache in ("memory", "disk"):
+        rules.append((config.mask is None and config.policy is None, caching, "as nothing is ever frozen"))
     else:
         unused = config.execution.cache == "none"
         rules.append((unused, ("execution.cache_dtype", "execution.cache_max_bytes"), "with execution.cache 'none'"))

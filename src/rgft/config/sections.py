@@ -132,16 +132,29 @@ class UpdateConfig(Section):
 class ExecutionConfig(Section):
     """How the plan is carried out."""
 
-    cache: Literal["auto", "none", "memory"] = Field(
+    @model_validator(mode="after")
+    def _folder_of_a_disk_cache(self) -> Self:
+        if (self.cache == "disk") != (self.cache_dir is not None):
+            raise ValueError(
+                f"expected cache_dir with cache 'disk', and only then; found cache {self.cache!r} and cache_dir "
+                f"{self.cache_dir!r}"
+            )
+        return self
+
+    cache: Literal["auto", "none", "memory", "disk"] = Field(
         default="auto",
-        description="where the frozen prefix's activations are kept; auto: in memory where the plan has a cut",
+        description="where the frozen prefix's activations are kept; auto: in memory where the plan has a cut; disk: "
+        "in cache_dir, from where other runs with the same frozen weights read them, too",
     )
-    cache_dtype: Literal["model", "float32", "bfloat16", "float16"] = Field(
-        default="model", description="how cached activations are stored; model: as computed, so that a hit is exact"
+    cache_dtype: Literal["model", "float32", "bfloat16", "float16", "int8"] = Field(
+        default="model",
+        description="how cached activations are stored; model: as computed, so that a hit is exact; int8: with a scale "
+        "per token",
     )
     cache_max_bytes: int = Field(
         default=4 << 30, ge=0, description="bytes the cache may hold; examples beyond are recomputed each time"
     )
+    cache_dir: str | None = Field(default=None, description="folder of a cache on disk")
     positions: Literal["auto", "all"] = Field(
         default="all",
         description="what the last layer computes in training steps; auto: only the positions whose output the loss "

@@ -4,37 +4,26 @@ While it is attached, the layers below the cut are skipped for a batch whose exa
 their input through, the last of them returns the stored states. Everything else of the model's own forward (masks,
 position embeddings, rotary tables) runs as always, so no family needs code of its own. States are kept per example,
 without padding; they belong to one cut and to weights that have not moved since, and are dropped when either changes.
+In memory they are found by the example's id, and an example that changed since is noticed; on disk by its content.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from rgft.components import Partition
 from rgft.errors import CacheError
+from rgft.execution.disk_states import DiskStates
+from rgft.execution.fingerprint import prefix_fingerprint, row_digests
+from rgft.execution.states import CachedState, Key, MemoryStates, States
 
 log = logging.getLogger("rgft")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CachedState:
-    """Hidden states of one example at the cut.
-
-    Attributes:
-        states_TD: without padding.
-        offset: position of the first token in its row; positions are absolute in some models, so it must recur.
-        tokens: length of the row, padding included, where no mask told the tokens from it: then that must recur too.
-    """
-
-    states_TD: Tensor
-    offset: int
-    tokens: int | None = None
 
 
 class _PrefixComputed(Exception):
@@ -42,83 +31,143 @@ class _PrefixComputed(Exception):
 
 
 class ActivationCache:
-    """Reads and writes prefix activations of one model at one cut, in memory.
+    """Reads and writes prefix activations of one model at one cut.
 
     Args:
         model: the model; the forward of its frozen layers is wrapped until `detach`.
         partition: gives the layers.
-        dtype: how states are stored; None keeps the model's (then a hit is exact).
+        dtype: how states are stored; None keeps the model's (then a hit is exact); int8 has a scale per token.
         max_bytes: examples beyond this size are not stored, and recomputed each time.
+        folder: where states are kept on disk; None: in memory.
         required: whether a model whose layers cannot be skipped is an error; else the cache says so once and stays out.
 
     Raises:
-        CacheError: a layer returns more than hidden states (T5's position bias), or the model has no layers.
+        CacheError: a layer returns more than hidden states (T5's position bias), the model has no layers, or the
+            folder cannot be written.
+
+    Attributes:
+        hits, misses: rows read, and rows computed.
+        largest_error: of a token's stored states so far, ‖x̂ − x‖ / ‖x‖; 0 where they are stored as computed.
     """
 
     def __init__(
         self, model: nn.Module, partition: Partition, *, dtype: torch.dtype | None = None, max_bytes: int = 4 << 30,
-        required: bool = True,
+        folder: Path | None = None, required: bool = True,
     ) -> None:  # fmt: skip
         if not partition.layers:
             raise CacheError("the activation cache needs a model with layers; this one has none. Use cache='none'")
+        self._model, self._partition = model, partition
         self._layers = [model.get_submodule(path) for path in partition.layers]
         self._dtype = dtype
-        self._max_bytes = max_bytes
         self._required = required
         self._is_usable = True
-        self._states: dict[int, CachedState] = {}
-        self._bytes = 0
+        self._is_on_disk = folder is not None
+        self._states: States = MemoryStates(max_bytes) if folder is None else DiskStates(folder, max_bytes)
+        # Of the examples seen at this cut, by id and, where padding cannot be told from tokens, the length of the row.
+        self._digests: dict[tuple[int, int | None], bytes] = {}
         self._cut = 0
         self._replaced: list[tuple[nn.Module, Any]] = []
         self._ids: Sequence[int] | None = None
         self._spans: list[tuple[int, int]] | None = None
         self._tokens: int | None = None
         self._hit = False
+        self._read_ahead: list[CachedState] = []
         self._filling = False
-        self.hits = 0
-        self.misses = 0
+        self.hits = self.misses = 0
+        self.largest_error = 0.0
 
     @property
     def cut(self) -> int:
         return self._cut
 
     @property
+    def place(self) -> Literal["memory", "disk"]:
+        """Where states are kept."""
+        return "disk" if self._is_on_disk else "memory"
+
+    @property
     def bytes(self) -> int:
         """Bytes of stored states."""
-        return self._bytes
+        return self._states.bytes
 
     def __len__(self) -> int:
         return len(self._states)
 
     def __contains__(self, example: int) -> bool:
-        return example in self._states
+        return self._key(example) in self._states
+
+    def _key(self, example: int) -> Key:
+        return self._digests.get((example, self._tokens)) if self._is_on_disk else example
 
     def set_cut(self, cut: int) -> None:
         """Keeps states at the output of the layer of depth cut−1; another cut drops them. Below 2 nothing is kept."""
         if cut == self._cut:
             return
-        self.detach()
-        self.clear()
+        self._unwrap()
+        self._digests.clear()
+        self._states.close()
         self._cut = cut
         if not self._is_usable:
             return
+        if cut > 1:
+            storage = str(self._dtype)
+            self._states.open(
+                prefix_fingerprint(self._model, self._partition, cut, storage) if self._is_on_disk else ""
+            )
         frozen = min(cut - 1, len(self._layers))
         for position, layer in enumerate(self._layers[: max(frozen, 0)]):
             self._replaced.append((layer, layer.__dict__.get("forward")))
             layer.forward = self._wrap(layer.forward, is_last=position == frozen - 1)
 
-    def clear(self) -> None:
-        self._states.clear()
-        self._bytes = 0
-
     def detach(self) -> None:
-        """Gives the layers their own forward back."""
+        """Gives the layers their own forward back, and closes what is open."""
+        self._unwrap()
+        self._states.close()
+
+    def _unwrap(self) -> None:
         for layer, own_forward in self._replaced:
             if own_forward is None:
                 del layer.forward  # the class's own shows again
             else:
                 layer.forward = own_forward
         self._replaced.clear()
+
+    def identify(
+        self, ids: Sequence[int] | None, args: Sequence[Any], kwargs: Mapping[str, Any], tokens: int | None = None
+    ) -> None:  # fmt: skip
+        """Looks at what the model is going to be given, before `unknown_rows`, `fill` and `begin` are asked about it.
+
+        Args:
+            ids: example ids in row order.
+            args, kwargs: of the model's forward.
+            tokens: as in `begin`.
+
+        Raises:
+            CacheError: an example is not what it was, and the cache was required; else it stays out from here on.
+        """
+        if ids is None or not self._replaced:
+            return
+        spans = _spans(kwargs.get("attention_mask"))
+        length = tokens if spans is None else None
+        for example, digest in zip(ids, row_digests(len(ids), args, kwargs, spans), strict=True):
+            if self._digests.setdefault((example, length), digest) == digest:
+                continue
+            if self._is_on_disk:
+                self._digests[example, length] = digest  # another content has states of its own
+                continue
+            problem = CacheError(
+                f"example {example} is not what it was when its activations were stored (random augmentation or "
+                "masking?); make examples deterministic, or use execution.cache='none'"
+            )
+            self._stays_out(problem)
+            return
+
+    def _stays_out(self, error: CacheError) -> None:
+        if self._required:
+            raise error
+        log.warning("no activation cache: %s", error)
+        self._is_usable, self._ids = False, None
+        self.detach()
 
     def begin(self, ids: Sequence[int] | None, attention_mask: Tensor | None, tokens: int | None = None) -> bool:
         """Announces the batch of the next forward; returns whether its prefix will be read from the cache.
@@ -129,12 +178,15 @@ class ActivationCache:
             tokens: T, or None without a token dimension; what tells states apart when the mask does not.
         """
         self._hit = False
+        self._tokens = None
         self._ids = ids if self._replaced else None
         if self._ids is None:
             return False
         self._spans = _spans(attention_mask)
         self._tokens = tokens if self._spans is None else None
-        self._hit = not self._unknown(self._ids, self._spans, self._tokens)
+        states = [self._known(example, row) for row, example in enumerate(self._ids)]
+        self._read_ahead = [state for state in states if state is not None]
+        self._hit = len(self._read_ahead) == len(states)
         if self._hit:
             self.hits += len(self._ids)
         else:
@@ -147,18 +199,18 @@ class ActivationCache:
         """Rows whose states are not stored (at their place in the row); all of them while nothing is frozen."""
         if ids is None or not self._replaced:
             return list(range(len(ids or ())))
-        return self._unknown(ids, _spans(attention_mask), tokens)
+        self._spans = _spans(attention_mask)
+        self._tokens = tokens if self._spans is None else None
+        return [row for row, example in enumerate(ids) if self._known(example, row) is None]
 
-    def _unknown(
-        self, ids: Sequence[int], spans: list[tuple[int, int]] | None, tokens: int | None
-    ) -> list[int]:  # fmt: skip
-        def is_known(row: int) -> bool:
-            state = self._states.get(ids[row])
-            if state is None or spans is None:
-                return state is not None and state.tokens == tokens
-            return state.tokens is None and (state.offset, len(state.states_TD)) == spans[row]
-
-        return [row for row in range(len(ids)) if not is_known(row)]
+    def _known(self, example: int, row: int) -> CachedState | None:
+        """The example's states, if they are those of its place in the row."""
+        state = self._states.get(self._key(example))
+        if state is None:
+            return None
+        if self._spans is None:
+            return state if state.tokens == self._tokens else None
+        return state if state.tokens is None and (state.offset, len(state.values)) == self._spans[row] else None
 
     def fill(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ids: Sequence[int], rows: list[int],
@@ -192,7 +244,7 @@ class ActivationCache:
 
     def end(self) -> None:
         """Ends the batch: forwards until the next `begin` bypass the cache."""
-        self._ids, self._hit = None, False
+        self._ids, self._hit, self._read_ahead = None, False, []
 
     def _wrap(self, forward: Callable[..., Any], *, is_last: bool) -> Callable[..., Any]:
         def cached_forward(*args: Any, **kwargs: Any) -> Any:
@@ -205,11 +257,7 @@ class ActivationCache:
             try:
                 states = self._hidden_of(output)
             except CacheError as error:
-                if self._required:
-                    raise
-                log.warning("no activation cache: %s", error)
-                self._is_usable, self._ids = False, None
-                self.detach()
+                self._stays_out(error)
                 return output
             if is_last:
                 self._write(states.detach())
@@ -237,14 +285,13 @@ class ActivationCache:
     _returns: Callable[[Tensor], Any] = staticmethod(lambda states: states)
 
     def _read(self, like: Tensor) -> Tensor:
-        assert self._ids is not None
-        states = [self._states[example] for example in self._ids]
+        states = self._read_ahead
         if self._spans is None:
-            return torch.stack([state.states_TD for state in states]).to(like.device, like.dtype)
-        width = states[0].states_TD.shape[1:]
+            return torch.stack([state.decoded(like) for state in states])
+        width = states[0].values.shape[1:]
         output_BTD = torch.zeros(len(states), like.shape[1], *width, device=like.device, dtype=like.dtype)
         for row_TD, state in zip(output_BTD, states, strict=True):
-            row_TD[state.offset : state.offset + len(state.states_TD)] = state.states_TD.to(like.device, like.dtype)
+            row_TD[state.offset : state.offset + len(state.values)] = state.decoded(like)
         return output_BTD
 
     def _write(self, states_BTD: Tensor) -> None:
@@ -253,35 +300,36 @@ class ActivationCache:
             raise CacheError(f"the states of examples {list(self._ids)} at cut {self._cut} are not finite; not cached")
         for row, example in enumerate(self._ids):
             offset, length = self._spans[row] if self._spans else (0, states_BTD.shape[1])
-            states_TD = states_BTD[row, offset : offset + length].to("cpu", self._dtype or states_BTD.dtype, copy=True)
-            known = self._states.get(example)
-            freed = 0 if known is None else known.states_TD.nbytes
-            if self._bytes - freed + states_TD.nbytes > self._max_bytes:
-                continue
-            self._bytes += states_TD.nbytes - freed
-            self._states[example] = CachedState(states_TD=states_TD, offset=offset, tokens=self._tokens)
+            states_TD = states_BTD[row, offset : offset + length]
+            state = CachedState.of(states_TD, self._dtype, offset=offset, tokens=self._tokens)
+            if self._states.put(self._key(example), state) and self._dtype is not None:
+                self.largest_error = max(self.largest_error, state.error(states_TD))
 
     def state_dict(self) -> dict[str, Any]:
-        """All stored states; restoring them makes a resumed run read the same bytes."""
+        """All states in memory (those on disk stay there); restoring them makes a resumed run read the same bytes."""
+        held = list(self._states) if isinstance(self._states, MemoryStates) else []
         return {
             "cut": self._cut,
-            "ids": list(self._states),
-            "offsets": [state.offset for state in self._states.values()],
-            "tokens": [state.tokens for state in self._states.values()],
-            "states": [state.states_TD for state in self._states.values()],
+            "ids": [key for key, _ in held],
+            "offsets": [state.offset for _, state in held],
+            "tokens": [state.tokens for _, state in held],
+            "states": [state.values for _, state in held],
+            "scales": [state.scale_T1 for _, state in held],
+            "digests": dict(self._digests),
             "hits": self.hits,
             "misses": self.misses,
+            "largest_error": self.largest_error,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores `state_dict`, after the model's weights."""
+        self.set_cut(0)
         self.set_cut(state["cut"])
-        self.clear()
-        for example, offset, tokens, states_TD in zip(
-            state["ids"], state["offsets"], state["tokens"], state["states"], strict=True
-        ):
-            self._states[example] = CachedState(states_TD=states_TD, offset=offset, tokens=tokens)
-            self._bytes += states_TD.nbytes
-        self.hits, self.misses = state["hits"], state["misses"]
+        columns = (state[name] for name in ("ids", "states", "scales", "offsets", "tokens"))
+        for example, values, scale_T1, offset, tokens in zip(*columns, strict=True):
+            self._states.put(example, CachedState(values=values, scale_T1=scale_T1, offset=offset, tokens=tokens))
+        self._digests = dict(state["digests"])
+        self.hits, self.misses, self.largest_error = state["hits"], state["misses"], state["largest_error"]
 
 
 def _identity(states: Tensor) -> Tensor:

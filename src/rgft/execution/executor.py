@@ -92,6 +92,7 @@ class Executor:
         """Computes the prefix of the rows that the cache lacks, where it knows others; returns how many these were."""
         if self.cache is None or ids is None:
             return 0
+        self.cache.identify(ids, args, kwargs, tokens)
         rows = self.cache.unknown_rows(ids, kwargs.get("attention_mask"), tokens)
         if not 0 < len(rows) < len(ids):
             return 0

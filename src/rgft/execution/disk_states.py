@@ -1,0 +1,234 @@
+"""Hidden states on disk, shared between runs.
+
+A folder holds one folder per fingerprint of what the states depend on (weights below the cut, cut, way of storing),
+and in it one file per run that wrote: records one after the other, each with a checksum, only ever appended to.
+Several runs may read and write at the same time. A record that was torn by a crash, or damaged since, is never used:
+its example is computed again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import secrets
+import shutil
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import BufferedIOBase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rgft.errors import CacheError
+from rgft.execution.states import CachedState, Key
+
+log = logging.getLogger("rgft")
+
+_MAGIC = b"RGF1"
+#: Magic, key, checksum of what follows, bytes of the description, bytes of the content.
+_HEADER = struct.Struct("<4s16sIIQ")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Record:
+    """Where a state lies."""
+
+    file: Path
+    start: int
+    checksum: int
+    description: int
+    content: int
+
+
+class DiskStates:
+    """States in files below a folder, by digests of 16 bytes.
+
+    Args:
+        folder: is made where there is none; may be shared by any runs, also at the same time.
+        max_bytes: of the folder. States of other fingerprints give way, those first that were used least recently; when
+            that is not enough, no more is stored.
+
+    Raises:
+        CacheError: the folder cannot be made or written.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self._root, self._max_bytes = folder, max_bytes
+        self._folder: Path | None = None
+        self._records: dict[Key, _Record] = {}
+        self._bytes = self._others = 0
+        self._readers: dict[Path, BufferedIOBase] = {}
+        self._writer: BufferedIOBase | None = None
+        self._own: Path | None = None
+        self._is_writable = True
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".{secrets.token_hex(8)}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise CacheError(
+                f"execution.cache_dir: expected a folder that can be written, found {folder}: {error.strerror or error}"
+            ) from error
+
+    def open(self, fingerprint: str) -> None:
+        self.close()
+        self._folder = self._root / fingerprint
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            os.utime(self._folder)
+            for path in sorted(self._folder.glob("*.states")):
+                self._records.update(_records(path))
+        except OSError as error:
+            self._gives_up(error)
+        self._bytes = sum(record.content for record in self._records.values())
+        self._others = sum(_size(path) for path in self._other_folders())
+
+    def get(self, key: Key) -> CachedState | None:
+        record = self._records.get(key)
+        if record is None:
+            return None
+        try:
+            data = self._read(record)
+            if zlib.crc32(data) != record.checksum:
+                raise ValueError("the checksum is another")
+            return _decoded(data[: record.description], data[record.description :])
+        except (OSError, ValueError) as error:
+            log.warning("activation cache: %s is damaged (%s); what it lost is computed again", record.file, error)
+            del self._records[key]
+            self._bytes -= record.content
+            return None
+
+    def put(self, key: Key, state: CachedState) -> bool:
+        if self._folder is None or not self._is_writable or not isinstance(key, bytes):
+            return False
+        if self._bytes + state.nbytes > self._max_bytes - self._others and not self._make_room(state.nbytes):
+            return False
+        description, content = _encoded(state)
+        checksum = zlib.crc32(content, zlib.crc32(description))
+        try:
+            if self._writer is None:
+                self._own = self._folder / f"{os.getpid()}-{secrets.token_hex(4)}.states"
+                self._writer = self._own.open("ab")
+            assert self._own is not None
+            start = self._writer.tell()
+            self._writer.write(_HEADER.pack(_MAGIC, key, checksum, len(description), len(content)))
+            self._writer.write(description)
+            self._writer.write(content)
+            self._writer.flush()
+        except OSError as error:
+            self._gives_up(error)
+            return False
+        known = self._records.get(key)
+        self._bytes += len(content) - (0 if known is None else known.content)
+        self._records[key] = _Record(
+            file=self._own, start=start + _HEADER.size, checksum=checksum, description=len(description),
+            content=len(content),
+        )  # fmt: skip
+        return True
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    @property
+    def bytes(self) -> int:
+        return self._bytes
+
+    def close(self) -> None:
+        """Closes the files; what was written stays for other runs."""
+        for file in (*self._readers.values(), *((self._writer,) if self._writer else ())):
+            file.close()
+        self._readers.clear()
+        self._records.clear()
+        self._writer = self._own = self._folder = None
+        self._is_writable = True
+        self._bytes = self._others = 0
+
+    def _read(self, record: _Record) -> bytes:
+        reader = self._readers.get(record.file)
+        if reader is None:
+            reader = self._readers[record.file] = record.file.open("rb")
+        reader.seek(record.start)
+        data = reader.read(record.description + record.content)
+        if len(data) < record.description + record.content:
+            raise ValueError("it ends early")
+        return data
+
+    def _gives_up(self, error: OSError) -> None:
+        """The run goes on without storing more."""
+        self._is_writable = False
+        log.warning(
+            "activation cache: %s cannot be written (%s); examples not stored yet are computed each time",
+            self._folder, error.strerror or error,
+        )  # fmt: skip
+
+    def _make_room(self, wanted: int) -> bool:
+        """Removes states of other fingerprints, least recently used first, until `wanted` bytes fit."""
+        for path in sorted(self._other_folders(), key=lambda path: path.stat().st_mtime):
+            size = _size(path)
+            shutil.rmtree(path, ignore_errors=True)
+            self._others -= size
+            log.info("activation cache: removed %s (%.0f MB) to make room", path, size / 1e6)
+            if self._bytes + wanted <= self._max_bytes - self._others:
+                return True
+        return False
+
+    def _other_folders(self) -> list[Path]:
+        return [path for path in self._root.iterdir() if path.is_dir() and path != self._folder]
+
+
+def _records(path: Path) -> Iterator[tuple[bytes, _Record]]:
+    """All whole records of a file; what a crash tore off at its end is left out."""
+    end = path.stat().st_size
+    with path.open("rb") as file:
+        while len(header := file.read(_HEADER.size)) == _HEADER.size:
+            magic, key, checksum, description, content = _HEADER.unpack(header)
+            start = file.tell()
+            if magic != _MAGIC or start + description + content > end:
+                return
+            yield (
+                key,
+                _Record(file=path, start=start, checksum=checksum, description=description, content=content),
+            )
+            file.seek(description + content, os.SEEK_CUR)
+
+
+def _encoded(state: CachedState) -> tuple[bytes, bytes]:
+    description = {
+        "shape": list(state.values.shape), "dtype": str(state.values.dtype).removeprefix("torch."),
+        "offset": state.offset, "tokens": state.tokens, "is_scaled": state.scale_T1 is not None,
+    }  # fmt: skip
+    tensors = (state.values,) if state.scale_T1 is None else (state.values, state.scale_T1)
+    return json.dumps(description).encode(), b"".join(map(tensor_bytes, tensors))
+
+
+def _decoded(description: bytes, content: bytes) -> CachedState:
+    told: dict[str, Any] = json.loads(description)
+    values, rest = _tensor(content, getattr(torch, told["dtype"]), told["shape"])
+    scale = _tensor(rest, torch.float32, [told["shape"][0], 1])[0] if told["is_scaled"] else None
+    return CachedState(values=values, scale_T1=scale, offset=told["offset"], tokens=told["tokens"])
+
+
+def _tensor(data: bytes, dtype: torch.dtype, shape: list[int]) -> tuple[Tensor, bytes]:
+    size = dtype.itemsize * torch.Size(shape).numel()
+    values = torch.frombuffer(bytearray(data[:size]), dtype=dtype) if size else torch.empty(0, dtype=dtype)
+    return values.reshape(shape), data[size:]
+
+
+def tensor_bytes(tensor: Tensor) -> bytes:
+    """A tensor's elements in memory order."""
+    tensor = tensor.detach().cpu().contiguous()
+    return ctypes.string_at(tensor.data_ptr(), tensor.nbytes) if tensor.numel() else b""
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.glob("*.states"))

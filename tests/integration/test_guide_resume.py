@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -118,6 +119,32 @@ def test_resumed_equals_uninterrupted(preset: str) -> None:
         second.run(STEPS)
         assert_equal(second.end(), expected, f"after step {step}: ")
         assert_equal(first.seen + second.seen, whole.seen)
+
+
+def test_resumed_with_a_cache_on_disk_equals_uninterrupted(tmp_path: Path) -> None:
+    """States that the interrupted run left are found again, though the prefix was trained before it was frozen."""
+
+    def settings(folder: str) -> dict[str, Any]:
+        return {**PRESETS["rgft"], "execution": {"cache": "disk", "cache_dir": str(tmp_path / folder)}}
+
+    torch.manual_seed(7)
+    whole = Session(settings("whole"))
+    whole.run(STEPS)
+    expected = whole.end()
+    for step in INTERRUPTIONS["rgft"]:
+        torch.manual_seed(7)
+        first = Session(settings(f"from {step}"))
+        first.run(step)
+        saved = first.save()
+        first.guide.detach()
+        torch.manual_seed(99)
+        second = Session(settings(f"from {step}"), seed=5)
+        second.load(saved)
+        second.run(STEPS)
+        found = second.end()
+        for end in (found, expected):
+            end["guide"].pop("config", None)
+        assert_equal(found, expected, f"after step {step}: ")
 
 
 def test_phases_are_where_the_test_above_wants_them() -> None:

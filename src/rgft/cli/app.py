@@ -105,6 +105,59 @@ def train(
         _show(report, summary.show, as_json=as_json, quiet=quiet)
 
 
+@app.command()
+def sweep(
+    output: Annotated[Path, typer.Option(help="folder of the sweep: a run folder per trial, sweep.json")],
+    search: Annotated[
+        list[str],
+        typer.Option(
+            metavar="KEY=VALUES",
+            help="setting to search: KEY=A,B,… or KEY=LOW:HIGH, e.g. lr=1e-4:1e-3; may be repeated",
+        ),
+    ],
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="runs in all; not needed where only choices are searched")
+    ] = None,
+    model: Model = None,
+    data: Data = None,
+    task: Task = None,
+    text: Text = None,
+    label: Label = None,
+    validation: Annotated[str | None, typer.Option(help="validation examples; else a tenth is held out")] = None,
+    budget: Annotated[float | None, typer.Option(help="of each trial, as a share of full fine-tuning's FLOPs")] = None,
+    preset: Preset = None,
+    granularity: Granularity = None,
+    epochs: Annotated[float | None, typer.Option(help="of each trial, as in `rgft train`")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="examples per step  [default: 32]")] = None,
+    max_length: MaxLength = None,
+    config: File = None,
+    overrides: Overrides = None,
+    seed: Seed = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the sweep in the folder")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Search settings by validation loss, on one activation cache shared by all trials.
+
+    Trials share activations where layers are frozen from the first step on, e.g. with --set mask.frozen_fraction=0.5
+    --set warmup_fraction=0.
+    """
+    from rgft.cli.failures import reported
+
+    with reported(quiet=quiet):
+        from rgft.cli import sweep as sweeping
+
+        report = sweeping.sweep(
+            file=config, overrides=overrides or (), dimensions=[sweeping.Dimension.parse(item) for item in search],
+            flags={"model": model, "data": data, "task": task, "text": tuple(text) if text else None, "label": label,
+                   "validation": validation, "epochs": epochs, "batch_size": batch_size, "max_length": max_length,
+                   "seed": seed},
+            rgft_flags={"budget": budget, "preset": preset, "granularity": granularity}, trials=trials, output=output,
+            resume=resume, console=Console(stderr=True), quiet=quiet,
+        )  # fmt: skip
+        _show(report, sweeping.show, as_json=as_json, quiet=quiet)
+
+
 @app.command("map")
 def map_errors(
     model: Model = None,

@@ -11,12 +11,23 @@ from rgft.allocation.selection import CandidateMask, depends_on_map, previously_
 from rgft.errors import ConfigError
 
 
-def _sees_candidates_only(mask: Mask) -> bool:
-    return isinstance(mask, CandidateMask) and mask.candidates_only
+@dataclass(frozen=True, kw_only=True)
+class _Around(CandidateMask):
+    """A mask that another one is wrapped in: it needs and sees what that one does."""
+
+    mask: Mask
+
+    @property
+    def candidates_only(self) -> bool:
+        return isinstance(self.mask, CandidateMask) and self.mask.candidates_only
+
+    @property
+    def needs_map(self) -> bool:
+        return depends_on_map(self.mask)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hysteresis(CandidateMask):
+class Hysteresis(_Around):
     """Another mask, in which what is on has an advantage: a component changes state only when it is clearly better.
 
     The inner mask decides on a map in which the scores of components that are on count E_k + margin·|E_k|. So a
@@ -31,7 +42,6 @@ class Hysteresis(CandidateMask):
     """
 
     name: ClassVar[str] = "hysteresis"
-    mask: Mask
     margin: float = 0.1
     settle: int | None = None
 
@@ -39,14 +49,6 @@ class Hysteresis(CandidateMask):
         require_at_least("mask.margin", self.margin, 0.0)
         if self.settle is not None:
             require_at_least("mask.settle", self.settle, 1)
-
-    @property
-    def candidates_only(self) -> bool:
-        return _sees_candidates_only(self.mask)
-
-    @property
-    def needs_map(self) -> bool:
-        return depends_on_map(self.mask)
 
     def active(self, situation: Situation) -> frozenset[str]:
         previous = situation.previous
@@ -61,7 +63,7 @@ class Hysteresis(CandidateMask):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exploring(CandidateMask):
+class Exploring(_Around):
     """Another mask, with a rotating share of what it leaves off put on.
 
     Components are numbered; with G = ⌈1/share⌉ groups, those whose number is the decision's modulo G are on. A
@@ -77,7 +79,6 @@ class Exploring(CandidateMask):
     """
 
     name: ClassVar[str] = "exploring"
-    mask: Mask
     share: float = 0.1
     every: int = 1
     keep_cut: bool = False
@@ -85,14 +86,6 @@ class Exploring(CandidateMask):
     def __post_init__(self) -> None:
         require_fraction("mask.share", self.share)
         require_at_least("mask.every", self.every, 1)
-
-    @property
-    def candidates_only(self) -> bool:
-        return _sees_candidates_only(self.mask)
-
-    @property
-    def needs_map(self) -> bool:
-        return depends_on_map(self.mask)
 
     def active(self, situation: Situation) -> frozenset[str]:
         chosen = self.mask.active(situation)

@@ -45,6 +45,15 @@ def by_layer(components: Iterable[Component]) -> dict[str, tuple[Component, ...]
     return layers
 
 
+def observed_groups(situation: Situation, scope: str) -> list[dict[str, float]]:
+    """Observed scores that compete with each other: of each layer (scope "layer"), or of the whole model ("global")."""
+    scores = observed_scores(situation)
+    if scope == "global":
+        return [scores]
+    layers = by_layer(situation.components).values()
+    return [{c.name: scores[c.name] for c in members if c.name in scores} for members in layers]
+
+
 def outside_layers(components: Iterable[Component]) -> frozenset[str]:
     """Embeddings, final norm, classifier, LM head: what belongs to no layer."""
     return frozenset(component.name for component in components if component.layer is None)

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from rgft.allocation.base import Situation
 from rgft.allocation.selection import (
     CandidateMask,
-    by_layer,
+    observed_groups,
     observed_scores,
     ranking,
     require_fraction,
@@ -62,15 +62,9 @@ class TargetSparsity(CandidateMask):
             raise ConfigError(f"mask.scope: expected 'layer' or 'global', found {self.scope!r}")
 
     def active(self, situation: Situation) -> frozenset[str]:
-        scores = observed_scores(situation)
-        if self.scope == "global":
-            groups = [list(scores)]
-        else:
-            layers = by_layer(situation.components).values()
-            groups = [[c.name for c in members if c.name in scores] for members in layers]
         off: set[str] = set()
-        for group in groups:
-            off.update(ranking({name: scores[name] for name in group})[share_of(1.0 - self.fraction, len(group)) :])
+        for scores in observed_groups(situation, self.scope):
+            off.update(ranking(scores)[share_of(1.0 - self.fraction, len(scores)) :])
         return frozenset(c.name for c in situation.components if c.name not in off)
 
 

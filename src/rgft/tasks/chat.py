@@ -11,9 +11,9 @@ from rgft.errors import DataError
 from rgft.tasks.base import PreparedTask
 from rgft.tasks.chat_encoding import encode
 from rgft.tasks.conversations import Conversation, read_conversations
-from rgft.tasks.models import load_causal_lm, load_tokenizer, require_positions
+from rgft.tasks.models import load_tokenizer
 from rgft.tasks.split import stratified
-from rgft.tasks.token_loss import IGNORED, TokenCollator, TokenMetric, number_of_targets, token_losses
+from rgft.tasks.token_loss import IGNORED, token_task
 
 log = logging.getLogger("rgft")
 
@@ -56,13 +56,7 @@ def chat(
         split: _encoded(some, tokenizer, max_length, assistant_only=assistant_only, split=split)
         for split, some in rows.items()
     }
-    network = load_causal_lm(model, pad_token_id=tokenizer.pad_token_id)
-    require_positions(network, (example["input_ids"] for split in data.values() for example in split))
-    return PreparedTask(
-        model=network, processor=tokenizer, train=data["train"], validation=data["validation"], test=data.get("test"),
-        collate=TokenCollator(tokenizer.pad_token_id), loss=token_losses, metric=TokenMetric, weight=number_of_targets,
-        primary_metric="perplexity",
-    )  # fmt: skip
+    return token_task(model, tokenizer, data)
 
 
 def _set_template(tokenizer: Any, file: str | None) -> None:

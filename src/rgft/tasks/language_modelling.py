@@ -8,9 +8,9 @@ from typing import Any
 from rgft.errors import DataError
 from rgft.tasks.base import PreparedTask
 from rgft.tasks.files import read_rows
-from rgft.tasks.models import load_causal_lm, load_tokenizer, require_positions
+from rgft.tasks.models import load_tokenizer
 from rgft.tasks.split import stratified
-from rgft.tasks.token_loss import TokenCollator, TokenMetric, number_of_targets, token_losses
+from rgft.tasks.token_loss import token_task
 
 log = logging.getLogger("rgft")
 
@@ -59,13 +59,7 @@ def language_modelling(
             )  # fmt: skip
         if not data[split]:
             raise DataError(f"{split}: expected texts of at least two tokens in all, found none")
-    network = load_causal_lm(model, pad_token_id=tokenizer.pad_token_id)
-    require_positions(network, (example["input_ids"] for split in data.values() for example in split))
-    return PreparedTask(
-        model=network, processor=tokenizer, train=data["train"], validation=data["validation"], test=data.get("test"),
-        collate=TokenCollator(tokenizer.pad_token_id), loss=token_losses, metric=TokenMetric, weight=number_of_targets,
-        primary_metric="perplexity",
-    )  # fmt: skip
+    return token_task(model, tokenizer, data)
 
 
 def _texts(source: str, column: str, split: str) -> list[str]:

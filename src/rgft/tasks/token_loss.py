@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from rgft.tasks.base import PreparedTask
+from rgft.tasks.models import load_causal_lm, require_positions
 
 #: Label of a position that is not learnt (PyTorch's default for cross-entropy).
 IGNORED = -100
@@ -82,3 +85,23 @@ class TokenCollator:
             "attention_mask": pad([torch.ones_like(i) for i in ids], batch_first=True),
             "labels": pad(labels, batch_first=True, padding_value=IGNORED),
         }
+
+
+def token_task(model: str, tokenizer: Any, data: Mapping[str, Sequence[Mapping[str, Any]]]) -> PreparedTask:
+    """A causal language model on encoded examples.
+
+    Args:
+        model: hub name or folder.
+        tokenizer: of the model.
+        data: split → examples with `input_ids` and `labels`; "train", "validation" and perhaps "test".
+
+    Raises:
+        DataError: the model cannot be loaded, or has fewer positions than an example has tokens.
+    """
+    network = load_causal_lm(model, pad_token_id=tokenizer.pad_token_id)
+    require_positions(network, (example["input_ids"] for split in data.values() for example in split))
+    return PreparedTask(
+        model=network, processor=tokenizer, train=data["train"], validation=data["validation"], test=data.get("test"),
+        collate=TokenCollator(tokenizer.pad_token_id), loss=token_losses, metric=TokenMetric, weight=number_of_targets,
+        primary_metric="perplexity",
+    )  # fmt: skip

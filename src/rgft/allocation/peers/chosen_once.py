@@ -8,8 +8,7 @@ from typing import ClassVar
 from rgft.allocation.base import Situation
 from rgft.allocation.selection import (
     SelectionPolicy,
-    by_layer,
-    observed_scores,
+    observed_groups,
     outside_layers,
     previously_on,
     ranking,
@@ -57,15 +56,9 @@ class FIMStatic(SelectionPolicy):
 
     def choice(self, situation: Situation) -> frozenset[str]:
         """What would be chosen from the present map."""
-        scores = observed_scores(situation)
-        if self.scope == "global":
-            groups = [list(scores)]
-        else:
-            layers = by_layer(situation.components).values()
-            groups = [[c.name for c in members if c.name in scores] for members in layers]
         chosen = set(unobserved(situation))
-        for group in groups:
-            chosen.update(ranking({name: scores[name] for name in group})[: share_of(self.fraction, len(group))])
+        for scores in observed_groups(situation, self.scope):
+            chosen.update(ranking(scores)[: share_of(self.fraction, len(scores))])
         return frozenset(chosen) | (outside_layers(situation.components) if self.scope == "layer" else frozenset())
 
 

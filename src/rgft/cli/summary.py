@@ -26,7 +26,8 @@ def show(report: Mapping[str, Any], console: Console) -> None:
     table = Table("FLOPs", "", "of full fine-tuning")
     rows = (
         ("full fine-tuning, same batches", flops["same_batches_in_full"]), ("dW skipped", -saved["dw_skipped"]),
-        ("dX truncated", -saved["dx_truncated"]), ("F cached", -saved["forward_cached"]), ("probes", flops["probes"]),
+        ("dX truncated", -saved["dx_truncated"]), ("F cached", -saved["forward_cached"]),
+        ("positions not read", -saved["unread_positions"]), ("probes", flops["probes"]),
         ("cache filling", flops["cache_filling"]), ("spent", flops["spent"]),
     )  # fmt: skip
     for name, value in rows:

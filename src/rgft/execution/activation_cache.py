@@ -56,20 +56,27 @@ class ActivationCache:
     ) -> None:  # fmt: skip
         if not partition.layers:
             raise CacheError("the activation cache needs a model with layers; this one has none. Use cache='none'")
+        self._is_usable = True
         self._model, self._partition = model, partition
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            self._is_usable = False
+            problem = "the activation cache knows no models of an encoder and a decoder; use execution.cache='none'"
+            if required:
+                raise CacheError(problem)
+            log.warning("no activation cache: %s", problem)
         self._layers = [model.get_submodule(path) for path in partition.layers]
         self._dtype = dtype
         self._required = required
-        self._is_usable = True
         self._is_on_disk = folder is not None
         self._states: States = MemoryStates(max_bytes) if folder is None else DiskStates(folder, max_bytes)
         # Of the examples seen at this cut, by id and, where padding cannot be told from tokens, the length of the row.
-        self._digests: dict[tuple[int, int | None], bytes] = {}
+        self._digests: dict[tuple[int, int | None], bytes | None] = {}
         self._cut = 0
         self._replaced: list[tuple[nn.Module, Any]] = []
         self._ids: Sequence[int] | None = None
         self._spans: list[tuple[int, int]] | None = None
         self._tokens: int | None = None
+        self._width: int | None = None
         self._hit = False
         self._read_ahead: list[CachedState] = []
         self._filling = False
@@ -149,11 +156,21 @@ class ActivationCache:
             return
         spans = _spans(kwargs.get("attention_mask"))
         length = tokens if spans is None else None
-        for example, digest in zip(ids, row_digests(len(ids), args, kwargs, spans), strict=True):
-            if self._digests.setdefault((example, length), digest) == digest:
+        if kwargs.get("output_hidden_states"):
+            self._stays_out(CacheError(
+                "the model is asked for the hidden states of all layers, which layers that do not run cannot give; use "
+                "execution.cache='none'"
+            ))  # fmt: skip
+            return
+        digests = row_digests(len(ids), args, kwargs, spans)
+        of_batch: dict[int, bytes] = {}
+        for example, digest in zip(ids, digests, strict=True):
+            is_ambiguous = of_batch.setdefault(example, digest) != digest
+            if self._digests.setdefault((example, length), digest) == digest and not is_ambiguous:
                 continue
             if self._is_on_disk:
-                self._digests[example, length] = digest  # another content has states of its own
+                # Another content has states of its own; two contents of one id in a batch have none.
+                self._digests[example, length] = None if is_ambiguous else digest
                 continue
             problem = CacheError(
                 f"example {example} is not what it was when its activations were stored (random augmentation or "
@@ -183,6 +200,7 @@ class ActivationCache:
         if self._ids is None:
             return False
         self._spans = _spans(attention_mask)
+        self._width = attention_mask.shape[1] if attention_mask is not None and self._spans is not None else None
         self._tokens = tokens if self._spans is None else None
         states = [self._known(example, row) for row, example in enumerate(self._ids)]
         self._read_ahead = [state for state in states if state is not None]
@@ -296,6 +314,12 @@ class ActivationCache:
 
     def _write(self, states_BTD: Tensor) -> None:
         assert self._ids is not None
+        if self._spans is not None and states_BTD.shape[1] != self._width:
+            self._stays_out(CacheError(
+                f"the layers work on {states_BTD.shape[1]} positions, the attention mask tells of {self._width} (other "
+                "modalities, or virtual tokens, beside the text?); use execution.cache='none'"
+            ))  # fmt: skip
+            return
         if not bool(torch.isfinite(states_BTD).all()):
             raise CacheError(f"the states of examples {list(self._ids)} at cut {self._cut} are not finite; not cached")
         for row, example in enumerate(self._ids):
@@ -343,6 +367,7 @@ def _spans(attention_mask: Tensor | None) -> list[tuple[int, int]] | None:
     spans = []
     for row in attention_mask.bool().cpu():
         places = row.nonzero()
-        first, last = (int(places[0]), int(places[-1])) if len(places) else (0, -1)
+        # Of a row that is all padding everything is kept: something may be read of it all the same.
+        first, last = (int(places[0]), int(places[-1])) if len(places) else (0, len(row) - 1)
         spans.append((first, last - first + 1))
     return spans

@@ -8,12 +8,13 @@ its example is computed again.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import logging
 import os
+import re
 import secrets
-import shutil
 import struct
 import zlib
 from collections.abc import Iterator
@@ -31,6 +32,8 @@ from rgft.execution.states import CachedState, Key
 log = logging.getLogger("rgft")
 
 _MAGIC = b"RGF1"
+_SUFFIX = ".states"
+_FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 #: Magic, key, checksum of what follows, bytes of the description, bytes of the content.
 _HEADER = struct.Struct("<4s16sIIQ")
 
@@ -62,7 +65,7 @@ class DiskStates:
         self._root, self._max_bytes = folder, max_bytes
         self._folder: Path | None = None
         self._records: dict[Key, _Record] = {}
-        self._bytes = self._others = 0
+        self._bytes = self._used = self._others = 0  # live content; all that its files take; other fingerprints' files
         self._readers: dict[Path, BufferedIOBase] = {}
         self._writer: BufferedIOBase | None = None
         self._own: Path | None = None
@@ -83,11 +86,12 @@ class DiskStates:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             os.utime(self._folder)
-            for path in sorted(self._folder.glob("*.states")):
+            for path in sorted(self._folder.glob(f"*{_SUFFIX}")):
                 self._records.update(_records(path))
         except OSError as error:
             self._gives_up(error)
         self._bytes = sum(record.content for record in self._records.values())
+        self._used = _size(self._folder)
         self._others = sum(_size(path) for path in self._other_folders())
 
     def get(self, key: Key) -> CachedState | None:
@@ -108,13 +112,14 @@ class DiskStates:
     def put(self, key: Key, state: CachedState) -> bool:
         if self._folder is None or not self._is_writable or not isinstance(key, bytes):
             return False
-        if self._bytes + state.nbytes > self._max_bytes - self._others and not self._make_room(state.nbytes):
-            return False
         description, content = _encoded(state)
+        size = _HEADER.size + len(description) + len(content)
+        if self._used + size > self._max_bytes - self._others and not self._make_room(size):
+            return False
         checksum = zlib.crc32(content, zlib.crc32(description))
         try:
             if self._writer is None:
-                self._own = self._folder / f"{os.getpid()}-{secrets.token_hex(4)}.states"
+                self._own = self._folder / f"{os.getpid()}-{secrets.token_hex(4)}{_SUFFIX}"
                 self._writer = self._own.open("ab")
             assert self._own is not None
             start = self._writer.tell()
@@ -127,6 +132,7 @@ class DiskStates:
             return False
         known = self._records.get(key)
         self._bytes += len(content) - (0 if known is None else known.content)
+        self._used += size
         self._records[key] = _Record(
             file=self._own, start=start + _HEADER.size, checksum=checksum, description=len(description),
             content=len(content),
@@ -146,12 +152,13 @@ class DiskStates:
     def close(self) -> None:
         """Closes the files; what was written stays for other runs."""
         for file in (*self._readers.values(), *((self._writer,) if self._writer else ())):
-            file.close()
+            with contextlib.suppress(OSError):  # what a full disk did not take is torn, and left out when read
+                file.close()
         self._readers.clear()
         self._records.clear()
         self._writer = self._own = self._folder = None
         self._is_writable = True
-        self._bytes = self._others = 0
+        self._bytes = self._used = self._others = 0
 
     def _read(self, record: _Record) -> bytes:
         reader = self._readers.get(record.file)
@@ -173,17 +180,25 @@ class DiskStates:
 
     def _make_room(self, wanted: int) -> bool:
         """Removes states of other fingerprints, least recently used first, until `wanted` bytes fit."""
-        for path in sorted(self._other_folders(), key=lambda path: path.stat().st_mtime):
+        for path in sorted(self._other_folders(), key=_last_used):
             size = _size(path)
-            shutil.rmtree(path, ignore_errors=True)
-            self._others -= size
+            for file in path.glob(f"*{_SUFFIX}"):
+                with contextlib.suppress(OSError):
+                    file.unlink()
+            with contextlib.suppress(OSError):
+                path.rmdir()
+            self._others -= size - _size(path)
             log.info("activation cache: removed %s (%.0f MB) to make room", path, size / 1e6)
-            if self._bytes + wanted <= self._max_bytes - self._others:
+            if self._used + wanted <= self._max_bytes - self._others:
                 return True
         return False
 
     def _other_folders(self) -> list[Path]:
-        return [path for path in self._root.iterdir() if path.is_dir() and path != self._folder]
+        """Of the cache's own making: a user may have given a folder with other things in it."""
+        return [
+            path for path in self._root.iterdir()
+            if path != self._folder and _FINGERPRINT.fullmatch(path.name) and path.is_dir()
+        ]  # fmt: skip
 
 
 def _records(path: Path) -> Iterator[tuple[bytes, _Record]]:
@@ -230,5 +245,16 @@ def tensor_bytes(tensor: Tensor) -> bytes:
     return ctypes.string_at(tensor.data_ptr(), tensor.nbytes) if tensor.numel() else b""
 
 
-def _size(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.glob("*.states"))
+def _size(folder: Path) -> int:
+    total = 0
+    for file in folder.glob(f"*{_SUFFIX}"):
+        with contextlib.suppress(OSError):  # another run may remove it meanwhile
+            total += file.stat().st_size
+    return total
+
+
+def _last_used(folder: Path) -> float:
+    try:
+        return folder.stat().st_mtime
+    except OSError:
+        return 0.0

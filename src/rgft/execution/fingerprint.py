@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from rgft.execution.disk_states import tensor_bytes
 
 #: Raised when what is stored, or what it means, changes.
 FORMAT = 1
-#: Inputs of a model that its hidden states do not depend on.
+#: Inputs of a model that its hidden states do not depend on (encoder–decoder models, whose do, are not cached).
 _NOT_STATES = ("labels", "label", "label_ids")
 #: Entries of a Transformers configuration that say where a model came from, and what its classes are called.
 _NAMES = ("_name_or_path", "id2label", "label2id", "transformers_version", "problem_type", "architectures")
@@ -24,8 +24,9 @@ _NAMES = ("_name_or_path", "id2label", "label2id", "transformers_version", "prob
 def prefix_fingerprint(model: nn.Module, partition: Partition, cut: int, storage: str) -> str:
     """Digest of all that the states at a cut depend on beside the example.
 
-    Weights and buffers below the cut, the layers' structure, the model's configuration, the device's type, torch's
-    version, and how states are stored. What lies above (other classifiers, other seeds) does not count.
+    Weights and buffers below the cut, the modules' classes, code and plain attributes, the model's configuration, the
+    device's type, torch's version, and how states are stored. What lies above (other classifiers, other seeds) does
+    not count. What a forward pass takes from elsewhere (a global, a closure) is not seen.
 
     Args:
         model: plain or bound.
@@ -33,54 +34,116 @@ def prefix_fingerprint(model: nn.Module, partition: Partition, cut: int, storage
         cut: depth.
         storage: the stored type.
     """
-    above_layers = tuple(f"{path}." for path in partition.layers[max(0, cut - 1) :])
     above = {part.parameter for c in partition if c.depth >= cut for part in c.slices}
+    outside = [f"{path}." for path in partition.layers[max(0, cut - 1) :]]
+    outside += [f"{path}." for path in _modules_of(model, above)]
+
+    def is_below(name: str) -> bool:
+        return name not in above and not f"{name}.".startswith(tuple(outside))
+
     digest = hashlib.blake2b(digest_size=16)
-    layers = [repr(model.get_submodule(path)) for path in partition.layers[: max(0, cut - 1)]]
+    modules = [(path, _described(module)) for path, module in model.named_modules() if is_below(path)]
     device = next(model.parameters()).device.type
-    facts = [FORMAT, cut, storage, device, torch.__version__, layers, _configuration(model)]
+    facts = [FORMAT, cut, storage, device, torch.__version__, modules, _configuration(model)]
     digest.update(json.dumps(facts, default=str, sort_keys=True).encode())
-    for name, tensor in model.state_dict().items():
-        if name not in above and not name.startswith(above_layers):
+    tensors = {**model.state_dict(), **dict(model.named_buffers())}  # some buffers are in no state_dict
+    for name, tensor in sorted(tensors.items()):
+        if isinstance(tensor, Tensor) and is_below(name):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
 
 
+def _modules_of(model: nn.Module, parameters: set[str]) -> list[str]:
+    """Modules all of whose parameters are among `parameters`: classifiers, say, with their attributes."""
+    found: list[str] = []
+    for path, module in model.named_modules():
+        names = [f"{path}.{name}" for name, _ in module.named_parameters()]
+        if path and names and parameters.issuperset(names):
+            found.append(path)
+    return found
+
+
+def _described(module: nn.Module) -> list[Any]:
+    """Class, code of its forward, and attributes that are plain values."""
+    code = getattr(type(module).forward, "__code__", None)
+    told = "" if code is None else hashlib.blake2b(code.co_code + repr(code.co_names).encode()).hexdigest()
+    plain = {
+        key: value for key, value in vars(module).items()
+        if not key.startswith("_rgft") and key != "training" and _is_plain(value)
+    }  # fmt: skip
+    return [type(module).__name__, told, plain]
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, list | tuple | set | frozenset):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, str | int | float | bool)
+
+
 def _configuration(model: nn.Module) -> Any:
     told = getattr(getattr(model, "config", None), "to_dict", dict)()
-    return [type(model).__qualname__, {key: value for key, value in told.items() if key not in _NAMES}]
+    return {key: value for key, value in told.items() if key not in _NAMES}
 
 
 def row_digests(
     rows: int, args: Sequence[Any], kwargs: Mapping[str, Any], spans: Sequence[tuple[int, int]] | None
 ) -> list[bytes]:  # fmt: skip
-    """Digest of what the model is given of each row: all batched tensors but labels, without padding.
+    """Digest of what the model is given of each row, without padding, and of the precision that it computes in.
+
+    All tensors but labels count, also in nested mappings and sequences: of batched ones the row, others whole; and
+    plain values.
 
     Args:
         rows: of the batch.
         args, kwargs: of the model's forward.
         spans: (offset, length) of each row's tokens; None: rows are used whole.
     """
-    named = [(str(place), value) for place, value in enumerate(args)] + sorted(kwargs.items())
-    inputs = [
-        (name, value.detach().cpu())
-        for name, value in named
-        if isinstance(value, Tensor) and value.dim() and value.shape[0] == rows and name not in _NOT_STATES
-    ]  # fmt: skip
+    inputs = sorted(_leaves("", {**{str(place): value for place, value in enumerate(args)}, **kwargs}))
     width = _width(kwargs) if spans is not None else None
+    shared = hashlib.blake2b(f"{_precision()}".encode(), digest_size=16)
+    batched: list[tuple[str, Tensor]] = []
+    for name, value in inputs:
+        if isinstance(value, Tensor) and value.dim() and value.shape[0] == rows:
+            batched.append((name, value.detach().cpu()))
+        elif isinstance(value, Tensor):
+            shared.update(f"{name} {value.dtype} {tuple(value.shape)}".encode() + tensor_bytes(value))
+        else:
+            shared.update(f"{name} {value!r}".encode())
     digests: list[bytes] = []
     for row in range(rows):
-        digest = hashlib.blake2b(digest_size=16)
-        for name, value in inputs:
+        digest = shared.copy()
+        if spans is not None:
+            digest.update(f"from {spans[row][0]}".encode())
+        for name, value in batched:
             part = value[row]
             if spans is not None and part.dim() and part.shape[0] == width:
                 offset, length = spans[row]
                 part = part[offset : offset + length]
-            digest.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
-            digest.update(tensor_bytes(part))
+            digest.update(f"{name} {part.dtype} {tuple(part.shape)}".encode() + tensor_bytes(part))
         digests.append(digest.digest())
     return digests
+
+
+def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if key not in _NOT_STATES:
+                yield from _leaves(f"{path}.{key}", item)
+    elif isinstance(value, list | tuple):
+        for place, item in enumerate(value):
+            yield from _leaves(f"{path}.{place}", item)
+    elif isinstance(value, Tensor) or _is_plain(value):
+        yield path, value
+
+
+def _precision() -> list[str]:
+    devices = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+    return [
+        torch.get_float32_matmul_precision(), *(f"{device} {torch.get_autocast_dtype(device)}" for device in devices)
+    ]  # fmt: skip
 
 
 def _width(kwargs: Mapping[str, Any]) -> int | None:

@@ -41,7 +41,7 @@ class CachedState:
         if dtype is not torch.int8:
             values = states.detach().to("cpu", dtype or states.dtype, copy=True)
             return cls(values=values, offset=offset, tokens=tokens)
-        flat = states.detach().float().reshape(states.shape[0], -1)
+        flat = states.detach().float().flatten(1)
         scale = flat.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127.0
         values = (flat / scale).round().to(torch.int8).reshape(states.shape)
         return cls(values=values.cpu(), scale_T1=scale.cpu(), offset=offset, tokens=tokens)
@@ -50,7 +50,7 @@ class CachedState:
         """The states, with the device and type of `like`."""
         if self.scale_T1 is None:
             return self.values.to(like.device, like.dtype)
-        flat = self.values.reshape(self.values.shape[0], -1).to(like.device, torch.float32)
+        flat = self.values.flatten(1).to(like.device, torch.float32)
         return (flat * self.scale_T1.to(like.device)).reshape(self.values.shape).to(like.dtype)
 
     @property
@@ -59,7 +59,9 @@ class CachedState:
 
     def error(self, states: Tensor) -> float:
         """The largest error of a token, ‖x̂ − x‖ / ‖x‖."""
-        exact = states.detach().double().reshape(states.shape[0], -1)
+        if not states.numel():
+            return 0.0
+        exact = states.detach().double().flatten(1)
         norms = torch.linalg.vector_norm(exact, dim=1).clamp(min=torch.finfo(torch.float64).tiny)
         distances = torch.linalg.vector_norm(self.decoded(states).double().reshape(exact.shape) - exact, dim=1)
         return float((distances / norms).max())

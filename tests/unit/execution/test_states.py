@@ -13,6 +13,8 @@ from rgft.errors import CacheError
 from rgft.execution.disk_states import DiskStates
 from rgft.execution.states import CachedState, MemoryStates
 
+OLD = "0" * 32
+
 
 def states(tokens: int = 5, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(tokens, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
@@ -26,7 +28,7 @@ def key(number: int) -> bytes:
     return number.to_bytes(16, "little")
 
 
-def on_disk(folder: Path, fingerprint: str = "a", max_bytes: int = 10_000) -> DiskStates:
+def on_disk(folder: Path, fingerprint: str = "a" * 32, max_bytes: int = 10_000) -> DiskStates:
     found = DiskStates(folder, max_bytes)
     found.open(fingerprint)
     return found
@@ -82,7 +84,7 @@ def test_disk_gives_back_the_same_bytes_also_to_another_run(dtype: torch.dtype |
             assert torch.equal(found.values, expected.values)
             assert (found.offset, found.tokens) == (2, None)
             assert dtype is not torch.int8 or torch.equal(found.scale_T1, expected.scale_T1)  # type: ignore[arg-type]
-    assert len(on_disk(tmp_path, "b")) == 0
+    assert len(on_disk(tmp_path, "b" * 32)) == 0
     assert len(files(tmp_path)) == 2
 
 
@@ -120,8 +122,8 @@ def test_a_damaged_record_is_never_read(where: int, tmp_path: Path, caplog: pyte
 
 
 def test_a_file_of_something_else_is_passed_over(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "x.states").write_bytes(b"no states at all, but long enough to be taken for a header")
+    (tmp_path / ("a" * 32)).mkdir()
+    (tmp_path / ("a" * 32) / "x.states").write_bytes(b"no states at all, but long enough to be taken for a header")
     store = on_disk(tmp_path)
     assert len(store) == 0
     assert store.put(key(0), stored())
@@ -129,19 +131,38 @@ def test_a_file_of_something_else_is_passed_over(tmp_path: Path) -> None:
 
 
 def test_old_fingerprints_give_way_and_then_nothing_more_is_stored(tmp_path: Path) -> None:
-    size = stored().nbytes
-    old = on_disk(tmp_path, "old")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.states").write_text("not of the cache's making")
+    old = on_disk(tmp_path, OLD)
     assert all(old.put(key(i), stored(i)) for i in range(3))
     old.close()
-    taken = sum(path.stat().st_size for path in files(tmp_path))
-    new = on_disk(tmp_path, "new", max_bytes=taken + size)
+    taken = sum(path.stat().st_size for path in (tmp_path / OLD).iterdir())
+    new = on_disk(tmp_path, "e" * 32, max_bytes=taken + taken // 3)
     assert new.put(key(0), stored())
-    assert (tmp_path / "old").exists()
+    assert (tmp_path / OLD).exists()
     assert all(new.put(key(i), stored(i)) for i in range(1, 3))
-    assert not (tmp_path / "old").exists()
-    small = on_disk(tmp_path, "new", max_bytes=3 * size)
+    assert not (tmp_path / OLD).exists()
+    small = on_disk(tmp_path, "e" * 32, max_bytes=taken)
     assert not small.put(key(9), stored(9))
     assert len(small) == 3
+    assert (tmp_path / "thesis" / "chapter.states").exists()
+
+
+def test_what_is_replaced_still_counts_until_its_file_is_gone(tmp_path: Path) -> None:
+    store = on_disk(tmp_path, max_bytes=2_000)
+    assert not all(store.put(key(0), stored(i)) for i in range(20))
+    assert len(store) == 1
+    assert sum(path.stat().st_size for path in files(tmp_path)) <= 2_000
+
+
+def test_rows_without_tokens_can_be_stored(tmp_path: Path) -> None:
+    empty = CachedState.of(torch.zeros(0, 8), torch.int8, offset=0, tokens=None)
+    store = on_disk(tmp_path)
+    assert store.put(key(0), empty)
+    found = store.get(key(0))
+    assert found is not None
+    assert found.decoded(torch.zeros(0, 8)).shape == (0, 8)
+    assert found.error(torch.zeros(0, 8)) == 0.0
 
 
 def test_a_full_disk_stops_storing_and_nothing_else(

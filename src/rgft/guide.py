@@ -189,8 +189,9 @@ class Guide:
             self._measurement.set_optimizer(optimizer)
 
     def prepare(
-        self, stream: BatchStream, *, full_flops: float | None = None, cost_loss: Loss | None = None
-    ) -> RunPlan:
+        self, stream: BatchStream, *, full_flops: float | None = None, cost_loss: Loss | None = None,
+        own_loss: bool = True,
+    ) -> RunPlan:  # fmt: skip
         """Traces costs on a first batch, scans the workload and fixes the run plan. `batches` calls it.
 
         Args:
@@ -198,12 +199,13 @@ class Guide:
             full_flops: FLOPs of that full fine-tuning; None: of all components of this model, which is right unless
                 the model is not the one that would be fully fine-tuned (adapters).
             cost_loss: what costs are traced on, where the loss itself cannot be read off the graph (fused kernels).
+            own_loss: whether the passes are made by `loss`. Of another's loss it is not known which positions it reads.
 
         Raises:
             BudgetError: no plan fits the budget.
         """
         example = stream.load(next(stream.indices()))
-        costs = self._traced_costs(example, cost_loss or self._mean_loss)
+        costs = self._traced_costs(example, cost_loss or self._mean_loss, proves_loss=own_loss and cost_loss is None)
         workload, spending = Workload.scan(stream), self._spending
         pace = self._machine_pace() if spending.needs_pace else None
         spending.allow(costs, workload, full=full_flops, pace=pace)
@@ -221,7 +223,7 @@ class Guide:
         )  # fmt: skip
         return self.run_plan
 
-    def _traced_costs(self, example: Any, loss: Loss) -> CostModel:
+    def _traced_costs(self, example: Any, loss: Loss, *, proves_loss: bool) -> CostModel:
         """Costs of any plan; finds on the way which positions the last layer need not compute."""
 
         def traced() -> CostModel:
@@ -230,15 +232,18 @@ class Guide:
                 is_sliceable=lambda module: layout_of(module) is not None,
             )  # fmt: skip
 
+        if self._executor.positions is not None:
+            self._executor.positions.detach()
+            self._executor.positions = None
         with self._binding.plain():
             costs = traced()
-            if self.config.execution.positions == "all":
+            if self.config.execution.positions == "all" or not proves_loss:
                 return costs
             positions = ReadPositions.find(self.model, self.partition, example, loss)
             if positions is None:
                 return costs
             with positions.skipping():
-                costs = costs.with_skipping(traced())
+                costs = costs.with_skipping(traced(), last_layer=len(self.partition.layers))
         self._executor.positions = positions
         return costs
 
@@ -514,6 +519,7 @@ class Guide:
         filled = self._executor.fill_cache(args, kwargs, self._ids, tokens)
         if filled:
             self._spending.book_fill(filled, tokens, below=self.plan.cut, seconds=time.perf_counter() - started)
+        self._executor.skip_positions(self.plan.cut <= len(self.partition.layers))
         hit = self._executor.begin_forward(self._ids, kwargs.get("attention_mask"), tokens)
         self._spending.book_pass(
             self._executor.active, rows=rows, tokens=tokens, cached_below=self.plan.cut if hit else 0

@@ -118,6 +118,8 @@ def test_an_interrupted_sweep_goes_on(inputs: list[str], tmp_path: Path, monkeyp
         (("--search", "mask.frozen_fraction=0.5,1.5"), "frozen_fraction"),
         (("--search", "lr=1e-3", "--search", "lr=1e-4"), "once"),
         (("--search", "lr=1e-3", "--set", "test=somewhere.csv"), "test"),
+        (("--search", "test=somewhere.csv,elsewhere.csv"), "test"),
+        (("--search", "mask.frozen_fraction=0.5", "--search", "rgft.mask.frozen_fraction=0.3"), "once"),
         (("--search", "lr=1e-3", "--resume"), "no sweep"),
     ],
 )
@@ -127,6 +129,42 @@ def test_bad_input_is_refused_before_the_first_trial(
     said = refused("sweep", *inputs, "--output", str(tmp_path / "sweep"), *more)
     assert message in said
     assert not (tmp_path / "sweep" / "trial-000").exists()
+
+
+def test_a_trial_that_diverges_is_told_so_and_the_others_go_on(inputs: list[str], tmp_path: Path) -> None:
+    more = (*FROZEN, "--search", "lr=1e30,1e-3")
+    report = swept(inputs, tmp_path / "sweep", *more)
+    assert [trial["loss"] is None for trial in report["trials"]] == [True, False]
+    assert report["best"]["searched"] == {"lr": "1e-3"}
+    table = invoke("sweep", *inputs, "--output", str(tmp_path / "sweep"), *more, "--resume").stdout
+    assert "diverged, and not counted: trials 0" in table
+
+
+def test_all_trials_diverging_is_a_failure(inputs: list[str], tmp_path: Path) -> None:
+    output = ("--output", str(tmp_path / "sweep"))
+    assert "diverged" in refused("sweep", *inputs, *output, *FROZEN, "--search", "lr=1e30", code=1)
+
+
+@pytest.mark.parametrize("other", [("--epochs", "3"), ("--search", "batch_size=8,16"), ("--budget", "0.4")])
+def test_going_on_with_other_settings_is_refused(inputs: list[str], tmp_path: Path, other: tuple[str, ...]) -> None:
+    more = ("--output", str(tmp_path / "sweep"), "--search", "lr=1e-3", "--epochs", "1")
+    invoke("sweep", *inputs, *more, "--quiet")
+    assert "not be comparable" in refused("sweep", *inputs, *more, *other, "--resume")
+
+
+def test_whole_numbers_stay_whole_and_grids_are_not_repeated(inputs: list[str], tmp_path: Path) -> None:
+    assert Dimension.parse("batch_size=8:16").examples == (8, 16)
+    assert Dimension.parse("warmup=0:0.5").examples == (0.0, 0.5)
+    short = ("--epochs", "1", "--trials", "3")
+    report = swept(inputs, tmp_path / "a", *short, "--search", "lr=1e-4,1e-3", "--search", "weight_decay=0,0.1")
+    assert len({tuple(trial["searched"].values()) for trial in report["trials"]}) == 3
+    report = swept(inputs, tmp_path / "b", "--epochs", "1", "--trials", "2", "--search", "batch_size=8:16")
+    assert all(isinstance(trial["searched"]["batch_size"], int) for trial in report["trials"])
+
+
+def test_a_file_in_the_place_of_the_folder(inputs: list[str], tmp_path: Path) -> None:
+    (tmp_path / "sweep").touch()
+    assert "--output" in refused("sweep", *inputs, "--output", str(tmp_path / "sweep"), "--search", "lr=1e-3")
 
 
 def test_a_sweep_is_not_overwritten(inputs: list[str], tmp_path: Path) -> None:

@@ -149,7 +149,9 @@ def test_examples_that_change_switch_an_automatic_cache_off(caplog: pytest.LogCa
     assert_same_state(guide.model, train(change=change, cache="none").model)
 
 
-@pytest.mark.parametrize("execution", [{"cache": "disk"}, {"cache": "memory", "cache_dir": "x"}, {"cache_dir": "x"}])
+@pytest.mark.parametrize(
+    "execution", [{"cache": "disk"}, {"cache": "memory", "cache_dir": "x"}, {"cache": "none", "cache_dir": "x"}]
+)
 def test_a_folder_goes_with_a_cache_on_disk(execution: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="cache_dir"):
         Config(execution=execution)

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from rgft import Config, Guide
+from rgft.batches import BatchStream
 from rgft.execution.read_positions import ReadPositions
 from rgft.partition import partition
 from rgft.telemetry.flop_counter import count_flops
 from tests.families import FAMILIES, WIDTH, Family
 from tests.integration.loops import Examples, adamw, collate, guided
+from tests.integration.policies import Scripted, steer
 
 #: Those whose classifier reads one position, by a selection.
 CLASSIFIERS = ["bert", "roberta", "distilbert", "mpnet", "vit", "peft_lora"]
@@ -149,6 +151,79 @@ def test_a_block_with_a_loss_of_its_own_is_left_alone() -> None:
         return model_loss(model, batch) + layer.intermediate.side
 
     assert find(model, family.batch(), loss) is None
+
+
+class Normalised(nn.Module):
+    """A feed-forward block that normalises over all tokens of a batch in training mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(WIDTH, 8), nn.BatchNorm1d(8), nn.Linear(8, 2 * WIDTH)
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        inner = self.first(hidden_BTD)
+        return self.second(self.norm(inner.flatten(0, 1)).view_as(inner))
+
+
+def test_what_normalises_over_the_batch_is_not_narrowed() -> None:
+    family = FAMILIES["bert"]
+    model: Any = family.build()
+    layer = model.bert.encoder.layer[-1]
+    layer.intermediate = Normalised()
+    layer.output.dense = nn.Linear(2 * WIDTH, WIDTH)
+    found = find(model, family.batch())
+    assert found is not None
+    assert not any("intermediate" in path for path in found.paths)
+
+
+def test_losses_that_also_read_what_the_layer_computes_inside() -> None:
+    """With weight zero for now: by numbers nothing would show."""
+    family = FAMILIES["bert"]
+    model: Any = family.build()
+    inner: list[Tensor] = []
+    model.bert.encoder.layer[-1].attention.self.query.register_forward_hook(lambda m, a, output: inner.append(output))
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        return model_loss(model, batch) + 0.0 * inner[-1].square().mean()
+
+    assert find(model, family.batch(), loss) is None
+
+
+def test_autocast_inside_the_loss() -> None:
+    family = FAMILIES["bert"]
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model_loss(model, batch)
+
+    found = find(without_dropout(family), family.batch(), loss)
+    assert found is not None
+    assert len(found.paths) >= 3
+
+
+def test_a_cut_above_the_last_layer_caches_every_position() -> None:
+    family = FAMILIES["bert"]
+    outputs = []
+    for positions in ("all", "auto"):
+        guide = Guide(without_dropout(family), Config(execution={"cache": "memory", "positions": positions}))
+        steer(guide, Scripted(lambda s: {"classifier", "bert.pooler"}))
+        guided(guide, adamw(guide), Examples(family), epochs=2, collate_fn=collate)
+        assert guide.cache is not None
+        assert guide.cache.hits > 0
+        assert guide.ledger.unread_flops == 0.0
+        outputs.append(guide.cache.state_dict()["states"])
+        guide.detach()
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+
+
+def test_preparing_twice_leaves_no_hooks() -> None:
+    family = FAMILIES["bert"]
+    model = family.build()
+    guide = Guide(model, Config())
+    for _ in range(2):
+        guide.prepare(BatchStream(Examples(family), batch_size=4, collate_fn=collate, epochs=1, seed=0))
+    guide.detach()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def test_training_with_and_without_skipping_agree() -> None:

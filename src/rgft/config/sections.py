@@ -134,10 +134,11 @@ class ExecutionConfig(Section):
 
     @model_validator(mode="after")
     def _folder_of_a_disk_cache(self) -> Self:
-        if (self.cache == "disk") != (self.cache_dir is not None):
+        has_place = self.cache_dir is not None
+        if (self.cache == "disk" and not has_place) or (self.cache in ("none", "memory") and has_place):
             raise ValueError(
-                f"expected cache_dir with cache 'disk', and only then; found cache {self.cache!r} and cache_dir "
-                f"{self.cache_dir!r}"
+                f"expected cache_dir with cache 'disk' (or 'auto'), and only there; found cache {self.cache!r} and "
+                f"cache_dir {self.cache_dir!r}"
             )
         return self
 
@@ -154,7 +155,9 @@ class ExecutionConfig(Section):
     cache_max_bytes: int = Field(
         default=4 << 30, ge=0, description="bytes the cache may hold; examples beyond are recomputed each time"
     )
-    cache_dir: str | None = Field(default=None, description="folder of a cache on disk")
+    cache_dir: str | None = Field(
+        default=None, description="folder of a cache on disk; with cache 'auto', on disk where the model can be cached"
+    )
     positions: Literal["auto", "all"] = Field(
         default="all",
         description="what the last layer computes in training steps; auto: only the positions whose output the loss "

@@ -102,6 +102,7 @@ class CostModel:
         training: operations of a training step.
         probing: operations in eval mode, as probes and cache filling run (without dropout, attention may be fused).
         plain: where training steps skip work that no plan needs (`ReadPositions`), the costs without that.
+        skips_to: depth of the last layer; plans with a cut above it, whose layers only fill caches, skip nothing.
     """
 
     names: tuple[str, ...]
@@ -109,6 +110,7 @@ class CostModel:
     training: tuple[Operation, ...]
     probing: tuple[Operation, ...]
     plain: CostModel | None = None
+    skips_to: int = 0
     _memo: dict[Any, tuple[Coefficients, Coefficients, Coefficients]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -152,9 +154,9 @@ class CostModel:
         """The costs of steps that compute everything."""
         return self.plain or self
 
-    def with_skipping(self, skipping: CostModel) -> CostModel:
-        """These costs, but for training steps, which cost what `skipping` says."""
-        return replace(self, training=skipping.training, plain=self)
+    def with_skipping(self, skipping: CostModel, *, last_layer: int) -> CostModel:
+        """These costs, but for training steps that train the last layer or below: they cost what `skipping` says."""
+        return replace(self, training=skipping.training, plain=self, skips_to=last_layer)
 
     def forward_flops(self, rows: int, tokens: int, below: int | None = None) -> float:
         """FLOPs of a forward pass in eval mode: all of it, or (filling a cache) what lies below a cut."""
@@ -197,7 +199,7 @@ class CostModel:
         return {
             "names": list(self.names), "depths": list(self.depths),
             "training": [asdict(op) for op in self.training], "probing": [asdict(op) for op in self.probing],
-            "plain": None if self.plain is None else self.plain.to_dict(),
+            "plain": None if self.plain is None else self.plain.to_dict(), "skips_to": self.skips_to,
         }  # fmt: skip
 
     @classmethod
@@ -206,7 +208,7 @@ class CostModel:
             names=tuple(data["names"]), depths=tuple(data["depths"]),
             training=tuple(_operation(op) for op in data["training"]),
             probing=tuple(_operation(op) for op in data["probing"]),
-            plain=None if data["plain"] is None else cls.from_dict(data["plain"]),
+            plain=None if data["plain"] is None else cls.from_dict(data["plain"]), skips_to=data["skips_to"],
         )  # fmt: skip
 
     @cached_property
@@ -227,6 +229,8 @@ class CostModel:
                 f"expected every component below the cached cut {cached_below} to be off; found active: "
                 f"{', '.join(wrong)}; lower cached_below or turn them off"
             )
+        if self.plain is not None and all(self.depths[self.names.index(name)] > self.skips_to for name in active):
+            return self.plain._plan(active, cached_below, training)
         mask = sum(self._bits[name] for name in active)
         forward = dx = dw = _ZERO
         for op in self.training if training else self.probing:

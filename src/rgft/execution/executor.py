@@ -103,7 +103,6 @@ class Executor:
         self, ids: Sequence[int] | None, attention_mask: Tensor | None, tokens: int | None
     ) -> bool:  # fmt: skip
         """Announces a training forward; returns whether the prefix will be read from the cache."""
-        self.skip_positions(True)
         return self.cache is not None and self.cache.begin(ids, attention_mask, tokens)
 
     def skip_positions(self, skips: bool) -> None:

@@ -5,14 +5,15 @@ attention (output projection, feed-forward block) has a residual of exactly zero
 all of its gradients vanish. While skipping is on, those modules see the one position that is read. Loss and gradients
 are the same, but for the order of sums and, with dropout, for the random numbers drawn.
 
-Nothing is assumed of the model. The position is read off the autograd graph (every path from the loss to the last
-layer goes through a selection of it), a module is narrowed only if the gradient of its output vanishes elsewhere and
-its output at the position depends on nothing else, and in the end loss and gradients are compared with the plain ones.
+Nothing is assumed of the model. The first position must be all that is read, by the autograd graph: every path from
+the loss to anything the last layer computes goes through a selection of it. A module is narrowed only if the gradient
+of its output vanishes elsewhere and its output at the position depends on nothing else, and in the end loss and
+gradients are compared with the plain ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,9 +31,13 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 #: Rows of the batches looked at: one example would not show what is read from which.
 ROWS = 2
+#: Normalise over examples and positions in training mode, whatever they do in eval mode.
+OVER_BATCH = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 #: Norm-relative difference allowed to rounding: a product of fewer rows may be summed in another order.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 COARSE_TOLERANCE = 5e-2
+#: Norm of a parameter's gradient, relative to the largest one, below which it need not be equal in itself.
+NEGLIGIBLE = 1e-2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +56,12 @@ class ReadPositions:
         position: the one that is read.
 
     Attributes:
-        is_on: whether forwards skip.
+        is_on: whether forwards in training mode, with gradients, skip.
     """
 
     def __init__(self, model: nn.Module, paths: Sequence[str], position: int) -> None:
         self.paths, self.position = tuple(paths), position
-        self.is_on = False
+        self.is_on = self._is_forced = False
         self._lengths: dict[nn.Module, int] = {}
         modules = [model.get_submodule(path) for path in paths]
         self._handles = [m.register_forward_pre_hook(self._narrow, with_kwargs=True) for m in modules]
@@ -77,9 +82,8 @@ class ReadPositions:
         with undisturbed(model), torch.enable_grad():
             search = _Search(model, partition.layers[-1], loss)
             model.train()
-            positions = {search.position_read(small_batch) for small_batch in batches}
-            position = positions.pop()
-            if positions or position is None:
+            position = 0  # another one may be counted from an end that differs between batches
+            if not all(search.is_all_that_is_read(position, small_batch) for small_batch in batches):
                 return None
             candidates = set(search.paths)
             for small_batch in batches:
@@ -98,12 +102,12 @@ class ReadPositions:
 
     @contextmanager
     def skipping(self) -> Iterator[None]:
-        """Inside, forwards skip."""
-        before, self.is_on = self.is_on, True
+        """Inside, all forwards skip."""
+        before, self._is_forced = self._is_forced, True
         try:
             yield
         finally:
-            self.is_on = before
+            self._is_forced = before
 
     def detach(self) -> None:
         """Removes the hooks."""
@@ -113,7 +117,9 @@ class ReadPositions:
 
     def _narrow(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._lengths.pop(module, None)
-        length = _length(args, kwargs) if self.is_on else None
+        # Between a step's passes users compute other things: those are in eval mode, or without gradients.
+        is_on = self._is_forced or (self.is_on and module.training and torch.is_grad_enabled())
+        length = _length(args, kwargs) if is_on else None
         if length is None or length <= self.position:
             return None
         self._lengths[module] = length
@@ -132,19 +138,17 @@ class _Search:
     def __init__(self, model: nn.Module, layer: str, loss: Loss) -> None:
         self.model, self.layer, self.loss = model, layer, loss
         inside = model.get_submodule(layer).named_modules(prefix=layer)
-        self.paths = [path for path, module in inside if any(p.dim() > 1 for p in module.parameters())]
+        self.everything = [path for path, _ in inside]
+        self.paths = [path for path in self.everything if _may_be_narrowed(model.get_submodule(path))]
 
-    def position_read(self, batch: Any) -> int | None:
-        """The only position of the last layer's output that the loss depends on."""
-        loss, calls = self._run(batch, [self.layer])
+    def is_all_that_is_read(self, position: int, batch: Any) -> bool:
+        """Whether the loss depends on the last layer by that position of its output alone."""
+        loss, calls = self._run(batch, self.everything)
         hidden_BTD = _hidden(calls[self.layer].output) if self.layer in calls else None
         if hidden_BTD is None or hidden_BTD.grad_fn is None or loss.grad_fn is None:
-            return None
-        selections = _selections(loss.grad_fn, hidden_BTD.grad_fn)
-        if selections is None or len(selections) != 1:
-            return None
-        (position,) = selections
-        return position if 0 <= position < hidden_BTD.shape[1] else None
+            return False
+        computed = {tensor.grad_fn for call in calls.values() for tensor in _tensors(call.output)}
+        return _selections(loss.grad_fn, computed - {None}) == {position}
 
     def paths_read_at(self, position: int, batch: Any) -> set[str]:
         """Modules called once, on [B, T, …] alone, the gradient of whose output vanishes at all other positions.
@@ -152,8 +156,8 @@ class _Search:
         None, where the gradient of the layer's input vanishes there too: then the examples have nothing at other
         positions (padding), and zeros prove nothing. Nor does a gradient that vanishes everywhere (a LoRA pair's).
         """
-        loss, calls = self._run(batch, self.paths)
-        fit = {path: call for path, call in calls.items() if _is_positional(call)}
+        loss, calls = self._run(batch, sorted({self.layer, *self.paths}))
+        fit = {path: calls[path] for path in self.paths if path in calls and _is_positional(calls[path])}
         layer = calls[self.layer]
         hidden_BTD = _hidden((*layer.args, *layer.kwargs.values()))
         if hidden_BTD is None or not hidden_BTD.requires_grad:
@@ -170,15 +174,20 @@ class _Search:
 
     def paths_of_one_position(self, position: int, batch: Any, candidates: set[str]) -> set[str]:
         """Those whose output at the position is the same when they see nothing else."""
-        _, calls = self._run(batch, sorted(candidates))
         found: set[str] = set()
-        for path, call in calls.items():
+
+        def compare(path: str, call: _Call) -> None:
             args, kwargs = _at(position, call.args, call.kwargs)
             with torch.no_grad():
-                alone_B1D = self.model.get_submodule(path)(*args, **kwargs)
+                try:
+                    alone_B1D = self.model.get_submodule(path).forward(*args, **kwargs)
+                except (IndexError, RuntimeError, TypeError, ValueError):
+                    return  # it needs the others
             whole_B1D = call.output[:, position : position + 1]
             if alone_B1D.shape == whole_B1D.shape and _is_close(alone_B1D, whole_B1D):
                 found.add(path)
+
+        self._run(batch, sorted(candidates), then=compare)  # at once: in the precision that the loss computes in
         return found
 
     def is_unchanged(self, skipped: ReadPositions, batch: Any) -> bool:
@@ -187,20 +196,34 @@ class _Search:
         plain = self._loss_and_gradients(batch, parameters)
         with skipped.skipping():
             narrowed = self._loss_and_gradients(batch, parameters)
-        return all(_is_close(a, b) for a, b in zip(narrowed, plain, strict=True))
+        # Gradients that are zero but for rounding (a key's bias) are compared on the scale of the others.
+        least = NEGLIGIBLE * float(torch.stack([torch.linalg.vector_norm(g.double()) for g in plain[1:]]).max())
+        return all(_is_close(a, b, least=least) for a, b in zip(narrowed, plain, strict=True))
 
     def _loss_and_gradients(self, batch: Any, parameters: list[nn.Parameter]) -> list[Tensor]:
         loss = self.loss(self.model, batch)
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-        return [loss.detach(), torch.cat([gradient.flatten() for gradient in gradients])]
+        return [loss.detach(), *gradients]
 
-    def _run(self, batch: Any, paths: Sequence[str]) -> tuple[Tensor, dict[str, _Call]]:
-        """The loss, and the calls of those modules that were called exactly once."""
+    def _run(
+        self, batch: Any, paths: Sequence[str], then: Callable[[str, _Call], None] | None = None
+    ) -> tuple[Tensor, dict[str, _Call]]:  # fmt: skip
+        """The loss, and the calls of those modules that were called exactly once; `then` is called after each."""
         calls: dict[str, list[_Call]] = {}
+        is_inside = False
 
         def note(path: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+                nonlocal is_inside
+                if is_inside:  # called by `then`
+                    return
                 calls.setdefault(path, []).append(_Call(args=args, kwargs=kwargs, output=output))
+                is_inside = True
+                try:
+                    if then is not None:
+                        then(path, calls[path][-1])
+                finally:
+                    is_inside = False
 
             return hook
 
@@ -213,8 +236,23 @@ class _Search:
         return loss, {path: made[0] for path, made in calls.items() if len(made) == 1}
 
 
-def _selections(loss: Node, hidden: Node) -> set[int] | None:
-    """Indices by which dimension 1 is selected on the paths from the loss to `hidden`; None if a path has none."""
+def _may_be_narrowed(module: nn.Module) -> bool:
+    has_weights = any(parameter.dim() > 1 for parameter in module.parameters())
+    return has_weights and not any(isinstance(inner, OVER_BATCH) for inner in module.modules())
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _selections(loss: Node, computed: Set[Node]) -> set[int] | None:
+    """Indices by which dimension 1 is selected on the paths from the loss to `computed`; None if a path has none."""
     found: set[int] = set()
     seen: set[Node] = set()
     stack = [loss]
@@ -223,22 +261,22 @@ def _selections(loss: Node, hidden: Node) -> set[int] | None:
         if node in seen:
             continue
         seen.add(node)
-        if node is hidden:
+        if node in computed:
             return None
         if kind(node) == "SelectBackward" and node._saved_dim == 1:
-            if _is_reachable(node, hidden):
+            if _reaches(node, computed):
                 found.add(int(node._saved_index))
         else:
             stack.extend(source for source, _ in node.next_functions if source is not None)
     return found
 
 
-def _is_reachable(start: Node, goal: Node) -> bool:
+def _reaches(start: Node, goals: Set[Node]) -> bool:
     seen: set[Node] = set()
     stack = [start]
     while stack:
         node = stack.pop()
-        if node is goal:
+        if node in goals:
             return True
         if node not in seen:
             seen.add(node)
@@ -279,7 +317,7 @@ def _has_parent(path: str, paths: set[str]) -> bool:
     return any(path.startswith(f"{other}.") for other in paths)
 
 
-def _is_close(value: Tensor, expected: Tensor) -> bool:
+def _is_close(value: Tensor, expected: Tensor, *, least: float = 0.0) -> bool:
     tolerance = TOLERANCE.get(expected.dtype, COARSE_TOLERANCE)
-    distance = torch.linalg.vector_norm((value - expected).double())
-    return bool(distance <= tolerance * torch.linalg.vector_norm(expected.double()))
+    distance = float(torch.linalg.vector_norm((value - expected).double()))
+    return distance <= tolerance * max(least, float(torch.linalg.vector_norm(expected.double())))

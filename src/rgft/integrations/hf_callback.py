@@ -64,7 +64,8 @@ class RGFTCallback(TrainerCallback):
             epochs, rest = divmod(state.max_steps, steps_per_epoch)
             total = epochs * len(loader) + min(rest * args.gradient_accumulation_steps, len(loader))
             with randomness_untouched():
-                guide.prepare(LoaderStream(loader, total_batches=total, seed=self.config.seed))
+                stream = LoaderStream(loader, total_batches=total, seed=self.config.seed)
+                guide.prepare(stream, own_loss=False)
             self._course = TrainerCourse(total_batches=total, batches_per_epoch=len(loader))
             guide.follow(self._course)
             guide.accumulation = args.gradient_accumulation_steps

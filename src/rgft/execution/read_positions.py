@@ -319,5 +319,5 @@ def _has_parent(path: str, paths: set[str]) -> bool:
 
 def _is_close(value: Tensor, expected: Tensor, *, least: float = 0.0) -> bool:
     tolerance = TOLERANCE.get(expected.dtype, COARSE_TOLERANCE)
-    distance = float(torch.linalg.vector_norm((value - expected).double()))
-    return distance <= tolerance * max(least, float(torch.linalg.vector_norm(expected.double())))
+    distance = float(torch.linalg.vector_norm((value.detach() - expected.detach()).double()))
+    return distance <= tolerance * max(least, float(torch.linalg.vector_norm(expected.detach().double())))

@@ -96,7 +96,7 @@ def test_a_run_ends_within_its_budget_and_reads_the_cache(tmp_path: Path, settin
     family = settings.get("family", "bert")
     trainer = make_trainer(tmp_path, dataset=examples(120, kind=FAMILIES[family].kind), **settings)
     before = weights(trainer.model)
-    guide = enable(trainer, budget=0.45)
+    guide = enable(trainer, budget=0.45, execution={"positions": "all"})  # else the epochs end before the budget
     seen = Watch(lambda: (guide.cache.hits, guide.ledger.spent_flops, guide.plan.cut))  # type: ignore[union-attr]
     trainer.add_callback(seen)
     trainer.train()
@@ -116,7 +116,7 @@ def test_a_run_ends_within_its_budget_and_reads_the_cache(tmp_path: Path, settin
 
 def test_the_schedule_ends_with_the_budget(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, dataset=examples(160), warmup_steps=0.1)
-    enable(trainer, budget=0.4)
+    enable(trainer, budget=0.4, execution={"positions": "all"})
     trainer.train()
     rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
     assert max(rates) == pytest.approx(1e-3, rel=0.05)
@@ -174,7 +174,7 @@ def test_what_is_logged(tmp_path: Path) -> None:
             reported.append(dict(logs))
 
     trainer = make_trainer(tmp_path, dataset=examples(120), more={"callbacks": [Tracker()]})
-    enable(trainer, budget=0.5)
+    enable(trainer, budget=0.5, execution={"positions": "all"})
     trainer.train()
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     keys = {"rgft/budget_spent", "rgft/flops_fraction", "rgft/active_components", "rgft/cut"}
@@ -546,7 +546,7 @@ def test_batches_of_uneven_length_do_not_overspend(tmp_path: Path) -> None:
             tmp_path, dataset=Texts(160), more={"data_collator": Pad()}, gradient_accumulation_steps=accumulation,
             per_device_train_batch_size=4,
         )  # fmt: skip
-        guide = enable(trainer, budget=0.3)
+        guide = enable(trainer, budget=0.3, execution={"positions": "all"})
         trainer.train()
         assert 0.25 < guide.flops_fraction <= 0.3
         assert trainer.state.global_step == guide.step_count

@@ -25,7 +25,9 @@ STABILITY: dict[str, Any] = {
     "hysteresis": 0.0, "exploration": 0.0, "f_min": None, "f_max": None, "preserve_mean": False, "off_multiplier": 0.0,
     "always_on": [],
 }  # fmt: skip
-EXECUTION: dict[str, Any] = {"cache": "none", "cache_dtype": "model", "cache_max_bytes": 4 * 1024**3}
+EXECUTION: dict[str, Any] = {
+    "cache": "none", "cache_dtype": "model", "cache_max_bytes": 4 * 1024**3, "cache_dir": None, "positions": "all",
+}  # fmt: skip
 
 #: The table of the method's specification, spelled out.
 TABLE: dict[str, dict[str, Any]] = {
@@ -35,7 +37,7 @@ TABLE: dict[str, dict[str, Any]] = {
         "stability": {**STABILITY, "preserve_mean": True, "always_on": ["classifier"]},
         "probe": {"interval": "auto", "size": "auto", "max_fraction": 0.02},
         "update": {"moments": "keep", "average_last": 0.3},
-        "execution": {**EXECUTION, "cache": "auto"}, "warmup_fraction": 0.1,
+        "execution": {**EXECUTION, "cache": "auto", "positions": "auto"}, "warmup_fraction": 0.1,
     },
     "proposal_a": {
         **COMMON, "preset": "proposal_a", "granularity": "head",
@@ -210,7 +212,7 @@ def test_all_problems_at_once_with_keys_and_nearest_names() -> None:
         preset="proposal_c", budget=2, granularity="heads", ffn_blocks=0, signal={"name": "grad_nrom"},
         error_map={"beta": 1.0, "bias": True}, scaling={"name": "rank", "alhpa": 0.3}, mask={"name": "enrgy"},
         period={"name": "ranked", "levels": "x"}, policy=7, stability={"f_min": 2.0, "f_max": 1.0}, probe=3,
-        update={"moments": "kep"}, execution={"cache": "disk", "cache_max_bytes": -1}, warmup_fraction=1.0,
+        update={"moments": "kep"}, execution={"cache": "dsik", "cache_max_bytes": -1}, warmup_fraction=1.0,
         classifier_lr_multiplier="10", seed=-1, prob={"size": 3},
     )  # fmt: skip
     expected = {
@@ -220,7 +222,7 @@ def test_all_problems_at_once_with_keys_and_nearest_names() -> None:
         "error_map.bias": ("did you mean 'bias_correction'?",), "scaling.alhpa": ("did you mean 'alpha'?",),
         "mask": ("did you mean 'energy'?",), "period.levels": ("found 'x'",), "policy": ("found 7",),
         "stability": ("f_min 2.0 and f_max 1.0",), "probe": ("interval, size, max_fraction", "found 3"),
-        "update.moments": ("did you mean 'keep'?",), "execution.cache": ("found 'disk'",),
+        "update.moments": ("did you mean 'keep'?",), "execution.cache": ("found 'dsik'",),
         "execution.cache_max_bytes": ("found -1",), "warmup_fraction": ("found 1.0",),
         "classifier_lr_multiplier": ("expected a valid number, found '10'",), "seed": ("found -1",),
         "prob": ("did you mean 'probe'?",),

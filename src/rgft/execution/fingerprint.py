@@ -15,8 +15,10 @@ from rgft.execution.disk_states import tensor_bytes
 
 #: Raised when what is stored, or what it means, changes.
 FORMAT = 1
+#: Attributes that every module has, hooks and modes among them.
+_TORCHS_OWN = frozenset(vars(nn.Module()))
 #: Inputs of a model that its hidden states do not depend on (encoder–decoder models, whose do, are not cached).
-_NOT_STATES = ("labels", "label", "label_ids")
+_NOT_STATES = ("labels", "label", "label_ids", "num_items_in_batch")
 #: Entries of a Transformers configuration that say where a model came from, and what its classes are called.
 _NAMES = ("_name_or_path", "id2label", "label2id", "transformers_version", "problem_type", "architectures")
 
@@ -70,7 +72,7 @@ def _described(module: nn.Module) -> list[Any]:
     told = "" if code is None else hashlib.blake2b(code.co_code + repr(code.co_names).encode()).hexdigest()
     plain = {
         key: value for key, value in vars(module).items()
-        if not key.startswith("_rgft") and key != "training" and _is_plain(value)
+        if not key.startswith("_rgft") and key not in _TORCHS_OWN and _is_plain(value)
     }  # fmt: skip
     return [type(module).__name__, told, plain]
 

@@ -72,6 +72,11 @@ def classifier(model: Any) -> None:
     model.num_labels = 3
 
 
+def hooks(model: Any) -> None:
+    model.bert.encoder.layer[0].register_forward_hook(lambda *args: None)
+    model.eval()
+
+
 def last_layer(model: Any) -> None:
     nn.init.normal_(model.bert.encoder.layer[1].output.dense.weight)
 
@@ -85,7 +90,7 @@ def test_what_the_prefix_computes_from_counts(change: Callable[[Any], None]) -> 
     assert fingerprint(other) != fingerprint(model)
 
 
-@pytest.mark.parametrize("change", [classifier, last_layer])
+@pytest.mark.parametrize("change", [classifier, last_layer, hooks])
 def test_what_lies_above_does_not(change: Callable[[Any], None]) -> None:
     model = bert()
     other = copy.deepcopy(model)

@@ -116,17 +116,15 @@ def sweep(
     count = _number(dimensions, trials)
     known = _unfinished(output) if resume else None
 
-    def request(values: Mapping[str, Any]) -> Request:
+    def request(values: Mapping[str, Any], more: Sequence[str] = ()) -> Request:
         searched = [f"{key}={value}" for key, value in values.items()]
-        return read_request(
-            file=file, overrides=[*overrides, *_cache(output, given), *searched], flags=flags, rgft_flags=rgft_flags
-        )
+        return read_request(file=file, overrides=[*overrides, *more, *searched], flags=flags, rgft_flags=rgft_flags)
 
-    given: Request | None = None
     given = request({})
+    cache = _cache(output, given)
     for dimension in dimensions:  # whatever is refused is refused before the first trial
         for value in dimension.examples:
-            if request({dimension.key: value}).settings.test is not None:
+            if request({dimension.key: value}, cache).settings.test is not None:
                 raise ConfigError("test: a sweep chooses on validation data; found test data, which no trial may see")
     about = {
         "request": given.to_dict(), "search": [{**asdict(item), "choices": list(item.choices)} for item in dimensions]
@@ -151,7 +149,7 @@ def sweep(
         study.tell(left.number, state=_failed())
     while len(results) < count:
         trial = study.ask({dimension.key: dimension.distribution for dimension in dimensions})
-        result = _run(trial, request(trial.params), output, console=console, quiet=quiet)
+        result = _run(trial, request(trial.params, cache), output, console=console, quiet=quiet)
         results.append(result)
         if result["loss"] is None:
             study.tell(trial, state=_failed())
@@ -194,11 +192,12 @@ def _number(dimensions: Sequence[Dimension], trials: int | None) -> int:
     return min(trials, combinations) if trials and combinations else trials or combinations
 
 
-def _cache(output: Path, given: Request | None) -> list[str]:
+def _cache(output: Path, given: Request) -> list[str]:
     """One cache on disk for all trials, where the user wants none of another kind."""
-    if given is None or given.config.preset == "full" or given.config.execution.cache != "auto":
+    execution = given.config.execution
+    if given.config.preset == "full" or execution.cache != "auto" or execution.cache_dir:
         return []
-    return [] if given.config.execution.cache_dir else [f"execution.cache_dir={output / CACHE}"]
+    return [f"execution.cache_dir={output / CACHE}"]
 
 
 def _study(output: Path, seed: int) -> Any:
@@ -218,12 +217,8 @@ def _failed() -> Any:
     return TrialState.FAIL
 
 
-def _folder(output: Path, number: int) -> Path:
-    return output / f"trial-{number:03d}"
-
-
 def _run(trial: Trial, request: Request, output: Path, *, console: Console, quiet: bool) -> dict[str, Any]:
-    folder = _folder(output, trial.number)
+    folder = output / f"trial-{trial.number:03d}"
     try:
         report = run_training(request, folder, resume=False, overwrite=True, console=console, quiet=quiet)
     except Interrupted as error:

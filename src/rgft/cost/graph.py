@@ -99,7 +99,7 @@ def read_operations(
         raise RGFTError("the loss has no graph: expected loss(model, batch) to return a scalar that needs a gradient")
     walk = _Walk(weights, components, after_layers)
     unreadable: list[str] = []
-    for node in _topological(loss.grad_fn):
+    for node in topological(loss.grad_fn):
         if is_unreadable(node, elementwise):
             unreadable.append(node.name())
         walk.visit(node)
@@ -187,7 +187,7 @@ class _Walk:
 
     def merge(self, out: Node, inputs: tuple[Node, Node, Node], mask: Node) -> None:
         """Makes one operation of the products of an unfused attention call, with the fused alternative."""
-        inside = [n for n in _topological(out, stop={*inputs, mask}) if n in self.operations]
+        inside = [n for n in topological(out, stop={*inputs, mask}) if n in self.operations]
         parts = [self.operations[node] for node in inside]
         flops = sum(part.flops[0] for part in parts)
         merged = Operation(
@@ -205,7 +205,7 @@ def _batch(flops: float) -> tuple[float, float, float]:
     return (float(flops), 0.0, 0.0)
 
 
-def _topological(root: Node, stop: Collection[Node] = ()) -> Iterator[Node]:
+def topological(root: Node, stop: Collection[Node] = ()) -> Iterator[Node]:
     """Nodes from the leaves to `root`, each after all its inputs; nothing at or below `stop`."""
     done: set[Node] = {*stop, None}
     stack: list[tuple[Node, bool]] = [(root, False)]

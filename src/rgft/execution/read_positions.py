@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from rgft.components import Partition
 from rgft.cost.batch_shape import BatchShape
+from rgft.cost.graph import topological
 from rgft.cost.nodes import Node, kind
 from rgft.cost.undisturbed import undisturbed
 
@@ -264,24 +265,11 @@ def _selections(loss: Node, computed: Set[Node]) -> set[int] | None:
         if node in computed:
             return None
         if kind(node) == "SelectBackward" and node._saved_dim == 1:
-            if _reaches(node, computed):
+            if any(source in computed for source in topological(node)):
                 found.add(int(node._saved_index))
         else:
             stack.extend(source for source, _ in node.next_functions if source is not None)
     return found
-
-
-def _reaches(start: Node, goals: Set[Node]) -> bool:
-    seen: set[Node] = set()
-    stack = [start]
-    while stack:
-        node = stack.pop()
-        if node in goals:
-            return True
-        if node not in seen:
-            seen.add(node)
-            stack.extend(source for source, _ in node.next_functions if source is not None)
-    return False
 
 
 def _hidden(output: Any) -> Tensor | None:

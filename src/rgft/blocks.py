@@ -15,7 +15,7 @@ from torch import Tensor
 BLOCK = 1 << 16
 
 #: What indexes a block.
-Rows = slice | EllipsisType
+Rows = slice | EllipsisType | Tensor
 
 
 def row_blocks(tensor: Tensor) -> Iterator[Rows]:
@@ -27,3 +27,13 @@ def row_blocks(tensor: Tensor) -> Iterator[Rows]:
     step = max(1, BLOCK * tensor.shape[0] // tensor.numel())
     for start in range(0, tensor.shape[0], step):
         yield slice(start, start + step)
+
+
+def rows_with_gradient(gradient: Tensor) -> Iterator[Rows]:
+    """Indices of the rows of a lookup table that a batch has read, in blocks; rows without a gradient, which add
+    nothing to a product with it, are left out. On accelerators, where finding them would wait for the device, all are."""
+    if gradient.device.type != "cpu" or gradient.dim() != 2:
+        yield from row_blocks(gradient)
+        return
+    seen = gradient.any(dim=1).nonzero().squeeze(1)
+    yield from seen.split(max(1, BLOCK // max(1, gradient.shape[1])))

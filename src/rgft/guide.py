@@ -214,7 +214,7 @@ class Guide:
         full_step = costs.full_step(*spending.typical).total
         steps = max(1, round(spending.allowed / full_step)) if spending.is_limited else stream.total_batches
         if self._measurement is not None and self._follows_map:
-            self._prober.plan(steps=steps, examples=len(stream.dataset))
+            self._prober.plan(steps=steps, measuring=self.config.warmup_fraction, examples=len(stream.dataset))
         self.run_plan = RunPlan(
             steps=steps, cache="none" if self._executor.cache is None else self._executor.cache.place,
             probes=self._prober.number(steps), probe_size=self._prober.schedule.size, flops=spending.allowed,
@@ -438,7 +438,8 @@ class Guide:
         """
         if self.config.probe.interval == 1:
             return True
-        return self.is_measuring and (self._stream is None or self._stream.epoch == 0)
+        is_fresh = self._stream is None or self._stream.epoch == 0
+        return self.is_measuring and is_fresh and self.step_count % self._prober.stride == 0
 
     def _measure_and_decide(self) -> None:
         fresh = not self._follows_map or (self.config.probe.interval == 1 and self.step_count > 0)

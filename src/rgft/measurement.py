@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rgft.blocks import row_blocks
+from rgft.blocks import row_blocks, rows_with_gradient
 from rgft.components import Component
 from rgft.error_map import ErrorMap
 from rgft.errors import NonFiniteError
@@ -46,6 +46,8 @@ class Measurement:
         self._same_batch = PredictedDecrease()
         self._directions: Directions | None = None
         self._rates: dict[int, float] = {}
+        # Of a lookup table a batch reads few rows; with the rest, over half the elements of a small encoder.
+        self._tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         #: ‖∇L‖² over all components on the last probe that was asked for it.
         self.gradient_norm_squared: float | None = None
         self._initial: dict[str, Parts] | None = None
@@ -97,7 +99,8 @@ class Measurement:
     def _step_parts(self, parameter: nn.Parameter, gradient: Tensor) -> Iterator[PartGradient]:
         """Gradient and last step, block by block; nothing before the parameter's first step."""
         assert self._directions is not None
-        for rows in row_blocks(parameter):
+        blocks = rows_with_gradient if id(parameter) in self._tables else row_blocks
+        for rows in blocks(gradient):
             update = self._directions.last(parameter, self._step_size(parameter), rows)
             if update is None:
                 return

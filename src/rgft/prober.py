@@ -23,6 +23,8 @@ log = logging.getLogger("rgft")
 
 #: A probe needs an example that makes a step, and one to judge it by.
 MIN_EXAMPLES = 2
+#: Steps scored while measuring. A map forgets older ones, so that scoring each of many would cost time and tell nothing.
+MAX_SCORED_STEPS = 32
 
 
 class Prober:
@@ -37,6 +39,7 @@ class Prober:
         schedule: fixed by `plan`; empty before.
         pool: the examples; None: there are none to look at.
         history: step and scores at each probe.
+        stride: while measuring, every so many steps the gradients of training are scored.
     """
 
     def __init__(self, measurement: Measurement | None, settings: ProbeConfig, spending: Spending) -> None:
@@ -44,19 +47,22 @@ class Prober:
         self.schedule = ProbeSchedule()
         self.pool: ProbePool | None = None
         self.history: list[tuple[int, dict[str, float]]] = []
+        self.stride = 1
         self._spare = 0  # examples that may be set aside
         self._last = (0, 0.0)  # step and progress
         self._ratio: float | None = None  # FLOPs of a probe, per those of one forward and backward pass
 
-    def plan(self, *, steps: int, examples: int) -> None:
+    def plan(self, *, steps: int, measuring: float, examples: int) -> None:
         """Fixes the schedule.
 
         Args:
             steps: of the run.
+            measuring: share of it that the measuring phase takes.
             examples: of the training set; a tenth of it may be set aside.
         """
         spending, settings = self._spending, self._settings
         assert spending.costs is not None
+        self.stride = max(1, int(measuring * steps / MAX_SCORED_STEPS))
         self.schedule = ProbeSchedule.derive(
             interval=settings.interval, size=settings.size, steps=steps,
             flops_allowed=spending.allowed * settings.max_fraction,

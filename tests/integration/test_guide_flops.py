@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rgft import Config, Guide
+from rgft import Config, Guide, prober
 from rgft.errors import BudgetError
 from rgft.telemetry.flop_counter import count_flops
 from tests.families import FAMILIES
@@ -182,3 +182,19 @@ def test_scoring_of_training_gradients_is_no_time_of_the_step(monkeypatch: pytes
     assert calls >= 3
     assert guide.ledger.seconds["probe"] >= calls * pause
     assert guide.ledger.seconds["step"] <= elapsed - calls * pause
+
+
+@pytest.mark.parametrize(("most", "stride"), [(32, 1), (3, 3)])
+def test_a_long_measuring_phase_scores_some_of_its_steps(
+    most: int, stride: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prober, "MAX_SCORED_STEPS", most)
+    family = FAMILIES["bert"]
+    guide = Guide(family.build(), Config(budget=0.9, warmup_fraction=0.9, probe={"interval": 0}))
+    scored: list[int] = []
+    assert guide._measurement is not None
+    monkeypatch.setattr(guide._measurement, "observe_own_step", scored.append)
+    guided(guide, adamw(guide), Examples(family, 48), epochs=1)
+    assert guide.step_count >= 9
+    assert len(scored) >= 3
+    assert scored == list(range(0, stride * len(scored), stride))

@@ -21,3 +21,14 @@ def test_blocks_cover_every_row_once(shape: tuple[int, ...], size: int, monkeypa
 def test_accelerators_get_one_block() -> None:
     tensor = torch.zeros(1 << 10, 1 << 10, device="meta")
     assert list(blocks.row_blocks(tensor)) == [...]
+
+
+@pytest.mark.parametrize("size", [1, 8, 1000])
+def test_rows_of_a_table_that_were_read(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK", size)
+    gradient = torch.zeros(6, 3)
+    gradient[1, 2], gradient[4], gradient[5, 0] = 1.0, 2.0, float("nan")
+    found = torch.cat([torch.arange(6)[rows] for rows in blocks.rows_with_gradient(gradient)])
+    assert found.tolist() == [1, 4, 5]
+    assert not torch.cat([torch.arange(6)[rows] for rows in blocks.rows_with_gradient(torch.zeros(6, 3))]).tolist()
+    assert list(blocks.rows_with_gradient(torch.ones(2, 2, 2, device="meta"))) == [...]

@@ -101,4 +101,5 @@ def _adam(first: Tensor, second: Tensor, step: float, group: dict[str, Any], sca
     beta1, beta2 = group["betas"]
     factor = (1.0 - beta1**step) / scale
     root = math.sqrt(1.0 - beta2**step)
-    return first.div(second.sqrt().mul_(factor / root).add_(group["eps"] * factor))
+    denominator = second.sqrt().mul_(factor / root).add_(group["eps"] * factor)
+    return torch.div(first, denominator, out=denominator)

@@ -30,8 +30,11 @@ def row_blocks(tensor: Tensor) -> Iterator[Rows]:
 
 
 def rows_with_gradient(gradient: Tensor) -> Iterator[Rows]:
-    """Indices of the rows of a lookup table that a batch has read, in blocks; rows without a gradient, which add
-    nothing to a product with it, are left out. On accelerators, where finding them would wait for the device, all are."""
+    """Indices, in blocks, of the rows of a lookup table that a batch has read.
+
+    The others add nothing to a product with the gradient. On accelerators, where to find them would be to wait for the
+    device, none is left out.
+    """
     if gradient.device.type != "cpu" or gradient.dim() != 2:
         yield from row_blocks(gradient)
         return

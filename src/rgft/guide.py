@@ -35,6 +35,7 @@ from rgft.error_map import ErrorMap
 from rgft.errors import AttachError, ConfigError, NonFiniteError
 from rgft.execution.activation_cache import ActivationCache
 from rgft.execution.averaging import IterateAverage
+from rgft.execution.eager import eager
 from rgft.execution.executor import Executor
 from rgft.execution.linear import layout_of
 from rgft.execution.read_positions import ReadPositions
@@ -118,6 +119,7 @@ class Guide:
         self._stream: Course | None = None
         self._ids: Sequence[int] | None = None
         self._in_step = False
+        self._passes = 0  # through the model in the step in hand
         self._step_loss: Tensor | None = None
         self._step_started = 0.0
         self._restored: Mapping[str, Any] | None = None
@@ -135,8 +137,8 @@ class Guide:
         reason = "measuring: everything on" if self.is_measuring else "full fine-tuning"
         self.plan = UpdatePlan.all_on(self.partition.names, reason=reason)
         self._handles = [
-            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            model.register_forward_hook(self._after_forward, always_call=True),
+            model.register_forward_pre_hook(eager(self._before_forward), with_kwargs=True),
+            model.register_forward_hook(eager(self._after_forward), always_call=True),
         ]
         model.__dict__["_rgft_guide"] = self
 
@@ -381,11 +383,16 @@ class Guide:
             self._measure_and_decide()
         self._executor.apply(self.plan, self.step_count)
         self._average.before_step(self._executor.active)
-        self._in_step = True
+        self._in_step, self._passes = True, 0
         self._step_started = time.perf_counter()
 
     def before_optimizer_step(self) -> None:
         """Checks and scores the gradients of this step's batches."""
+        if not self._passes:
+            raise AttachError(
+                f"step {self.step_count}: no training pass went through the guided model, so that its cost is unknown. "
+                "Call the model itself, not a submodule of it, and in training mode (model.train())"
+            )
         self._check_finite()
         if self._measurement is not None and self._scores_training:
             started = time.perf_counter()
@@ -515,6 +522,7 @@ class Guide:
         if not (self._in_step and module.training and torch.is_grad_enabled()):
             self._executor.skip_positions(False)
             return
+        self._passes += 1
         rows, tokens = batch_shape(kwargs or args)
         started = time.perf_counter()
         filled = self._executor.fill_cache(args, kwargs, self._ids, tokens)

@@ -23,7 +23,7 @@ log = logging.getLogger("rgft")
 
 #: A probe needs an example that makes a step, and one to judge it by.
 MIN_EXAMPLES = 2
-#: Steps scored while measuring. A map forgets older ones, so that scoring each of many would cost time and tell nothing.
+#: Steps scored while measuring. A map forgets older ones: scoring each of many would cost time and tell nothing.
 MAX_SCORED_STEPS = 32
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rgft import Config, Guide
-from rgft.errors import NonFiniteError, OptimizerError
+from rgft.errors import AttachError, NonFiniteError, OptimizerError
 from tests.families import FAMILIES, loss_of
 from tests.integration.loops import Examples, adamw, assert_same_state, collate, guided
 
@@ -147,3 +147,20 @@ def test_small_data_sets_have_smaller_probes() -> None:
     assert guide.run_plan is not None
     assert guide.run_plan.probe_size == 4
     assert len(seen) == 36
+
+
+@pytest.mark.parametrize("mistake", ["a submodule", "eval mode"])
+def test_a_step_whose_cost_is_not_seen_is_refused(mistake: str) -> None:
+    def of_a_submodule(model: Any, batch: Any) -> Tensor:
+        pooled = model.bert(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).pooler_output
+        return torch.nn.functional.cross_entropy(model.classifier(pooled), batch["labels"])
+
+    family = FAMILIES["bert"]
+    guide = Guide(family.build(), Config(), loss=of_a_submodule if mistake == "a submodule" else loss_of)
+    before = {name: value.clone() for name, value in guide.model.state_dict().items()}
+    batch = next(iter(guide.batches(Examples(family), batch_size=4, collate_fn=collate)))
+    guide.model.train(mistake != "eval mode")
+    guide.loss(batch).backward()
+    with pytest.raises(AttachError, match=r"Call the model itself, not a submodule of it, and in training mode"):
+        guide.step(adamw(guide))
+    assert all(torch.equal(value, before[name]) for name, value in guide.model.state_dict().items())

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rgft import Config, Guide
+from rgft.errors import CacheError
 from tests.families import FAMILIES, loss_of
 from tests.integration.loops import Examples, adamw, trimmed
 from tests.integration.policies import Scripted, steer
@@ -25,6 +26,17 @@ def positional(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 def without_mask(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Padding is attended to, so that states depend on how far the batch is padded."""
     return F.cross_entropy(model(input_ids=batch["input_ids"]).logits, batch["labels"])
+
+
+def with_padding(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Reads the last layer's states at padding, too, which a cache of tokens alone does not have."""
+    states: list[Tensor] = []
+    handle = model.bert.encoder.register_forward_hook(lambda module, args, output: states.append(output[0]))
+    logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+    handle.remove()
+    return F.cross_entropy(
+        logits + states[0].mean((1, 2)).unsqueeze(1) * torch.tensor([1.0, -1.0, 0.0]), batch["labels"]
+    )
 
 
 def train(name: str, loss: Loss, *, cache: str, epochs: int = 3) -> Guide:
@@ -57,3 +69,14 @@ def test_cached_training_is_training(name: str, loss: Any) -> None:
     if loss is not without_mask:
         assert cached.cache.hits >= 40
         assert cached.ledger.forward_cached_flops > 0
+
+
+def test_a_loss_that_reads_padding_gets_no_cache(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(CacheError, match="states of padding"):
+        train("bert", with_padding, cache="memory")
+    guide, plain = train("bert", with_padding, cache="auto"), train("bert", with_padding, cache="none")
+    assert "states of padding" in caplog.text
+    assert guide.cache is not None
+    assert guide.cache.hits <= 10  # rows of batches without padding, read before a padded one came
+    for (key, found), expected in zip(guide.model.named_parameters(), plain.model.parameters(), strict=True):
+        assert torch.allclose(found, expected, atol=2e-5), key

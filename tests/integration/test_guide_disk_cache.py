@@ -58,6 +58,9 @@ def disk(folder: Path, **execution: Any) -> dict[str, Any]:
     return {"cache": "disk", "cache_dir": str(folder), **execution}
 
 
+ALL_BUT_ONE_BATCH = (44, 4)
+
+
 def counts(guide: Guide) -> tuple[int, int]:
     assert guide.cache is not None
     return guide.cache.hits, guide.cache.misses
@@ -68,13 +71,16 @@ def test_the_first_run_fills_it_and_others_only_read(name: str, tmp_path: Path) 
     first = train(name, **disk(tmp_path))
     second = train(name, **disk(tmp_path))
     assert counts(first) == (24, 24)
-    assert counts(second) == (48, 0)
+    # A first padded batch is computed for the sake of its gradients, which show that nothing reads padding.
+    expected = (48, 0) if name == "vit" else ALL_BUT_ONE_BATCH
+    assert counts(second) == expected
     assert second.run_plan is not None
     assert second.run_plan.cache == "disk"
     assert_same_state(second.model, first.model)
     assert_same_state(train(name, cache="memory").model, first.model)
     # What is read need not be paid for.
-    assert second.ledger.forward_cached_flops == pytest.approx(2 * first.ledger.forward_cached_flops)
+    share = second.ledger.forward_cached_flops / first.ledger.forward_cached_flops
+    assert share == pytest.approx(expected[0] / 24, rel=0.02)  # batches differ in length
 
 
 def test_other_rates_orders_and_classifiers_share_it(tmp_path: Path) -> None:
@@ -84,7 +90,7 @@ def test_other_rates_orders_and_classifiers_share_it(tmp_path: Path) -> None:
     train(**disk(tmp_path))
     for other in (train(lr=1e-4, **disk(tmp_path)), train(prepare=with_another_classifier, **disk(tmp_path)),
                   train(seed=3, **disk(tmp_path))):  # fmt: skip
-        assert counts(other) == (48, 0)
+        assert counts(other) == ALL_BUT_ONE_BATCH
 
 
 def test_other_weights_and_ways_of_storing_do_not(tmp_path: Path) -> None:
@@ -99,7 +105,7 @@ def test_other_weights_and_ways_of_storing_do_not(tmp_path: Path) -> None:
     train(**disk(tmp_path))
     assert counts(train(prepare=with_another_first_layer, **disk(tmp_path))) == (24, 24)
     assert counts(train(**disk(tmp_path, cache_dtype="int8"))) == (24, 24)
-    assert counts(train(prepare=with_another_last_layer, **disk(tmp_path))) == (48, 0)
+    assert counts(train(prepare=with_another_last_layer, **disk(tmp_path))) == ALL_BUT_ONE_BATCH
     assert len(list(tmp_path.iterdir())) == 3
 
 

@@ -3,14 +3,17 @@
 While it is attached, the layers below the cut are skipped for a batch whose examples are all known: the lower ones hand
 their input through, the last of them returns the stored states. Everything else of the model's own forward (masks,
 position embeddings, rotary tables) runs as always, so no family needs code of its own. States are kept per example,
-without padding; they belong to one cut and to weights that have not moved since, and are dropped when either changes.
-In memory they are found by the example's id, and an example that changed since is noticed; on disk by its content.
+without padding, which is zero on a hit: nothing may read it, and the gradients of a computed pass have to show that
+before the first hit. They belong to one cut and to weights that have not moved since, and are dropped when either
+changes. In memory they are found by the example's id, and an example that changed since is noticed; on disk by its
+content.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 from rgft.components import Partition
 from rgft.errors import CacheError
 from rgft.execution.disk_states import DiskStates
+from rgft.execution.eager import eager
 from rgft.execution.fingerprint import prefix_fingerprint, row_digests
 from rgft.execution.states import CachedState, Key, MemoryStates, States
 
@@ -28,6 +32,38 @@ log = logging.getLogger("rgft")
 
 class _PrefixComputed(Exception):
     """Ends a filling pass at the cut: what lies above is not wanted."""
+
+
+@dataclass(kw_only=True)
+class _Look:
+    """A batch, and which of its rows are known.
+
+    Attributes:
+        ids, mask, given_tokens: of the batch, as they were given.
+        spans: (offset, length) of each row's tokens; None: the mask does not tell.
+        width: of a row, where the mask tells.
+        states: by row; None where not known.
+    """
+
+    ids: tuple[int, ...]
+    mask: Tensor | None
+    given_tokens: int | None
+    spans: list[tuple[int, int]] | None
+    width: int | None
+    states: list[CachedState | None] = field(default_factory=list)
+
+    @property
+    def is_padded(self) -> bool:
+        return self.spans is not None and any(span != (0, self.width) for span in self.spans)
+
+    @property
+    def is_padding_BT(self) -> Tensor:
+        """[B, T], True outside the tokens."""
+        spans = self.spans or []
+        is_padding_BT = torch.ones(len(spans), self.width or 0, dtype=torch.bool)
+        for row_T, (offset, length) in zip(is_padding_BT, spans, strict=True):
+            row_T[offset : offset + length] = False
+        return is_padding_BT
 
 
 class ActivationCache:
@@ -78,7 +114,9 @@ class ActivationCache:
         self._tokens: int | None = None
         self._width: int | None = None
         self._hit = False
-        self._read_ahead: list[CachedState] = []
+        self._looked: _Look | None = None
+        self._watched_BT: Tensor | None = None  # padding of the batch whose gradients are looked at
+        self._is_padding_unread = False  # by what the loss of this run is made of, as gradients have shown
         self._filling = False
         self.hits = self.misses = 0
         self.largest_error = 0.0
@@ -113,7 +151,8 @@ class ActivationCache:
         self._unwrap()
         self._digests.clear()
         self._states.close()
-        self._cut = cut
+        self._cut, self._looked = cut, None
+        self._watched_BT, self._is_padding_unread = None, False
         if not self._is_usable:
             return
         if cut > 1:
@@ -124,7 +163,10 @@ class ActivationCache:
         frozen = min(cut - 1, len(self._layers))
         for position, layer in enumerate(self._layers[: max(frozen, 0)]):
             self._replaced.append((layer, layer.__dict__.get("forward")))
-            layer.forward = self._wrap(layer.forward, is_last=position == frozen - 1)
+            layer.forward = eager(self._wrap(layer.forward, is_last=position == frozen - 1))
+        for layer in self._layers[frozen : frozen + 1] if frozen > 0 else ():
+            self._replaced.append((layer, layer.__dict__.get("forward")))
+            layer.forward = eager(self._wrap_reader(layer.forward), recursive=False)
 
     def detach(self) -> None:
         """Gives the layers their own forward back, and closes what is open."""
@@ -166,6 +208,8 @@ class ActivationCache:
         of_batch: dict[int, bytes] = {}
         for example, digest in zip(ids, digests, strict=True):
             is_ambiguous = of_batch.setdefault(example, digest) != digest
+            if self._digests.get((example, length)) != digest:
+                self._looked = None  # what was looked up before goes by what the example was taken to be
             if self._digests.setdefault((example, length), digest) == digest and not is_ambiguous:
                 continue
             if self._is_on_disk:
@@ -183,7 +227,7 @@ class ActivationCache:
         if self._required:
             raise error
         log.warning("no activation cache: %s", error)
-        self._is_usable, self._ids = False, None
+        self._is_usable, self._ids, self._watched_BT = False, None, None
         self.detach()
 
     def begin(self, ids: Sequence[int] | None, attention_mask: Tensor | None, tokens: int | None = None) -> bool:
@@ -195,16 +239,14 @@ class ActivationCache:
             tokens: T, or None without a token dimension; what tells states apart when the mask does not.
         """
         self._hit = False
-        self._tokens = None
+        self._tokens = self._watched_BT = None
         self._ids = ids if self._replaced else None
         if self._ids is None:
             return False
-        self._spans = _spans(attention_mask)
-        self._width = attention_mask.shape[1] if attention_mask is not None and self._spans is not None else None
-        self._tokens = tokens if self._spans is None else None
-        states = [self._known(example, row) for row, example in enumerate(self._ids)]
-        self._read_ahead = [state for state in states if state is not None]
-        self._hit = len(self._read_ahead) == len(states)
+        look = self._look(self._ids, attention_mask, tokens)
+        if look.is_padded and not self._is_padding_unread:
+            self._watched_BT = look.is_padding_BT
+        self._hit = all(state is not None for state in look.states)
         if self._hit:
             self.hits += len(self._ids)
         else:
@@ -217,9 +259,29 @@ class ActivationCache:
         """Rows whose states are not stored (at their place in the row); all of them while nothing is frozen."""
         if ids is None or not self._replaced:
             return list(range(len(ids or ())))
-        self._spans = _spans(attention_mask)
-        self._tokens = tokens if self._spans is None else None
-        return [row for row, example in enumerate(ids) if self._known(example, row) is None]
+        states = self._look(ids, attention_mask, tokens).states
+        return [row for row, state in enumerate(states) if state is None]
+
+    def _look(self, ids: Sequence[int], attention_mask: Tensor | None, tokens: int | None) -> _Look:
+        """What is known of a batch. It is asked for several times a step, and read once."""
+        last = self._looked
+        if last is not None and last.mask is attention_mask and (last.ids, last.given_tokens) == (tuple(ids), tokens):
+            look = last
+        else:
+            spans = _spans(attention_mask)
+            look = _Look(
+                ids=tuple(ids), mask=attention_mask, given_tokens=tokens, spans=spans,
+                width=attention_mask.shape[1] if attention_mask is not None and spans is not None else None,
+            )  # fmt: skip
+        self._spans, self._width = look.spans, look.width
+        self._tokens = tokens if look.spans is None else None
+        if look is not last:
+            if self._is_padding_unread or not look.is_padded:
+                look.states = [self._known(example, row) for row, example in enumerate(ids)]
+            else:
+                look.states = [None] * len(ids)
+            self._looked = look
+        return look
 
     def _known(self, example: int, row: int) -> CachedState | None:
         """The example's states, if they are those of its place in the row."""
@@ -262,7 +324,7 @@ class ActivationCache:
 
     def end(self) -> None:
         """Ends the batch: forwards until the next `begin` bypass the cache."""
-        self._ids, self._hit, self._read_ahead = None, False, []
+        self._ids, self._hit, self._looked = None, False, None
 
     def _wrap(self, forward: Callable[..., Any], *, is_last: bool) -> Callable[..., Any]:
         def cached_forward(*args: Any, **kwargs: Any) -> Any:
@@ -281,6 +343,8 @@ class ActivationCache:
                 self._write(states.detach())
                 if self._filling:
                     raise _PrefixComputed
+                if self._cut > len(self._layers):  # else the layer above does it
+                    return self._returns(self._watched(states))
             return output
 
         return cached_forward
@@ -302,8 +366,39 @@ class ActivationCache:
 
     _returns: Callable[[Tensor], Any] = staticmethod(lambda states: states)
 
+    def _wrap_reader(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Of the layer above the cut, whose input is looked at where nothing is known of padding yet."""
+        watched = eager(self._watched)
+
+        def watched_forward(*args: Any, **kwargs: Any) -> Any:
+            if args:
+                return forward(watched(args[0]), *args[1:], **kwargs)
+            return forward(**{**kwargs, "hidden_states": watched(kwargs["hidden_states"])})
+
+        return watched_forward
+
+    def _watched(self, states_BTD: Tensor) -> Tensor:
+        """The states, as a leaf whose gradient tells whether anything reads their padding."""
+        is_padding_BT = self._watched_BT
+        # A probe (eval mode) looks through the cut. Gradient checkpointing comes here again in the backward pass.
+        if is_padding_BT is None or not (torch.is_grad_enabled() and self._model.training):
+            return states_BTD
+
+        def check(gradient_BTD: Tensor) -> None:
+            self._is_padding_unread, self._watched_BT = True, None
+            if bool((gradient_BTD[is_padding_BT.to(gradient_BTD.device)] != 0).any()):
+                self._stays_out(CacheError(
+                    "the loss depends on the states of padding (a mean over all positions?), which are not stored; "
+                    "mask it there, or use execution.cache='none'"
+                ))  # fmt: skip
+
+        watched_BTD = states_BTD.detach().requires_grad_()
+        watched_BTD.register_hook(check)
+        return watched_BTD
+
     def _read(self, like: Tensor) -> Tensor:
-        states = self._read_ahead
+        assert self._looked is not None
+        states = [state for state in self._looked.states if state is not None]
         if self._spans is None:
             return torch.stack([state.decoded(like) for state in states])
         width = states[0].values.shape[1:]
@@ -323,6 +418,8 @@ class ActivationCache:
         if not bool(torch.isfinite(states_BTD).all()):
             raise CacheError(f"the states of examples {list(self._ids)} at cut {self._cut} are not finite; not cached")
         for row, example in enumerate(self._ids):
+            if self._watched_BT is not None and self._known(example, row) is not None:
+                continue  # another run's, on disk: computed for the sake of its gradients only
             offset, length = self._spans[row] if self._spans else (0, states_BTD.shape[1])
             states_TD = states_BTD[row, offset : offset + length]
             state = CachedState.of(states_TD, self._dtype, offset=offset, tokens=self._tokens)
@@ -340,6 +437,7 @@ class ActivationCache:
             "states": [state.values for _, state in held],
             "scales": [state.scale_T1 for _, state in held],
             "digests": dict(self._digests),
+            "is_padding_unread": self._is_padding_unread,
             "hits": self.hits,
             "misses": self.misses,
             "largest_error": self.largest_error,
@@ -352,7 +450,7 @@ class ActivationCache:
         columns = (state[name] for name in ("ids", "states", "scales", "offsets", "tokens"))
         for example, values, scale_T1, offset, tokens in zip(*columns, strict=True):
             self._states.put(example, CachedState(values=values, scale_T1=scale_T1, offset=offset, tokens=tokens))
-        self._digests = dict(state["digests"])
+        self._digests, self._is_padding_unread = dict(state["digests"]), state["is_padding_unread"]
         self.hits, self.misses, self.largest_error = state["hits"], state["misses"], state["largest_error"]
 
 

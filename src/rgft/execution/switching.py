@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from rgft.components import Partition
+from rgft.errors import AttachError
 from rgft.execution.binding import Binding
 from rgft.plan import UpdatePlan
 
@@ -115,11 +116,22 @@ class Switch:
         """
         if not self._model.training:
             return args, kwargs
+        _require_gradients_inside(module)
         return tuple(_detached(a) for a in args), {name: _detached(value) for name, value in kwargs.items()}
 
 
 def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) and value.requires_grad else value
+
+
+def _require_gradients_inside(layer: nn.Module) -> None:
+    """Reentrant checkpointing gives no gradients to a layer whose input has none, as above a cut."""
+    checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
+    if getattr(layer, "gradient_checkpointing", False) and getattr(checkpoint, "keywords", {}).get("use_reentrant"):
+        raise AttachError(
+            "gradient checkpointing is reentrant, which gives no gradients to the lowest layer that trains; enable it "
+            "with use_reentrant=False (in the Trainer: gradient_checkpointing_kwargs={'use_reentrant': False})"
+        )
 
 
 def _module_depths(model: nn.Module, binding: Binding) -> dict[nn.Module, int]:

@@ -31,6 +31,14 @@ def forward(
     return hit, output
 
 
+def trained(model: Toy, cache: ActivationCache, ids: list[int], tokens: Tensor, mask: Tensor) -> Tensor:
+    """As `forward`, with the backward pass that shows whether padding is read."""
+    _, output = forward(model, cache, ids, tokens, mask)
+    output.sum().backward()
+    model.zero_grad()
+    return output.detach()
+
+
 def test_a_hit_gives_the_same_outputs_and_gradients_without_running_the_prefix() -> None:
     model, cache = cached_toy()
     ran: list[int] = []
@@ -55,7 +63,8 @@ def test_rows_are_matched_by_id_in_any_order_and_padding() -> None:
     model, cache = cached_toy()
     model.layers[2].eval()
     tokens, mask = toy_batch(tokens=6), torch.tensor([[1] * 6, [1] * 4 + [0] * 2, [1] * 3 + [0] * 3, [1] * 5 + [0]])
-    _, first = forward(model, cache, [0, 1, 2, 3], tokens, mask)
+    assert not any(forward(model, cache, [0, 1, 2, 3], tokens, mask)[0] for _ in range(2))  # no gradient has shown yet
+    first = trained(model, cache, [0, 1, 2, 3], tokens, mask)
     hit, again = forward(model, cache, [2, 1], tokens[[2, 1], :4], mask[[2, 1], :4])
     assert hit
     assert torch.allclose(again, first[[2, 1]], atol=1e-6)
@@ -64,9 +73,35 @@ def test_rows_are_matched_by_id_in_any_order_and_padding() -> None:
 def test_another_place_in_the_row_is_no_hit() -> None:
     model, cache = cached_toy()
     tokens = toy_batch(rows=1, tokens=4)
-    assert not forward(model, cache, [0], tokens, torch.tensor([[1, 1, 1, 0]]))[0]
+    trained(model, cache, [0], tokens, torch.tensor([[1, 1, 1, 0]]))
     assert not forward(model, cache, [0], tokens, torch.tensor([[0, 1, 1, 1]]))[0]
     assert forward(model, cache, [0], tokens, torch.tensor([[0, 1, 1, 1]]))[0]
+
+
+@pytest.mark.parametrize("required", [True, False])
+def test_a_loss_that_reads_padding_is_noticed_before_the_first_hit(
+    required: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, cache = cached_toy(required=required)
+    tokens, mask = toy_batch(rows=2, tokens=4), torch.tensor([[1] * 4, [1, 1, 0, 0]])
+
+    def loss() -> Tensor:
+        states: list[Tensor] = []
+        handle = model.layers[2].register_forward_hook(lambda m, a, output: states.append(output))
+        hit, _ = forward(model, cache, [0, 1], tokens, mask)
+        handle.remove()
+        assert not hit
+        return states[0].mean()  # over padding, too
+
+    if required:
+        with pytest.raises(CacheError, match="states of padding"):
+            loss().backward()
+        return
+    loss().backward()
+    assert "states of padding" in caplog.text
+    loss().backward()
+    assert cache.hits == 0
+    assert not any("forward" in m.__dict__ for m in model.modules())
 
 
 def test_a_partly_known_batch_is_recomputed_and_stored() -> None:
@@ -84,7 +119,7 @@ def test_filling_computes_the_prefix_of_the_missing_rows_alone() -> None:
     _, expected = forward(model, cache, [0, 1, 2, 3], tokens, mask)
     other, partial = cached_toy()
     other.layers[2].eval()
-    forward(other, partial, [0, 3], tokens[[0, 3]], mask[[0, 3]])
+    trained(other, partial, [0, 3, 5], tokens[[0, 3, 2]], mask[[0, 3, 2]])
     ran: list[tuple[int, int]] = []
     for position, layer in enumerate(other.layers):
         layer.linear.register_forward_hook(lambda m, a, o, position=position: ran.append((position, len(o))))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from rgft.components import Partition
 from rgft.cost import trace_costs
-from rgft.cost.memory import StepMemory, forecast_memory
+from rgft.cost.elements import ElementCounter
+from rgft.cost.memory import StepMemory, forecast_memory, trained_alone
 from rgft.cost.rates import Rates
 from rgft.workload import batch_shape
 
@@ -90,6 +91,8 @@ def forecast(
         steps = length.steps * length.epochs
         in_first = min(steps, length.steps)
         flops = in_first * first + (steps - in_first) * later
+        cached = partition.layers[frozen - 1] if cut else None
+        written, below = _written(model, trained, cached, lambda: loss(model, batch)) if rates else (0, 0)
         parameters = sum(c.numel for c in partition if c.name in active)
         found.append(
             Forecast(
@@ -98,10 +101,33 @@ def forecast(
                 memory=forecast_memory(model, trained, lambda: loss(model, batch)),
                 cache_bytes=_cache_bytes(model, partition.layers[frozen - 1], lambda: loss(model, batch)) * length.steps
                 if cut and length.epochs > 1 else 0,
-                seconds=None if rates is None else rates.seconds(flops, steps * parameters),
+                seconds=None if rates is None else rates.seconds(
+                    flops, updated=steps * parameters, written=steps * written - (steps - in_first) * below
+                ),
             )
         )  # fmt: skip
     return found
+
+
+def _written(
+    model: nn.Module, trained: Collection[str], prefix: str | None, forward: Callable[[], Tensor]
+) -> tuple[int, int]:
+    """Elements that a step's passes write, and those of them up to the output of the layer `prefix`."""
+    below = 0
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        nonlocal below
+        below = counter.written
+
+    handle = model.get_submodule(prefix).register_forward_hook(note) if prefix else None
+    try:
+        with trained_alone(model, trained), ElementCounter() as counter:
+            forward().backward()
+    finally:
+        if handle is not None:
+            handle.remove()
+        model.zero_grad()
+    return counter.written, below
 
 
 def _cache_bytes(model: nn.Module, layer: str, forward: Callable[[], Tensor]) -> int:

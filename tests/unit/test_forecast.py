@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from rgft.cost import trace_costs
+from rgft.cost.elements import count_elements
 from rgft.cost.memory import step_memory
 from rgft.cost.rates import Rates
 from rgft.forecast import Length, forecast
 from rgft.partition import partition
 from tests.families import FAMILIES, loss_of
 
-RATES = Rates(product_flops=1e9, optimizer_elements=1e6)
+RATES = Rates(product_flops=1e9, optimizer_elements=1e6, written_elements=1e7)
 
 
 def rows_of(name: str, **settings: Any):
@@ -42,7 +43,14 @@ def test_flops_and_times_by_hand(name: str) -> None:
     assert half.flops == pytest.approx(10 * first + 20 * later)
     trained = sum(c.numel for c in parts if c.name in active)
     assert half.trained_parameters == trained
-    assert half.seconds == pytest.approx(half.flops / 1e9 + 30 * trained / 1e6)
+    for found, on in ((full, {name for name, _ in model.named_parameters()}),
+                      (half, {part.parameter for c in parts if c.name in active for part in c.slices})):  # fmt: skip
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in on)
+        written = 30 * count_elements(lambda: loss_of(model, batch).backward())
+        assert found.seconds is not None
+        of_writing = found.seconds - found.flops / 1e9 - 30 * found.trained_parameters / 1e6
+        assert of_writing == pytest.approx(written / 1e7) if found is full else 0.0 < of_writing < written / 1e7
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])

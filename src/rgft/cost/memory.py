@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Self
 
@@ -69,20 +70,26 @@ def forecast_memory(
         moments: optimizer state per parameter, in tensors of its size (AdamW: 2).
     """
     weights = _storages([*model.parameters(), *model.buffers()])
-    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    try:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in trained)
-        with _Saved(weights) as saved, torch.enable_grad():
-            loss = forward()
+    with trained_alone(model, trained), _Saved(weights) as saved, torch.enable_grad():
+        loss = forward()
         del loss
-    finally:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(flags[name])
     gradients = sum(p.nbytes for name, p in model.named_parameters() if name in trained)
     return StepMemory(
         weights=sum(weights.values()), gradients=gradients, moments=moments * gradients, activations=saved.total
     )
+
+
+@contextmanager
+def trained_alone(model: nn.Module, trained: Collection[str]) -> Iterator[None]:
+    """Inside, the parameters of these names require gradients and no others; afterwards flags are as before."""
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    try:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained)
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(flags[name])
 
 
 class _Saved:

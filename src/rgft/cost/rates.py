@@ -1,4 +1,4 @@
-"""Rates of this machine, measured once on products and on the optimizer, never on the cells that they predict."""
+"""Rates of this machine: measured once on products, elementwise work and the optimizer, never on what they predict."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from statistics import median
 
 import torch
 from torch import nn
+from torch.nn import functional
+
+from rgft.cost.elements import count_elements
 
 #: Rows, inputs and outputs of the products that are timed, and how often.
 SHAPES = ((1024, 384, 384), (1024, 384, 1536), (1024, 1536, 384))
@@ -22,17 +25,19 @@ class Rates:
     Attributes:
         product_flops: of matrix products, forward and both gradients of a linear layer.
         optimizer_elements: parameters that AdamW updates.
+        written_elements: elements that other work writes (`rgft.cost.elements`).
     """
 
     product_flops: float
     optimizer_elements: float
+    written_elements: float
 
     def to_dict(self) -> dict[str, float]:
         return asdict(self)
 
-    def seconds(self, flops: float, updated: float) -> float:
-        """Predicted seconds of a step of so many FLOPs that updates so many parameters."""
-        return flops / self.product_flops + updated / self.optimizer_elements
+    def seconds(self, flops: float, *, updated: float, written: float) -> float:
+        """Predicted seconds of a step of so many FLOPs that updates so many parameters and writes so many elements."""
+        return flops / self.product_flops + updated / self.optimizer_elements + written / self.written_elements
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype, shapes: tuple[tuple[int, int, int], ...] = SHAPES) -> Rates:
@@ -49,7 +54,19 @@ def measure_rates(device: torch.device, dtype: torch.dtype, shapes: tuple[tuple[
     parameter = nn.Parameter(torch.randn(size, device=device, dtype=dtype))
     parameter.grad = torch.randn_like(parameter)
     optimizer = torch.optim.AdamW([parameter], lr=1e-6, foreach=True)
-    return Rates(product_flops=flops / seconds, optimizer_elements=size / timed(optimizer.step, device))
+    rows, _, outputs = shapes[len(shapes) // 2]
+    x = torch.randn(rows, outputs, device=device, dtype=dtype, requires_grad=True)
+    norm = nn.LayerNorm(outputs, device=device, dtype=dtype)
+
+    def elementwise() -> None:
+        (functional.gelu(norm(x + 1.0)) * 2.0 + x).sum().backward()
+        x.grad = None
+        norm.zero_grad()
+
+    return Rates(
+        product_flops=flops / seconds, optimizer_elements=size / timed(optimizer.step, device),
+        written_elements=count_elements(elementwise) / timed(elementwise, device),
+    )  # fmt: skip
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:

@@ -16,6 +16,7 @@ import torch
 from rgft.bench.engine.cells import EngineCell, all_cells, few_cells
 from rgft.bench.engine.stepping import Stepper, stepper
 from rgft.bench.engine.workloads import EngineWorkload
+from rgft.cost.elements import count_elements
 from rgft.cost.memory import step_memory
 from rgft.cost.rates import SHAPES, Rates, measure_rates, synchronise
 from rgft.errors import DataError
@@ -79,6 +80,7 @@ def _measured(
             timed.step()
         memory = step_memory(timed.model, timed.optimizer, timed.step)
         flops = timed.step_flops()
+        written = count_elements(timed.step)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             timed.step()
@@ -97,7 +99,7 @@ def _measured(
         del timed
         gc.collect()
     full_flops = reference.step_flops()
-    predicted = rates.seconds(flops, updated)
+    predicted = rates.seconds(flops, updated=updated, written=written)
     log.info("%s: %.3f of full fine-tuning's time, %.3f of its FLOPs", cell.name, median(own) / median(full),
              flops / full_flops)  # fmt: skip
     return {
@@ -106,8 +108,8 @@ def _measured(
         "rows": workload.rows, "dtype": str(workload.dtype).removeprefix("torch."), "device": str(device),
         "steps": STEPS, "step_seconds": own, "full_step_seconds": full,
         "time_of_full": median(own) / median(full), "flops": flops, "flops_of_full": flops / full_flops,
-        "updated_parameters": updated, "rates": rates.to_dict(), "predicted_seconds": predicted,
-        "seconds_of_predicted": median(own) / predicted, "memory": memory.to_dict(), "peak_memory": peak,
+        "updated_parameters": updated, "written_elements": written, "rates": rates.to_dict(),
+        "predicted_seconds": predicted, "seconds_of_predicted": median(own) / predicted, "memory": memory.to_dict(), "peak_memory": peak,
         "environment": environment(),
     }  # fmt: skip
 

@@ -17,7 +17,9 @@ CPU = torch.device("cpu")
 
 def test_every_cell_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "STEPS", 2)
-    monkeypatch.setattr(runner, "measure_rates", lambda *a: Rates(product_flops=1e9, optimizer_elements=1e9))
+    monkeypatch.setattr(
+        runner, "measure_rates", lambda *a: Rates(product_flops=1e9, optimizer_elements=1e9, written_elements=1e9)
+    )
     assert list(runner.run_engine(TINY, tmp_path, device=CPU, stop_after_seconds=0.0)) == []
     paths = list(runner.run_engine(TINY, tmp_path, device=CPU))
     assert [path.stem for path in paths] == [cell.name for cell in few_cells()]
@@ -34,7 +36,9 @@ def test_every_cell_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert frozen["memory"]["activations"] < full["memory"]["activations"]
     for result in results.values():
         assert len(result["step_seconds"]) == len(result["full_step_seconds"]) == 2
-        assert result["predicted_seconds"] == pytest.approx((result["flops"] + result["updated_parameters"]) / 1e9)
+        parts = [result[name] for name in ("flops", "updated_parameters", "written_elements")]
+        assert all(part > 0 for part in parts)
+        assert result["predicted_seconds"] == pytest.approx(sum(parts) / 1e9)
     table = runner.table(tmp_path)
     assert table.count("| tiny |") == len(results)
 
@@ -57,7 +61,8 @@ def test_steps_train_what_the_cell_says(cell: EngineCell) -> None:
 def test_rates_are_of_this_machine() -> None:
     rates = measure_rates(CPU, torch.float32, ((64, 32, 32),))
     assert rates.product_flops > 1e7
-    assert rates.seconds(rates.product_flops, rates.optimizer_elements) == pytest.approx(2.0)
+    seconds = rates.seconds(rates.product_flops, updated=rates.optimizer_elements, written=rates.written_elements)
+    assert seconds == pytest.approx(3.0)
 
 
 def test_unknown_workloads_and_empty_folders(tmp_path: Path) -> None:

@@ -109,8 +109,8 @@ def _measured(
         "steps": STEPS, "step_seconds": own, "full_step_seconds": full,
         "time_of_full": median(own) / median(full), "flops": flops, "flops_of_full": flops / full_flops,
         "updated_parameters": updated, "written_elements": written, "rates": rates.to_dict(),
-        "predicted_seconds": predicted, "seconds_of_predicted": median(own) / predicted, "memory": memory.to_dict(), "peak_memory": peak,
-        "environment": environment(),
+        "predicted_seconds": predicted, "seconds_of_predicted": median(own) / predicted,
+        "memory": memory.to_dict(), "peak_memory": peak, "environment": environment(),
     }  # fmt: skip
 
 

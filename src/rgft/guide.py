@@ -59,11 +59,13 @@ class Course(Protocol):
 
     Attributes:
         total_batches: micro-batches of the whole run.
+        batches_per_epoch: micro-batches after which examples come again.
         position: micro-batches handed out so far; writable.
         epoch: of the micro-batch handed out last.
     """
 
     position: int
+    batches_per_epoch: int
 
     @property
     def total_batches(self) -> int: ...
@@ -493,9 +495,12 @@ class Guide:
             step=self.step_count, components=self.partition.components, error_map=self.error_map,
             total_steps=self.run_plan.steps if self.run_plan else None,
             previous=self.plan if self._has_decided else None, seed=self.config.seed,
-            gradient_norm_squared=self._gradient_norm_squared, steps_left=self._steps_left,
+            gradient_norm_squared=self._gradient_norm_squared,
             same_batch_map=self._measurement.same_batch_map if self._measurement and self._measures_steps else None,
-            costs=self.costs, flops_left=self.flops_left, rows=rows, tokens=tokens,
+            costs=self.costs, flops_left=self.flops_left,
+            flops_allowed=None if self.run_plan is None else self._spending.allowed,
+            batches=self._stream.total_batches if self._stream else None,
+            batches_per_epoch=self._stream.batches_per_epoch if self._stream else None, rows=rows, tokens=tokens,
         )  # fmt: skip
 
     def _check_finite(self) -> None:
@@ -599,10 +604,6 @@ class Guide:
     def flops_left(self) -> float | None:
         """What the run may still spend; None before `prepare`."""
         return None if self.run_plan is None else self._spending.left
-
-    @property
-    def _steps_left(self) -> int | None:
-        return None if self._stream is None else self._stream.total_batches - self._stream.position
 
     @property
     def progress(self) -> float:

@@ -150,7 +150,7 @@ class Run:
         self._history: list[float] = []
         self._plans_written = self._probes_written = 0
         self._seconds_before = 0.0
-        self.batches_in_full = 0
+        self.batches_in_full = self.batches_in_epoch = 0
 
     def _loss(self, model: nn.Module, batch: Any) -> Tensor:
         batch = {k: v.to(self._device) if isinstance(v, Tensor) else v for k, v in batch.items()}
@@ -165,7 +165,7 @@ class Run:
     def prepare(self) -> RunPlan:
         """Traces costs and fixes the run plan, once; trains nothing. `train` does it itself.
 
-        Sets `batches_in_full`: micro-batches of full fine-tuning.
+        Sets `batches_in_full` and `batches_in_epoch`: micro-batches of full fine-tuning.
 
         Raises:
             BudgetError: no plan fits the budget.
@@ -176,7 +176,7 @@ class Run:
                 self.task.train, batch_size=settings.batch_size, collate_fn=self.task.collate, epochs=settings.epochs,
                 seed=self.config.seed,
             )  # fmt: skip
-            self.batches_in_full = stream.total_batches
+            self.batches_in_full, self.batches_in_epoch = stream.total_batches, stream.batches_per_epoch
             guide.prepare(stream, full_flops=self._full_flops)
         assert guide.run_plan is not None
         return guide.run_plan

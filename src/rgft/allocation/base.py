@@ -34,7 +34,9 @@ class Situation:
         same_batch_map: Ê_k of the same-batch decrease, beside a map of the generalising one; None when not measured.
         costs: FLOPs of any plan; None when the run has no cost model.
         flops_left: what the run may still spend; None without a budget.
-        steps_left: batches until the epochs are over; None when unknown.
+        flops_allowed: what the whole run may spend; None without a budget.
+        batches: of all epochs; None when unknown.
+        batches_per_epoch: None when unknown.
         rows, tokens: shape of a typical batch, for `costs`.
     """
 
@@ -48,7 +50,9 @@ class Situation:
     same_batch_map: ErrorMap | None = None
     costs: CostModel | None = None
     flops_left: float | None = None
-    steps_left: int | None = None
+    flops_allowed: float | None = None
+    batches: int | None = None
+    batches_per_epoch: int | None = None
     rows: int = 1
     tokens: int = 1
 

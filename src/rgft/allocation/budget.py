@@ -2,16 +2,18 @@
 
 A run that trains only what lies above a cut affords more steps for the same FLOPs. What it loses and what it gains are
 measured, not assumed. With r_d the generalising decrease of all components of depth d (what a step gains on other
-examples) and h_d their same-batch decrease, h_d − r_d is what a step merely memorises:
+examples):
 
-    bias(c)     = (1 − Σ_{d≥c} r_d / Σ_d r_d)²                                signal that the cut puts out of reach
-    variance(c) = (Σ_{d≥c} (h_d − r_d) / n_c) / (Σ_d (h_d − r_d) / n_0)       noise of the steps, averaged over n_c
+    bias(c)     = (1 − Σ_{d≥c} r_d / Σ_d r_d)²     signal that the cut puts out of reach
+    variance(c) = fresh(0) / fresh(c)              noise of the steps, averaged over those that see new examples
     cost(c)     = bias(c) + λ · variance(c)
 
-over the layers and what runs before them (what runs after the last layer is on at every cut), n_c being the number of
-steps that the FLOPs left buy at cut c, no more than the epochs have left. A cut of which they buy no step is out of
-the question, but for the cheapest. The cut with the lowest cost is taken. A linear rate per FLOP would take
-everything (early-stopped full fine-tuning), a bare ratio the classifier alone.
+over the layers and what runs before them (what runs after the last layer is on at every cut). fresh(c) is the number of
+steps that the run's whole budget buys at cut c, but no more than one epoch has: an example seen again brings its own
+noise again. So a budget that pays for an epoch of everything cuts nothing, and decisions depend on what was measured,
+not on how far the run is. A cut of which the FLOPs left buy no step is out of the question, but for the cheapest. The
+cut with the lowest cost is taken. A linear rate per FLOP would take everything (early-stopped full fine-tuning), a bare
+ratio the classifier alone. Measured against grids of fixed cuts: docs/decisions/0006.
 
 Scores are shrunk towards equal layers by their standard errors: a short run, whose scores are noise, decides by the
 costs alone; a long one by what it measured.
@@ -33,11 +35,11 @@ from rgft.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class CutChoice:
-    """One candidate: the FLOPs of a step, how many steps are left, and the two terms of its cost."""
+    """One candidate: FLOPs of a step, how many on new examples the run's budget buys, and the two terms of its cost."""
 
     cut: int
     step_flops: float
-    steps: float
+    fresh_steps: float
     bias: float
     variance: float
     cost: float
@@ -98,45 +100,29 @@ class BudgetMask(Mask):
 
     def choices(self, situation: Situation) -> list[CutChoice]:
         """All candidate cuts with their costs; empty without a cost model, a budget or layers."""
-        if situation.costs is None or situation.flops_left is None or not _layer_depths(situation):
+        left, allowed = situation.flops_left, situation.flops_allowed
+        if situation.costs is None or left is None or allowed is None or not _layer_depths(situation):
             return []
-        signal, noise = self._by_depth(situation)
-        total, everything = sum(signal.values()), sum(noise.values())
-        depths = sorted({component.depth for component in situation.components})
-        rows: list[tuple[int, float, float]] = []
-        for cut in depths:
+        signal = self._by_depth(situation)
+        total = sum(signal.values())
+        limits = [limit for limit in (situation.batches, situation.batches_per_epoch) if limit is not None]
+        choices: list[CutChoice] = []
+        for cut in sorted({component.depth for component in situation.components}):
             above = frozenset(c.name for c in situation.components if c.depth >= cut)
             flops = situation.costs.step_flops(above, rows=situation.rows, tokens=situation.tokens).total
-            bought = situation.flops_left / flops
-            limit = bought if situation.steps_left is None else situation.steps_left
-            rows.append((cut, flops, max(1.0, min(bought, limit))))
-        affordable = [row for row in rows if row[1] <= situation.flops_left]
-        rows = affordable or [min(rows, key=lambda row: row[1])]
-        all_steps = rows[0][2]
-        choices = []
-        for cut, flops, steps in rows:
-            reached = sum(value for depth, value in signal.items() if depth >= cut)
-            noisy = sum(value for depth, value in noise.items() if depth >= cut)
-            bias, variance = (1.0 - reached / total) ** 2, (noisy / everything) * (all_steps / steps)
+            fresh = max(1.0, min(allowed / flops, *limits)) if limits else max(1.0, allowed / flops)
+            bias = (1.0 - sum(value for depth, value in signal.items() if depth >= cut) / total) ** 2
+            variance = choices[0].fresh_steps / fresh if choices else 1.0
             cost = bias + self.noise_weight * variance
-            choices.append(CutChoice(cut=cut, step_flops=flops, steps=steps, bias=bias, variance=variance, cost=cost))
-        return choices
-
-    def _by_depth(self, situation: Situation) -> tuple[dict[int, float], dict[int, float]]:
-        """Shrunken signal r_d and noise h_d − r_d per depth; equal layers where nothing is known."""
-        depths = _layer_depths(situation)
-        values, errors = _summed(situation, situation.error_map)
-        signal = self._shrunk(depths, values, errors)
-        noise = dict(signal)
-        if situation.same_batch_map is not None:
-            same, same_errors = _summed(situation, situation.same_batch_map)
-            both = [depth for depth in values if depth in same]
-            noise = self._shrunk(
-                depths,
-                {d: same[d] - values[d] for d in both},
-                {d: (errors[d] ** 2 + same_errors[d] ** 2) ** 0.5 for d in both},
+            choices.append(
+                CutChoice(cut=cut, step_flops=flops, fresh_steps=fresh, bias=bias, variance=variance, cost=cost)
             )
-        return signal, noise
+        affordable = [choice for choice in choices if choice.step_flops <= left]
+        return affordable or [min(choices, key=lambda choice: choice.step_flops)]
+
+    def _by_depth(self, situation: Situation) -> dict[int, float]:
+        """Shrunken signal r_d per depth; equal layers where nothing is known."""
+        return self._shrunk(_layer_depths(situation), *_summed(situation, situation.error_map))
 
     def _shrunk(self, depths: list[int], values: Mapping[int, float], errors: Mapping[int, float]) -> dict[int, float]:
         observed = [values[depth] for depth in depths if depth in values]

@@ -43,7 +43,9 @@ CUTS = ", the last layers trained from the start"
 
 def _title(result: Mapping[str, Any]) -> str:
     task, run = result["task"], result["run"]
-    name = {"rotten_tomatoes": "Rotten Tomatoes", "sst2": "SST-2"}[task.get("name", "rotten_tomatoes")]
+    name = {"rotten_tomatoes": "Rotten Tomatoes", "sst2": "SST-2", "cola": "CoLA", "mrpc": "MRPC"}[
+        task.get("name", "rotten_tomatoes")
+    ]
     epochs = "one epoch" if run["epochs"] == 1 else f"{run['epochs']:g} epochs"
     return f"{name}, {task['train_size']:,} examples, {epochs}" + (CUTS if result["method"] == "cut" else "")
 

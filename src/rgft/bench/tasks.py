@@ -31,7 +31,9 @@ def bench_task(settings: Mapping[str, Any], *, seed: int) -> PreparedTask:
     """
     rest = dict(settings)
     name = rest.pop("name", "rotten_tomatoes")
-    tasks: dict[str, Callable[..., PreparedTask]] = {"rotten_tomatoes": demo_task, "sst2": sst2}
+    tasks: dict[str, Callable[..., PreparedTask]] = {
+        "rotten_tomatoes": demo_task, "sst2": sst2, "cola": cola, "mrpc": mrpc,
+    }  # fmt: skip
     if name not in tasks:
         raise ConfigError(f"task.name: expected one of {', '.join(tasks)}, found {name!r}")
     return tasks[name](seed=seed, **rest)
@@ -52,6 +54,60 @@ def sst2(*, train_size: int, seed: int) -> PreparedTask:
         DataError: the folder of data sets is not named, or lacks the file.
     """
     return encoder_task(_sst2_splits(_data_folder() / "SST-2" / "train.tsv"), train_size=train_size, seed=seed)
+
+
+def cola(*, train_size: int, seed: int) -> PreparedTask:
+    """CoLA (Warstadt et al. 2019): whether a sentence is grammatical; arguments and errors as `sst2`.
+
+    GLUE's test labels are not public: training and development set are split anew.
+    """
+    return encoder_task(_cola_splits(_data_folder() / "CoLA"), train_size=train_size, seed=seed)
+
+
+def mrpc(*, train_size: int, seed: int) -> PreparedTask:
+    """MRPC (Dolan and Brockett 2005): whether two sentences say the same; arguments and errors as `sst2`.
+
+    GLUE's training and development set are split anew; a pair that shares a sentence with one held out is left out.
+    """
+    return encoder_task(_mrpc_splits(_data_folder() / "MRPC"), train_size=train_size, seed=seed)
+
+
+@cache
+def _cola_splits(folder: Path) -> dict[str, Labelled]:
+    rows = [row for name in ("train", "dev") for row in _tab_separated(folder / f"{name}.tsv", columns=4)]
+    labelled = {text.strip(): int(label) for _, label, _, text in rows}
+    return _split(sorted(labelled.items()), name="cola", test=2500, validation=1000)
+
+
+@cache
+def _mrpc_splits(folder: Path) -> dict[str, Labelled]:
+    rows = [row for name in ("train", "dev") for row in _tab_separated(folder / f"{name}.tsv", columns=5)[1:]]
+    labelled = {(first.strip(), second.strip()): int(label) for label, _, _, first, second in rows}
+    splits = _split(sorted(labelled.items()), name="mrpc", test=1000, validation=500)
+    held = {sentence for name in ("test", "validation") for pair, _ in splits[name] for sentence in pair}
+    splits["train"] = [(pair, label) for pair, label in splits["train"] if not held.intersection(pair)]
+    return splits
+
+
+def _split(rows: Labelled, *, name: str, test: int, validation: int) -> dict[str, Labelled]:
+    """The same split for all runs and seeds."""
+    random.Random(name).shuffle(rows)
+    return {"test": rows[:test], "validation": rows[test : test + validation], "train": rows[test + validation :]}
+
+
+def _tab_separated(path: Path, *, columns: int) -> list[list[str]]:
+    """Rows of a file of GLUE's, whose quotation marks are text.
+
+    Raises:
+        DataError: it is missing, or a row has another number of columns.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: expected a file, found {'a folder' if path.is_dir() else 'nothing'} there")
+    rows = [line.split("\t") for line in path.read_text(encoding="utf-8-sig").splitlines() if line]
+    for number, row in enumerate(rows, start=1):
+        if len(row) != columns:
+            raise DataError(f"{path}, line {number}: expected {columns} columns, found {len(row)}")
+    return rows
 
 
 def _data_folder() -> Path:

@@ -26,7 +26,7 @@ def preview(run: Run) -> dict[str, Any]:
     guide = run.guide
     assert guide.run_plan is not None
     assert guide.costs is not None
-    situation = replace(guide.situation(), steps_left=run.batches_in_full)
+    situation = replace(guide.situation(), batches=run.batches_in_full, batches_per_epoch=run.batches_in_epoch)
     policy = build_policy(guide.config)
     first = guide.plan if policy is None else policy.decide(situation)
     return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from statistics import median
 
 import torch
@@ -16,6 +17,8 @@ from rgft.cost.elements import count_elements
 #: Rows, inputs and outputs of the products that are timed, and how often.
 SHAPES = ((1024, 384, 384), (1024, 384, 1536), (1024, 1536, 384))
 REPEATS = 15
+#: Bytes of operands that are gone through before one is used again; more than the caches of a machine.
+OPERANDS = 256 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +47,15 @@ def measure_rates(device: torch.device, dtype: torch.dtype, shapes: tuple[tuple[
     """Times products of linear layers and AdamW steps."""
     flops = seconds = 0.0
     for rows, inputs, outputs in shapes:
-        x = torch.randn(rows, inputs, device=device, dtype=dtype)
-        w = torch.randn(outputs, inputs, device=device, dtype=dtype)
-        dy = torch.randn(rows, outputs, device=device, dtype=dtype)
-        for product in (lambda x=x, w=w: x @ w.t(), lambda dy=dy, w=w: dy @ w, lambda dy=dy, x=x: dy.t() @ x):
+        sets = _copies(rows * (inputs + outputs) + inputs * outputs, dtype)
+        x, dy, w = (
+            cycle([torch.randn(*shape, device=device, dtype=dtype) for _ in range(sets)])
+            for shape in ((rows, inputs), (rows, outputs), (outputs, inputs))
+        )
+        for product in (
+            lambda x=x, w=w: next(x) @ next(w).t(), lambda dy=dy, w=w: next(dy) @ next(w),
+            lambda dy=dy, x=x: next(dy).t() @ next(x),
+        ):  # fmt: skip
             seconds += timed(product, device)
             flops += 2.0 * rows * inputs * outputs
     size = 4_000_000 if device.type == "cpu" else 64_000_000
@@ -55,10 +63,14 @@ def measure_rates(device: torch.device, dtype: torch.dtype, shapes: tuple[tuple[
     parameter.grad = torch.randn_like(parameter)
     optimizer = torch.optim.AdamW([parameter], lr=1e-6, foreach=True)
     rows, _, outputs = shapes[len(shapes) // 2]
-    x = torch.randn(rows, outputs, device=device, dtype=dtype, requires_grad=True)
+    tensors = cycle(
+        torch.randn(rows, outputs, device=device, dtype=dtype, requires_grad=True)
+        for _ in range(_copies(rows * outputs, dtype))
+    )
     norm = nn.LayerNorm(outputs, device=device, dtype=dtype)
 
     def elementwise() -> None:
+        x = next(tensors)
         (functional.gelu(norm(x + 1.0)) * 2.0 + x).sum().backward()
         x.grad = None
         norm.zero_grad()
@@ -67,6 +79,11 @@ def measure_rates(device: torch.device, dtype: torch.dtype, shapes: tuple[tuple[
         product_flops=flops / seconds, optimizer_elements=size / timed(optimizer.step, device),
         written_elements=count_elements(elementwise) / timed(elementwise, device),
     )  # fmt: skip
+
+
+def _copies(elements: int, dtype: torch.dtype) -> int:
+    """How many sets of operands are taken in turn, so that none is still in a cache: nor is it in a step."""
+    return max(2, -(-OPERANDS // (elements * dtype.itemsize)))
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:

@@ -29,7 +29,8 @@ TEST_SIZE, VALIDATION_SIZE = 1500, 1000
 MAX_TOKENS = 128
 
 
-Labelled = list[tuple[str, int]]
+#: A text, or a pair of texts, and its class.
+Labelled = list[tuple[str | tuple[str, str], int]]
 
 
 def demo_task(*, train_size: int = 2000, seed: int = 0) -> PreparedTask:
@@ -46,11 +47,11 @@ def demo_task(*, train_size: int = 2000, seed: int = 0) -> PreparedTask:
 
 
 def encoder_task(splits: Mapping[str, Labelled], *, train_size: int, seed: int) -> PreparedTask:
-    """The packaged encoder with a new classifier, on sentences of two classes.
+    """The packaged encoder with a new classifier, on texts or pairs of two classes.
 
     Args:
-        splits: "train" (what the training set is drawn from), "validation" and "test": sentences with label 0 or 1.
-        train_size: sentences to draw.
+        splits: "train" (what the training set is drawn from), "validation" and "test": texts with label 0 or 1.
+        train_size: texts to draw.
         seed: of the new classifier and of the draw.
 
     Raises:
@@ -69,13 +70,17 @@ def encoder_task(splits: Mapping[str, Labelled], *, train_size: int, seed: int) 
     drawn = random.Random(f"train/{seed}").sample(pool, train_size)
 
     def encoded(rows: Labelled) -> list[dict[str, Any]]:
-        ids = tokenizer([text for text, _ in rows], truncation=True, max_length=MAX_TOKENS)["input_ids"]
-        return [{"input_ids": i, "labels": label} for i, (_, label) in zip(ids, rows, strict=True)]
+        # One by one: a list of pairs would be taken for words. [SEP] tells the two of a pair apart, not token types.
+        ids = [
+            tokenizer(*((text,) if isinstance(text, str) else text), truncation=True, max_length=MAX_TOKENS)
+            for text, _ in rows
+        ]
+        return [{"input_ids": i["input_ids"], "labels": label} for i, (_, label) in zip(ids, rows, strict=True)]
 
     return PreparedTask(
         model=model, processor=tokenizer, train=encoded(drawn), validation=encoded(splits["validation"]),
         test=encoded(splits["test"]), collate=collate, loss=per_example_loss,
-        metric=partial(metrics.OfWholeSplit, accuracy), label_names=("negative", "positive"),
+        metric=partial(metrics.OfWholeSplit, metrics.classification), label_names=("negative", "positive"),
     )  # fmt: skip
 
 
@@ -126,8 +131,3 @@ def per_example_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """Cross-entropy of each example, [B]."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     return functional.cross_entropy(logits.float(), batch["labels"], reduction="none")
-
-
-def accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Share of examples whose largest logit is the label's."""
-    return {"accuracy": float((logits.argmax(-1) == labels).float().mean())}

@@ -49,7 +49,7 @@ def measured(values: dict[int, float], *, count: int = 2, noise: float = 0.0) ->
 def situation(error_map: ErrorMap | None = None, **changes: Any) -> Situation:
     base = Situation(
         step=5, components=components(), error_map=error_map or measured({}), costs=Costs(),  # type: ignore[arg-type]
-        flops_left=10_000.0, steps_left=200,
+        flops_left=10_000.0, flops_allowed=12_000.0, batches=600, batches_per_epoch=200,
     )  # fmt: skip
     return replace(base, **changes)
 
@@ -59,36 +59,31 @@ def in_force(cut: int) -> UpdatePlan:
 
 
 def test_without_a_map_layers_count_alike() -> None:
-    """r_d = 1 for each of the 4 layers, 0 for the embedding: bias and variance from counts and costs alone."""
+    """r_d = 1 for each of the 4 layers, 0 for the embedding: bias from counts, variance from costs alone."""
     choices = BudgetMask().choices(situation())
     assert [c.cut for c in choices] == [0, 1, 2, 3, 4, 5]
     assert [c.step_flops for c in choices] == [100, 85, 70, 55, 40, 25]
-    steps = [100, 10_000 / 85, 10_000 / 70, 10_000 / 55, 200, 200]  # the epochs have no more than 200
-    assert [c.steps for c in choices] == pytest.approx(steps)
-    on = [4, 4, 3, 2, 1, 0]
-    bias = [(1 - k / 4) ** 2 for k in on]
-    variance = [k / 4 * 100 / n for k, n in zip(on, steps, strict=True)]
+    fresh = [120, 12_000 / 85, 12_000 / 70, 200, 200, 200]  # an epoch has 200 batches
+    assert [c.fresh_steps for c in choices] == pytest.approx(fresh)
+    bias = [(1 - k / 4) ** 2 for k in (4, 4, 3, 2, 1, 0)]
+    variance = [120 / n for n in fresh]
     assert [c.bias for c in choices] == pytest.approx(bias)
     assert [c.variance for c in choices] == pytest.approx(variance)
     costs = [b + v for b, v in zip(bias, variance, strict=True)]
     assert [c.cost for c in choices] == pytest.approx(costs)
-    assert BudgetMask().cut(situation()) == costs.index(min(costs)) == 3
-    assert BudgetMask().active(situation()) == {"3", "4", "5"}
+    assert BudgetMask().cut(situation()) == costs.index(min(costs)) == 2
+    assert BudgetMask().active(situation()) == {"2", "3", "4", "5"}
 
 
 def test_with_certain_maps_costs_follow_the_scores() -> None:
-    """Observations without scatter are believed as they are: signal r, noise h − r."""
+    """Observations without scatter are believed as they are."""
     r = {0: 0.1, 1: 0.2, 2: 0.4, 3: 0.8, 4: 1.6, 5: 9.0}
-    h = {0: 2.1, 1: 1.2, 2: 1.4, 3: 1.3, 4: 2.6, 5: 20.0}
-    choices = BudgetMask(noise_weight=0.5).choices(situation(measured(r), same_batch_map=measured(h)))
-    signal = [0.1, 0.2, 0.4, 0.8, 1.6]  # the classifier is on at every cut and counts neither way
-    noise = [2.0, 1.0, 1.0, 0.5, 1.0]
+    choices = BudgetMask(noise_weight=0.5).choices(situation(measured(r)))
+    signal = [0.1, 0.2, 0.4, 0.8, 1.6]  # the classifier is on at every cut and does not count
     for choice in choices:
-        bias = (1 - sum(signal[choice.cut :]) / 3.1) ** 2
-        variance = sum(noise[choice.cut :]) / 5.5 * 100 / choice.steps
-        assert choice.bias == pytest.approx(bias)
-        assert choice.variance == pytest.approx(variance)
-        assert choice.cost == pytest.approx(bias + 0.5 * variance)
+        assert choice.bias == pytest.approx((1 - sum(signal[choice.cut :]) / 3.1) ** 2)
+        assert choice.variance == pytest.approx(120 / choice.fresh_steps)
+        assert choice.cost == pytest.approx(choice.bias + 0.5 * choice.variance)
 
 
 def test_uncertain_scores_count_for_less() -> None:
@@ -119,33 +114,40 @@ def test_more_certain_maps_with_all_signal_on_top_cut_no_lower(count: int, noise
     """The longer a run has measured that only the top layer learns, the less it pays for the others."""
     values = {0: 0.0, 1: 0.0, 2: 0.0, 3: 0.0, 4: 4.0, 5: 1.0}
     mask = BudgetMask()
-    less = mask.cut(situation(measured(values, count=count, noise=noise)))
-    more = mask.cut(situation(measured(values, count=count * 4, noise=noise / 4)))
-    assert 3 <= less <= more <= 4
-    assert mask.cut(situation(measured(values))) == 4
+    less = mask.cut(situation(measured(values, count=count, noise=noise), flops_allowed=2_000.0))
+    more = mask.cut(situation(measured(values, count=count * 4, noise=noise / 4), flops_allowed=2_000.0))
+    assert 2 <= less <= more <= 4
+    assert mask.cut(situation(measured(values), flops_allowed=2_000.0)) == 4
 
 
 def test_signal_at_the_bottom_lowers_the_cut() -> None:
     r = {0: 0.5, 1: 4.0, 2: 1.0, 3: 0.1, 4: 0.1, 5: 1.0}
-    same_batch = measured({d: value + 1.0 for d, value in r.items()})
-    assert BudgetMask().cut(situation(measured(r), same_batch_map=same_batch)) <= 1
-    assert BudgetMask().cut(situation(measured(dict.fromkeys(r, 1.0)), same_batch_map=same_batch)) > 1
+    assert BudgetMask().cut(situation(measured(r))) <= 1
+    assert BudgetMask().cut(situation(measured(dict.fromkeys(r, 1.0)))) > 1
 
 
-def test_without_an_end_of_the_epochs_only_ratios_of_steps_matter() -> None:
-    small = BudgetMask().choices(situation(flops_left=5_000.0, steps_left=None))
-    large = BudgetMask().choices(situation(flops_left=50_000.0, steps_left=None))
+def test_below_an_epoch_only_ratios_of_steps_matter() -> None:
+    small = BudgetMask().choices(situation(flops_allowed=500.0))
+    large = BudgetMask().choices(situation(flops_allowed=4_000.0))
     assert [c.cost for c in small] == pytest.approx([c.cost for c in large])
+    endless = BudgetMask().choices(situation(flops_allowed=1e7, batches=None, batches_per_epoch=None))
+    assert [c.cost for c in endless] == pytest.approx([c.cost for c in large])
 
 
-def test_steps_left_caps_what_cheap_cuts_gain() -> None:
-    """Where the budget pays for every batch that is left, nothing is gained by cutting but noise."""
-    rich = BudgetMask(noise_weight=0.1).choices(situation(flops_left=1e9, steps_left=50))
-    assert {choice.steps for choice in rich} == {50}
-    assert BudgetMask(noise_weight=0.1).cut(situation(flops_left=1e9, steps_left=50)) <= 1
-    assert all(
-        c.steps == pytest.approx(10_000 / c.step_flops) for c in BudgetMask().choices(situation(steps_left=None))
-    )
+def test_a_budget_for_an_epoch_of_everything_cuts_nothing() -> None:
+    """What a cut would save buys examples a second time, which average no noise away."""
+    rich = BudgetMask().choices(situation(flops_allowed=20_000.0))
+    assert {choice.fresh_steps for choice in rich} == {200}
+    assert BudgetMask().cut(situation(flops_allowed=20_000.0)) <= 1
+    # The same where the run is less than an epoch long.
+    assert BudgetMask().cut(situation(flops_allowed=20_000.0, batches=100)) <= 1
+    cuts = [BudgetMask().cut(situation(flops_allowed=flops)) for flops in (10_000.0, 14_000.0, 17_000.0, 20_000.0)]
+    assert cuts == sorted(cuts, reverse=True)
+
+
+def test_how_far_the_run_is_changes_nothing() -> None:
+    early, late = (BudgetMask().choices(situation(flops_left=left)) for left in (12_000.0, 200.0))
+    assert early == late
 
 
 def test_cuts_of_which_no_step_is_paid_for_are_out_of_the_question() -> None:
@@ -157,20 +159,20 @@ def test_shapes_scale_costs() -> None:
     assert [c.step_flops for c in BudgetMask().choices(situation(rows=2, tokens=3))] == [600, 510, 420, 330, 240, 150]
 
 
-@pytest.mark.parametrize(("hysteresis", "expected"), [(0.0, 3), (0.5, 2)])
+@pytest.mark.parametrize(("hysteresis", "expected"), [(0.0, 2), (0.5, 3)])
 def test_hysteresis_keeps_the_cut_in_force_unless_another_is_clearly_better(hysteresis: float, expected: int) -> None:
     table = {c.cut: c.cost for c in BudgetMask().choices(situation())}
-    assert 1 > table[3] / table[2] > 0.5
+    assert 1 > table[2] / table[3] > 0.5
     mask = BudgetMask(hysteresis=hysteresis)
-    assert mask.cut(situation(previous=in_force(2))) == expected
-    assert mask.cut(situation(previous=None)) == 3
+    assert mask.cut(situation(previous=in_force(3))) == expected
+    assert mask.cut(situation(previous=None)) == 2
 
 
 def test_hysteresis_at_its_edge() -> None:
     table = {c.cut: c.cost for c in BudgetMask().choices(situation())}
-    edge = 1 - table[3] / table[2]
-    assert BudgetMask(hysteresis=edge - 1e-6).cut(situation(previous=in_force(2))) == 3
-    assert BudgetMask(hysteresis=edge + 1e-6).cut(situation(previous=in_force(2))) == 2
+    edge = 1 - table[2] / table[3]
+    assert BudgetMask(hysteresis=edge - 1e-6).cut(situation(previous=in_force(3))) == 2
+    assert BudgetMask(hysteresis=edge + 1e-6).cut(situation(previous=in_force(3))) == 3
 
 
 @pytest.mark.parametrize(

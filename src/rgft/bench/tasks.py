@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rgft.errors import ConfigError, DataError
 from rgft.tasks.base import PreparedTask
@@ -18,6 +18,8 @@ from rgft.tasks.files import read_rows
 DATA_FOLDER = "RGFT_BENCH_DATA"
 
 TEST_SIZE, VALIDATION_SIZE = 2500, 1000
+T = TypeVar("T")
+
 #: Shorter phrases are no sentences to test on.
 MIN_WORDS = 8
 
@@ -80,7 +82,7 @@ def _cola_splits(folder: Path) -> dict[str, Labelled]:
 
 
 @cache
-def _mrpc_splits(folder: Path) -> dict[str, Labelled]:
+def _mrpc_splits(folder: Path) -> dict[str, list[tuple[tuple[str, str], int]]]:
     rows = [row for name in ("train", "dev") for row in _tab_separated(folder / f"{name}.tsv", columns=5)[1:]]
     labelled = {(first.strip(), second.strip()): int(label) for label, _, _, first, second in rows}
     splits = _split(sorted(labelled.items()), name="mrpc", test=1000, validation=500)
@@ -89,7 +91,7 @@ def _mrpc_splits(folder: Path) -> dict[str, Labelled]:
     return splits
 
 
-def _split(rows: Labelled, *, name: str, test: int, validation: int) -> dict[str, Labelled]:
+def _split(rows: list[T], *, name: str, test: int, validation: int) -> dict[str, list[T]]:
     """The same split for all runs and seeds."""
     random.Random(name).shuffle(rows)
     return {"test": rows[:test], "validation": rows[test : test + validation], "train": rows[test + validation :]}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,8 +29,9 @@ TEST_SIZE, VALIDATION_SIZE = 1500, 1000
 MAX_TOKENS = 128
 
 
-#: A text, or a pair of texts, and its class.
-Labelled = list[tuple[str | tuple[str, str], int]]
+#: A text, or a pair of texts.
+Text = str | tuple[str, str]
+Labelled = list[tuple[str, int]]
 
 
 def demo_task(*, train_size: int = 2000, seed: int = 0) -> PreparedTask:
@@ -46,7 +47,7 @@ def demo_task(*, train_size: int = 2000, seed: int = 0) -> PreparedTask:
     return encoder_task(_splits(), train_size=train_size, seed=seed)
 
 
-def encoder_task(splits: Mapping[str, Labelled], *, train_size: int, seed: int) -> PreparedTask:
+def encoder_task(splits: Mapping[str, Sequence[tuple[Text, int]]], *, train_size: int, seed: int) -> PreparedTask:
     """The packaged encoder with a new classifier, on texts or pairs of two classes.
 
     Args:
@@ -69,7 +70,7 @@ def encoder_task(splits: Mapping[str, Labelled], *, train_size: int, seed: int) 
         raise DataError(f"train_size: expected at most {len(pool)} sentences, found {train_size}")
     drawn = random.Random(f"train/{seed}").sample(pool, train_size)
 
-    def encoded(rows: Labelled) -> list[dict[str, Any]]:
+    def encoded(rows: Sequence[tuple[Text, int]]) -> list[dict[str, Any]]:
         # One by one: a list of pairs would be taken for words. [SEP] tells the two of a pair apart, not token types.
         ids = [
             tokenizer(*((text,) if isinstance(text, str) else text), truncation=True, max_length=MAX_TOKENS)

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from rgft.bench import tasks
 from rgft.bench.tasks import DATA_FOLDER, bench_task, held_out_sentences
 from rgft.errors import ConfigError, DataError
 
@@ -46,7 +47,7 @@ def test_part_of_a_word_is_no_part() -> None:
 def test_what_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="expected more than 20 sentences, found 20"):
         held_out_sentences(PHRASES, test=15, validation=5)
-    with pytest.raises(ConfigError, match="expected one of rotten_tomatoes, sst2, found 'imdb'"):
+    with pytest.raises(ConfigError, match="expected one of rotten_tomatoes, sst2, cola, mrpc, found 'imdb'"):
         bench_task({"name": "imdb"}, seed=0)
     monkeypatch.delenv(DATA_FOLDER, raising=False)
     with pytest.raises(DataError, match="set the environment variable RGFT_BENCH_DATA"):
@@ -54,3 +55,35 @@ def test_what_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv(DATA_FOLDER, str(tmp_path))
     with pytest.raises(DataError, match=r"train.tsv: expected a file, found nothing"):
         bench_task({"name": "sst2", "train_size": 10}, seed=0)
+
+
+def test_pairs_that_share_a_sentence_with_one_held_out_are_not_trained_on(tmp_path: Path) -> None:
+    (tmp_path / "MRPC").mkdir()
+    head = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String"
+    # Sentence i is in two pairs: with the one before it, and with the one after it. Quotation marks are text.
+    rows = [f'{i % 2}\t{i}\t{i + 1}\tsentence " number {i}\tsentence " number {i + 1}' for i in range(2000)]
+    for name, part in (("train", rows[:1900]), ("dev", rows[1900:])):
+        (tmp_path / "MRPC" / f"{name}.tsv").write_text("\n".join([head, *part]), encoding="utf-8")
+    splits = tasks._mrpc_splits(tmp_path / "MRPC")
+    assert [len(splits[name]) for name in ("test", "validation")] == [1000, 500]
+    held = {sentence for name in ("test", "validation") for pair, _ in splits[name] for sentence in pair}
+    train = [sentence for pair, _ in splits["train"] for sentence in pair]
+    assert 0 < len(splits["train"]) < 500
+    assert not held & set(train)
+    assert all(label == int(pair[0].split()[-1]) % 2 for split in splits.values() for pair, label in split)
+
+
+def test_glue_s_tables(tmp_path: Path) -> None:
+    (tmp_path / "CoLA").mkdir()
+    for name, numbers in (("train", range(4000)), ("dev", range(4000, 4500))):
+        rows = [f"gj04\t{i % 2}\t{'' if i % 2 else '*'}\tSentence {i} is one." for i in numbers]
+        (tmp_path / "CoLA" / f"{name}.tsv").write_text("\n".join(rows), encoding="utf-8")
+    splits = tasks._cola_splits(tmp_path / "CoLA")
+    assert [len(splits[name]) for name in ("test", "validation", "train")] == [2500, 1000, 1000]
+    texts = [text for split in splits.values() for text, _ in split]
+    assert len(set(texts)) == 4500
+    assert all(label == int(text.split()[1]) % 2 for split in splits.values() for text, label in split)
+    (tmp_path / "CoLA" / "dev.tsv").write_text("gj04\t1\n", encoding="utf-8")
+    tasks._cola_splits.cache_clear()
+    with pytest.raises(DataError, match=r"dev.tsv, line 1: expected 4 columns, found 2"):
+        tasks._cola_splits(tmp_path / "CoLA")

@@ -1,0 +1,33 @@
+"""Methods that choose what trains: policies of `rgft.allocation.peers`, where each has its paper and its reading.
+
+They run with the cache and with truncation, which save them what they can be saved; multipliers are 1 and nothing is
+averaged, as in their papers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rgft.bench.methods.base import Method
+
+
+def _selection(name: str, title: str, source: str, **settings: Any) -> Method:
+    return Method(
+        name=name, title=title, source=source,
+        config={"policy": {"name": name, **settings}, "update": {"average_last": 0.0}},
+    )  # fmt: skip
+
+
+METHODS = (
+    _selection("last_n", "the last layers", "Lee et al. 2019 (arXiv:1911.03090)", layers=3),
+    _selection("linear_probe", "the classifier alone", "Alain and Bengio 2016 (arXiv:1610.01644)"),
+    _selection("layer_wise_decay", "rates decaying with depth", "Howard and Ruder 2018 (arXiv:1801.06146)"),
+    _selection("gradual_unfreezing", "gradual unfreezing", "Howard and Ruder 2018 (arXiv:1801.06146)", every=15),
+    _selection("lisa", "LISA", "Pan et al. 2024 (arXiv:2403.17919)"),
+    _selection("badam", "BAdam", "Luo et al. 2024 (arXiv:2404.02827)", every=15),
+    _selection("hft", "half fine-tuning", "Hui et al. 2024 (arXiv:2404.18466)"),
+    _selection("ist", "IST", "Yao et al. 2024 (arXiv:2410.11772)"),
+    _selection("autofreeze", "AutoFreeze", "Liu et al. 2021 (arXiv:2102.01386)"),
+    _selection("greentrainer", "GreenTrainer", "Huang et al. 2023 (arXiv:2309.13192)"),
+    _selection("fim_static", "Fisher information, chosen once", "Sung et al. 2021 (arXiv:2111.09839)"),
+)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rgft.components import Partition
 from rgft.cost import trace_costs
-from rgft.cost.elements import ElementCounter
+from rgft.cost.elements import ElementCounter, FusedAttention
 from rgft.cost.memory import StepMemory, forecast_memory, trained_alone
 from rgft.cost.rates import Rates
 from rgft.workload import batch_shape
@@ -33,7 +33,7 @@ class Forecast:
         fraction_of_full: of full fine-tuning's.
         memory: of a step.
         cache_bytes: of the activation cache, all examples.
-        seconds: of all epochs at the rates given, at the least; None without rates.
+        seconds: of all epochs at the rates given; None without rates.
     """
 
     name: str
@@ -120,13 +120,16 @@ def _written(
         below = counter.written
 
     handle = model.get_submodule(prefix).register_forward_hook(note) if prefix else None
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     try:
-        with trained_alone(model, trained), ElementCounter() as counter:
+        model.zero_grad()
+        with trained_alone(model, trained), FusedAttention(), ElementCounter() as counter:
             forward().backward()
     finally:
         if handle is not None:
             handle.remove()
-        model.zero_grad()
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
     return counter.written, below
 
 

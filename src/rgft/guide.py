@@ -54,6 +54,10 @@ from rgft.workload import Workload, batch_shape
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
+#: Kinds of components that every batch reaches (unlike experts).
+ALWAYS_REACHED = frozenset({"layer", "attention", "ffn", "head", "ffn_block"})
+
+
 class Course(Protocol):
     """Where a run is in its data. `BatchStream` is one; a trainer that owns its batches keeps its own.
 
@@ -261,7 +265,10 @@ class Guide:
         if self._policy is None:
             return self.plan
         nothing = ErrorMap.empty(self.partition.names)
-        situation = replace(self.situation(), step=0, error_map=nothing, previous=None, flops_left=0.0)
+        situation = replace(
+            self.situation(), step=0, error_map=nothing, previous=None, flops_left=0.0,
+            flops_allowed=self._spending.allowed,
+        )  # fmt: skip
         return self._policy.decide(situation)
 
     # ---------------------------------------------------------------- the plain loop
@@ -448,7 +455,7 @@ class Guide:
         if self.config.probe.interval == 1:
             return True
         is_fresh = self._stream is None or self._stream.epoch == 0
-        return self.is_measuring and is_fresh and self.step_count % self._prober.stride == 0
+        return self.is_measuring and is_fresh and self._prober.scores_step(self.step_count)
 
     def _measure_and_decide(self) -> None:
         fresh = not self._follows_map or (self.config.probe.interval == 1 and self.step_count > 0)
@@ -516,6 +523,13 @@ class Guide:
                 f"step {self.step_count}: the gradient of {culprit!r} is not finite (loss {loss}); nothing was "
                 "updated. Lower the learning rate, or check this step's examples"
             )
+        lowest = {c.name for c in self.partition if c.depth == self.plan.cut and c.kind in ALWAYS_REACHED}
+        lowest &= self._executor.active
+        if self.plan.cut > 0 and lowest and lowest.isdisjoint(norms):
+            raise AttachError(
+                f"step {self.step_count}: the lowest layer that trains got no gradient ({', '.join(sorted(lowest))}). "
+                "Reentrant checkpointing gives none above a cut: use use_reentrant=False"
+            )
         if len(self._executor.active) == len(self.partition) and not (
             self._scales_by_norm and self._prober.pool is not None
         ):
@@ -524,6 +538,8 @@ class Guide:
     # ---------------------------------------------------------------- around the model's forward
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module is not self.model:  # a deep copy, which has the hooks but no guide
+            return
         if not (self._in_step and module.training and torch.is_grad_enabled()):
             self._executor.skip_positions(False)
             return
@@ -540,7 +556,8 @@ class Guide:
         )
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._executor.end_forward()
+        if module is self.model:
+            self._executor.end_forward()
 
     def _mean_loss(self, model: nn.Module, batch: Any) -> Tensor:
         return self._loss(model, batch).mean()

@@ -39,7 +39,6 @@ class Prober:
         schedule: fixed by `plan`; empty before.
         pool: the examples; None: there are none to look at.
         history: step and scores at each probe.
-        stride: while measuring, every so many steps the gradients of training are scored.
     """
 
     def __init__(self, measurement: Measurement | None, settings: ProbeConfig, spending: Spending) -> None:
@@ -47,7 +46,7 @@ class Prober:
         self.schedule = ProbeSchedule()
         self.pool: ProbePool | None = None
         self.history: list[tuple[int, dict[str, float]]] = []
-        self.stride = 1
+        self._stride = 1  # in micro-batches: while measuring, one step in so many is scored
         self._spare = 0  # examples that may be set aside
         self._last = (0, 0.0)  # step and progress
         self._ratio: float | None = None  # FLOPs of a probe, per those of one forward and backward pass
@@ -62,7 +61,7 @@ class Prober:
         """
         spending, settings = self._spending, self._settings
         assert spending.costs is not None
-        self.stride = max(1, int(measuring * steps / MAX_SCORED_STEPS))
+        self._stride = max(1, int(measuring * steps / MAX_SCORED_STEPS))
         self.schedule = ProbeSchedule.derive(
             interval=settings.interval, size=settings.size, steps=steps,
             flops_allowed=spending.allowed * settings.max_fraction,
@@ -86,6 +85,10 @@ class Prober:
     def number(self, steps: int) -> int:
         """How many probes are planned for a run of so many steps."""
         return self.schedule.number or steps // max(1, self.schedule.interval) * self.schedule.is_on
+
+    def scores_step(self, step: int) -> bool:
+        """Whether the gradients of this step of the measuring phase are scored."""
+        return (step + 1) % max(1, self._stride // self._spending.accumulation) == 0
 
     def is_due(self, step: int, progress: float) -> bool:
         """Whether to look before `step`."""

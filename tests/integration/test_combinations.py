@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.optim import AdamW
 
@@ -122,8 +123,8 @@ def assert_trained_alike(model: nn.Module, reference: nn.Module, before: nn.Modu
     assert torch.stack(apart).norm() <= tolerance * torch.stack(moved).norm()
 
 
-def checkpoint(model: Any, *, use_reentrant: bool) -> None:
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+def checkpoint(model: Any, **options: Any) -> None:
+    model.gradient_checkpointing_enable(options)
 
 
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}
@@ -164,13 +165,30 @@ def test_gradient_checkpointing(cache: str, granularity: Granularity) -> None:
     assert_trained_alike(model, reference, before, TOLERANCE["fp32"])
 
 
-def test_reentrant_checkpointing_is_refused_for_it_trains_no_layer_above_a_cut() -> None:
+@pytest.mark.parametrize("options", [{"use_reentrant": True}, {"preserve_rng_state": True}])
+def test_reentrant_checkpointing_is_refused_for_it_trains_no_layer_above_a_cut(options: dict[str, bool]) -> None:
     model = FAMILIES["bert"].build()
-    checkpoint(model, use_reentrant=True)
+    checkpoint(model, **options)  # without the key, torch takes the reentrant kind
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(AttachError, match="use_reentrant=False"):
         guided(model, precision="fp32", clip=False, granularity="layer", accumulation=1, cache="none", fused=False)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_lowest_layer_without_a_gradient_is_an_error_however_it_came_about() -> None:
+    model: Any = FAMILIES["bert"].build()
+    guide = Guide(model, Config(preset="full"))
+    steer(guide, Scripted(lambda s: is_on(guide.partition, s.step)))
+    batch = next(iter(guide.batches(Examples(FAMILIES["bert"]), batch_size=2, collate_fn=trimmed)))
+    inner = model.bert.encoder.layer[1].forward
+
+    def by_hand(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return torch.utils.checkpoint.checkpoint(lambda h: inner(h, *args, **kwargs), hidden, use_reentrant=True)
+
+    model.bert.encoder.layer[1].forward = by_hand
+    guide.loss(batch).backward()
+    with pytest.raises(AttachError, match="the lowest layer that trains got no gradient"):
+        guide.step(AdamW(guide.param_groups(lr=LR)))
 
 
 @pytest.mark.parametrize("cache", [pytest.param("none", marks=pytest.mark.slow), "memory"])

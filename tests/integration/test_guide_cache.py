@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rgft import Config, Guide
-from rgft.errors import CacheError
+from rgft.errors import CacheError, NonFiniteError
 from tests.families import FAMILIES, loss_of
-from tests.integration.loops import Examples, adamw, trimmed
+from tests.integration.loops import Examples, adamw, collate, trimmed
 from tests.integration.policies import Scripted, steer
 
 Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
@@ -80,3 +81,93 @@ def test_a_loss_that_reads_padding_gets_no_cache(caplog: pytest.LogCaptureFixtur
     assert guide.cache.hits <= 10  # rows of batches without padding, read before a padded one came
     for (key, found), expected in zip(guide.model.named_parameters(), plain.model.parameters(), strict=True):
         assert torch.allclose(found, expected, atol=2e-5), key
+
+
+def test_a_gradient_that_is_zero_everywhere_proves_nothing() -> None:
+    """A classifier that starts at zero passes none on in the first step."""
+
+    def zeroed(cache: str) -> Guide:
+        family = FAMILIES["bert"]
+        torch.manual_seed(0)
+        model: Any = family.build()
+        nn.init.zeros_(model.classifier.weight)
+        guide = Guide(model, Config(preset="rgft", execution={"cache": cache}), loss=with_padding_in_the_classifier)
+        steer(guide, Scripted(lambda s: {c.name for c in guide.partition if c.depth >= 2}))
+        optimizer = adamw(guide, lr=1e-2)
+        data = Examples(family, count=48)
+        data.rows = data.rows[1::2]
+        for batch in guide.batches(data, batch_size=2, collate_fn=trimmed, epochs=3):
+            guide.loss(batch).backward()
+            guide.step(optimizer)
+            optimizer.zero_grad()
+        guide.detach()
+        return guide
+
+    guide, plain = zeroed("auto"), zeroed("none")
+    for (key, found), expected in zip(guide.model.named_parameters(), plain.model.parameters(), strict=True):
+        assert torch.allclose(found, expected, atol=2e-5), key
+
+
+def with_padding_in_the_classifier(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    states: list[Tensor] = []
+    handle = model.bert.encoder.register_forward_hook(lambda module, args, output: states.append(output[0]))
+    unused = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+    handle.remove()
+    return F.cross_entropy(model.classifier(states[0].mean(1)) + 0.0 * unused, batch["labels"])
+
+
+def test_a_loss_that_is_not_finite_says_nothing_of_padding() -> None:
+    with pytest.raises(NonFiniteError):
+        train("bert", lambda model, batch: loss_of(model, batch) * float("nan"), cache="memory")
+
+
+def test_a_mask_that_is_written_to_after_it_was_looked_at() -> None:
+    """Under a budget the batch is looked at before the loop has it."""
+
+    def run(cache: str) -> Guide:
+        family = FAMILIES["bert"]
+        torch.manual_seed(0)
+        guide = Guide(family.build(), Config(preset="rgft", budget=0.9, execution={"cache": cache}, seed=1))
+        steer(guide, Scripted(lambda s: {c.name for c in guide.partition if c.depth >= 2}))
+        optimizer = adamw(guide, lr=1e-3)
+        data = Examples(family, count=24)
+        for row in data.rows:
+            row["attention_mask"][6:] = 0
+        for batch in guide.batches(data, batch_size=4, collate_fn=collate, epochs=3):
+            batch["attention_mask"][:, 6:8] = 1
+            guide.loss(batch).backward()
+            guide.step(optimizer)
+            optimizer.zero_grad()
+            if guide.step_count == 12:
+                break
+        guide.detach()
+        return guide
+
+    cached, plain = run("memory"), run("none")
+    assert cached.cache is not None
+    assert cached.cache.hits > 0
+    for (key, found), expected in zip(cached.model.named_parameters(), plain.model.parameters(), strict=True):
+        assert torch.allclose(found, expected, atol=2e-5), key
+
+
+@pytest.mark.parametrize("wanted", ["output_hidden_states", "output_attentions"])
+def test_what_all_layers_give_cannot_be_had_from_those_that_do_not_run(wanted: str) -> None:
+    def loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
+        model.set_attn_implementation("eager")
+        setattr(model.config, wanted, True)
+        return loss_of(model, batch)
+
+    with pytest.raises(CacheError, match=wanted):
+        train("bert", loss, cache="memory")
+
+
+def test_a_deep_copy_books_nothing_on_the_original() -> None:
+    family = FAMILIES["bert"]
+    guide = Guide(family.build(), Config(preset="full"))
+    optimizer = adamw(guide)
+    batch = next(iter(guide.batches(Examples(family), batch_size=4, collate_fn=trimmed)))
+    guide.loss(batch).backward()
+    before = guide.ledger.spent_flops
+    loss_of(copy.deepcopy(guide.model), batch)
+    assert guide.ledger.spent_flops == before
+    guide.step(optimizer)

@@ -144,6 +144,8 @@ def test_too_small_a_budget_says_the_minimum_and_that_minimum_runs() -> None:
     assert guide.flops_fraction <= minimum
     with pytest.raises(BudgetError):
         run(minimum * 0.97)
+    full_step = guide.costs.full_step(*guide._spending.typical).total if guide.costs else 0.0
+    assert minimum * (guide.run_plan.full_flops if guide.run_plan else 0.0) < 0.7 * full_step  # that of a deep cut
 
 
 def test_the_torch_encoder_in_eval_mode_with_gradients() -> None:
@@ -197,4 +199,18 @@ def test_a_long_measuring_phase_scores_some_of_its_steps(
     guided(guide, adamw(guide), Examples(family, 48), epochs=1)
     assert guide.step_count >= 9
     assert len(scored) >= 3
-    assert scored == list(range(0, stride * len(scored), stride))
+    assert scored == [stride * (position + 1) - 1 for position in range(len(scored))]
+
+
+def test_accumulation_does_not_thin_out_what_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prober, "MAX_SCORED_STEPS", 4)
+    family = FAMILIES["bert"]
+    guide = Guide(family.build(), Config(budget=0.9, warmup_fraction=0.9, probe={"interval": 0}))
+    guide.accumulation = 4
+    scored: list[int] = []
+    assert guide._measurement is not None
+    monkeypatch.setattr(guide._measurement, "observe_own_step", scored.append)
+    guided(guide, adamw(guide), Examples(family, 96), batch_size=2, epochs=1, accumulation=4)
+    assert guide.step_count >= 8
+    assert 3 <= len(scored) <= 9
+    assert scored[-1] > guide.step_count / 2

@@ -505,6 +505,7 @@ def test_too_late_and_twice(tmp_path: Path) -> None:
             {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
             "use_reentrant",
         ),
+        ({"activation_checkpointing": True, "activation_checkpointing_kwargs": {}}, "use_reentrant"),
     ],
 )
 def test_trainings_that_are_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
@@ -520,6 +521,7 @@ def test_all_reasons_to_refuse_come_at_once() -> None:
         n_gpu=2,
         fp16=True,
         auto_find_batch_size=True,
+        gradient_checkpointing=True,
         gradient_checkpointing_kwargs={"use_reentrant": True},
     )
     with pytest.raises(AttachError) as error:

@@ -7,7 +7,7 @@ from rgft.cost import trace_costs
 from rgft.cost.elements import count_elements
 from rgft.cost.memory import step_memory
 from rgft.cost.rates import Rates
-from rgft.forecast import Length, forecast
+from rgft.forecast import Length, _written, forecast
 from rgft.partition import partition
 from tests.families import FAMILIES, loss_of
 
@@ -16,7 +16,7 @@ RATES = Rates(product_flops=1e9, optimizer_elements=1e6, written_elements=1e7)
 
 def rows_of(name: str, **settings: Any):
     family = FAMILIES[name]
-    model = family.build()
+    model = family.build().eval()  # attention with dropout has no fused kernel on the CPU
     batch = family.batch()
     return model, batch, forecast(
         model, partition(model), batch, length=Length(steps=10, epochs=3), loss=loss_of,
@@ -48,9 +48,15 @@ def test_flops_and_times_by_hand(name: str) -> None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in on)
         written = 30 * count_elements(lambda: loss_of(model, batch).backward())
+        model.zero_grad()
         assert found.seconds is not None
         of_writing = found.seconds - found.flops / 1e9 - 30 * found.trained_parameters / 1e6
-        assert of_writing == pytest.approx(written / 1e7) if found is full else 0.0 < of_writing < written / 1e7
+        if found is full:
+            assert of_writing == pytest.approx(
+                written / 1e7, rel=0.1
+            )  # attention is not computed, see `FusedAttention`
+        else:
+            assert 0.0 < of_writing < written / 1e7
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
@@ -102,3 +108,20 @@ def test_flags_stay_and_the_meta_device_will_do() -> None:
     assert expected.memory.activations <= full.memory.activations
     assert full.seconds is None
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_long_contexts_write_no_table_of_all_pairs_of_tokens() -> None:
+    """On the meta device, where attention falls apart, as on the CPU."""
+    written = {}
+    for device in ("cpu", "meta"):
+        for tokens in (32, 128):
+            model = FAMILIES["llama"].build().to(device)
+            batch = {
+                k: v.to(device) for k, v in FAMILIES["llama"].batch(tokens=tokens).items() if k != "attention_mask"
+            }
+            names = {name for name, _ in model.named_parameters()}
+            gradient = next(model.parameters()).grad = torch.zeros_like(next(model.parameters()))
+            written[device, tokens] = _written(model, names, None, lambda m=model, b=batch: loss_of(m, b))[0]
+            assert next(model.parameters()).grad is gradient
+    assert written["cpu", 128] == written["meta", 128]
+    assert written["meta", 128] < 4.2 * written["meta", 32]

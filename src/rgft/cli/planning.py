@@ -168,7 +168,7 @@ def show(found: Mapping[str, Any], console: Console) -> None:
     )
     table = Table(box=None, padding=(0, 1))
     table.add_column("way", no_wrap=True)
-    names = ["trained", "FLOPs", "of full", "memory", "(saved)", "cache", "at least"]
+    names = ["trained", "FLOPs", "of full", "memory", "(saved)", "cache", "time"]
     for name in names if found["budget"] is None else [*names, "epochs"]:
         table.add_column(name, justify="right", no_wrap=True)
     for way in found["ways"]:
@@ -185,8 +185,8 @@ def show(found: Mapping[str, Any], console: Console) -> None:
     console.print(table)
     console.print(
         "RGFT: by share of frozen layers. FLOPs: of products. Memory: of a step; (saved): activations kept for "
-        "backward, less with fused attention. Cache: of the frozen prefix, all examples. At least: at this machine's "
-        "rates of products and AdamW; the rest of a step comes on top.",
+        "backward, less with fused attention. Cache: of the frozen prefix, all examples. Time: at this machine's "
+        "rates of products, elementwise work and AdamW.",
         highlight=False,
     )
 

@@ -64,8 +64,10 @@ def measure_rates(device: torch.device, dtype: torch.dtype, shapes: tuple[tuple[
     optimizer = torch.optim.AdamW([parameter], lr=1e-6, foreach=True)
     rows, _, outputs = shapes[len(shapes) // 2]
     tensors = cycle(
-        torch.randn(rows, outputs, device=device, dtype=dtype, requires_grad=True)
-        for _ in range(_copies(rows * outputs, dtype))
+        [
+            torch.randn(rows, outputs, device=device, dtype=dtype, requires_grad=True)
+            for _ in range(_copies(rows * outputs, dtype))
+        ]
     )
     norm = nn.LayerNorm(outputs, device=device, dtype=dtype)
 

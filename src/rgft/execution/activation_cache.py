@@ -26,6 +26,7 @@ from rgft.execution.disk_states import DiskStates
 from rgft.execution.eager import eager
 from rgft.execution.fingerprint import prefix_fingerprint, row_digests
 from rgft.execution.states import CachedState, Key, MemoryStates, States
+from rgft.execution.switching import KEEPS_GRADIENT
 
 log = logging.getLogger("rgft")
 
@@ -164,9 +165,6 @@ class ActivationCache:
         for position, layer in enumerate(self._layers[: max(frozen, 0)]):
             self._replaced.append((layer, layer.__dict__.get("forward")))
             layer.forward = eager(self._wrap(layer.forward, is_last=position == frozen - 1))
-        for layer in self._layers[frozen : frozen + 1] if frozen > 0 else ():
-            self._replaced.append((layer, layer.__dict__.get("forward")))
-            layer.forward = eager(self._wrap_reader(layer.forward), recursive=False)
 
     def detach(self) -> None:
         """Gives the layers their own forward back, and closes what is open."""
@@ -198,12 +196,16 @@ class ActivationCache:
             return
         spans = _spans(kwargs.get("attention_mask"))
         length = tokens if spans is None else None
-        if kwargs.get("output_hidden_states"):
-            self._stays_out(CacheError(
-                "the model is asked for the hidden states of all layers, which layers that do not run cannot give; use "
-                "execution.cache='none'"
-            ))  # fmt: skip
-            return
+        if self._looked is not None and self._looked.spans != spans:
+            self._looked = None  # the mask was written to since
+        config = getattr(self._model, "config", None)
+        for wanted in ("output_hidden_states", "output_attentions"):
+            if kwargs.get(wanted, getattr(config, wanted, False)):
+                self._stays_out(CacheError(
+                    f"the model is asked for what all its layers give ({wanted}), which layers that do not run cannot "
+                    "give; use execution.cache='none'"
+                ))  # fmt: skip
+                return
         digests = row_digests(len(ids), args, kwargs, spans)
         of_batch: dict[int, bytes] = {}
         for example, digest in zip(ids, digests, strict=True):
@@ -324,13 +326,19 @@ class ActivationCache:
 
     def end(self) -> None:
         """Ends the batch: forwards until the next `begin` bypass the cache."""
-        self._ids, self._hit, self._looked = None, False, None
+        self._ids, self._hit, self._looked, self._watched_BT = None, False, None, None
 
     def _wrap(self, forward: Callable[..., Any], *, is_last: bool) -> Callable[..., Any]:
         def cached_forward(*args: Any, **kwargs: Any) -> Any:
             if self._ids is None:
                 return forward(*args, **kwargs)
-            hidden_BTD = args[0] if args else kwargs["hidden_states"]
+            hidden_BTD = args[0] if args else kwargs.get("hidden_states")
+            if not isinstance(hidden_BTD, Tensor):
+                self._stays_out(CacheError(
+                    "a layer takes its hidden states neither first nor by the name hidden_states; use "
+                    "execution.cache='none'"
+                ))  # fmt: skip
+                return forward(*args, **kwargs)
             if self._hit:
                 return self._returns(self._read(hidden_BTD) if is_last else hidden_BTD)
             output = forward(*args, **kwargs)
@@ -343,8 +351,7 @@ class ActivationCache:
                 self._write(states.detach())
                 if self._filling:
                     raise _PrefixComputed
-                if self._cut > len(self._layers):  # else the layer above does it
-                    return self._returns(self._watched(states))
+                return self._returns(self._watched(states))
             return output
 
         return cached_forward
@@ -366,33 +373,29 @@ class ActivationCache:
 
     _returns: Callable[[Tensor], Any] = staticmethod(lambda states: states)
 
-    def _wrap_reader(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """Of the layer above the cut, whose input is looked at where nothing is known of padding yet."""
-        watched = eager(self._watched)
-
-        def watched_forward(*args: Any, **kwargs: Any) -> Any:
-            if args:
-                return forward(watched(args[0]), *args[1:], **kwargs)
-            return forward(**{**kwargs, "hidden_states": watched(kwargs["hidden_states"])})
-
-        return watched_forward
-
     def _watched(self, states_BTD: Tensor) -> Tensor:
         """The states, as a leaf whose gradient tells whether anything reads their padding."""
         is_padding_BT = self._watched_BT
-        # A probe (eval mode) looks through the cut. Gradient checkpointing comes here again in the backward pass.
-        if is_padding_BT is None or not (torch.is_grad_enabled() and self._model.training):
+        if is_padding_BT is None or not torch.is_grad_enabled():
             return states_BTD
+        cut = self._cut
 
         def check(gradient_BTD: Tensor) -> None:
-            self._is_padding_unread, self._watched_BT = True, None
-            if bool((gradient_BTD[is_padding_BT.to(gradient_BTD.device)] != 0).any()):
+            of_padding = is_padding_BT.to(gradient_BTD.device)
+            # Gradients of a loss that is not finite, or of a classifier that is still zero, tell nothing.
+            is_telling = gradient_BTD.isfinite().all() & (gradient_BTD[~of_padding] != 0).any()
+            if cut != self._cut or not bool(is_telling):
+                return
+            if bool((gradient_BTD[of_padding] != 0).any()):
                 self._stays_out(CacheError(
                     "the loss depends on the states of padding (a mean over all positions?), which are not stored; "
                     "mask it there, or use execution.cache='none'"
                 ))  # fmt: skip
+            else:
+                self._is_padding_unread = True
 
         watched_BTD = states_BTD.detach().requires_grad_()
+        setattr(watched_BTD, KEEPS_GRADIENT, True)
         watched_BTD.register_hook(check)
         return watched_BTD
 

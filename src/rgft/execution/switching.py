@@ -21,6 +21,9 @@ from rgft.errors import AttachError
 from rgft.execution.binding import Binding
 from rgft.plan import UpdatePlan
 
+#: Marks a tensor whose gradient is wanted although nothing below it trains.
+KEEPS_GRADIENT = "_rgft_keeps_gradient"
+
 _WITH_FAST_PATH = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 
@@ -121,13 +124,15 @@ class Switch:
 
 
 def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) and value.requires_grad else value
+    is_open = isinstance(value, Tensor) and value.requires_grad and not hasattr(value, KEEPS_GRADIENT)
+    return value.detach() if is_open else value
 
 
 def _require_gradients_inside(layer: nn.Module) -> None:
     """Reentrant checkpointing gives no gradients to a layer whose input has none, as above a cut."""
-    checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
-    if getattr(layer, "gradient_checkpointing", False) and getattr(checkpoint, "keywords", {}).get("use_reentrant"):
+    options = getattr(getattr(layer, "_gradient_checkpointing_func", None), "keywords", None)
+    # Torch's default is reentrant.
+    if getattr(layer, "gradient_checkpointing", False) and options is not None and options.get("use_reentrant", True):
         raise AttachError(
             "gradient checkpointing is reentrant, which gives no gradients to the lowest layer that trains; enable it "
             "with use_reentrant=False (in the Trainer: gradient_checkpointing_kwargs={'use_reentrant': False})"

@@ -34,7 +34,8 @@ def refuse_unsupported(args: TrainingArguments, *, accelerator: Any = None) -> N
     if args.auto_find_batch_size:
         problems.append("auto_find_batch_size=True starts over with other batches in the middle. Set a batch size")
     kwargs = _checkpointing_kwargs(args)
-    if kwargs.get("use_reentrant"):
+    # Given nothing, Transformers takes the other kind; given other settings, torch takes this one.
+    if kwargs is not None and kwargs.get("use_reentrant", True):
         problems.append(
             "reentrant gradient checkpointing needs gradients at the input of every layer, so backward could never "
             "stop early. Set use_reentrant to False in its kwargs"
@@ -43,12 +44,12 @@ def refuse_unsupported(args: TrainingArguments, *, accelerator: Any = None) -> N
         raise AttachError("RGFT cannot be attached to this training:\n  " + "\n  ".join(problems))
 
 
-def _checkpointing_kwargs(args: TrainingArguments) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
-        kwargs = getattr(args, name, None)
-        found |= kwargs if isinstance(kwargs, dict) else {}
-    return found
+def _checkpointing_kwargs(args: TrainingArguments) -> dict[str, Any] | None:
+    """What checkpointing was given; None: nothing, or there is none."""
+    names = ("gradient_checkpointing", "activation_checkpointing")
+    given = [getattr(args, f"{name}_kwargs", None) for name in names if getattr(args, name, False)]
+    given = [kwargs for kwargs in given if isinstance(kwargs, dict)]
+    return {key: value for kwargs in given for key, value in kwargs.items()} if given else None
 
 
 def unwrapped(optimizer: Any) -> torch.optim.Optimizer:

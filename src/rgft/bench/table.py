@@ -38,7 +38,7 @@ def final_results(folder: Path) -> dict[str, Results]:
     return found
 
 
-CUTS = ", the last layers trained from the start"
+CUTS = ", the cut fixed by hand"
 
 
 def _title(result: Mapping[str, Any]) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,46 +24,14 @@ from rgft.errors import CacheError
 from rgft.execution.disk_states import DiskStates
 from rgft.execution.eager import eager
 from rgft.execution.fingerprint import prefix_fingerprint, row_digests
+from rgft.execution.padding import BatchRows, PaddingProof, spans_of
 from rgft.execution.states import CachedState, Key, MemoryStates, States
-from rgft.execution.switching import KEEPS_GRADIENT
 
 log = logging.getLogger("rgft")
 
 
 class _PrefixComputed(Exception):
     """Ends a filling pass at the cut: what lies above is not wanted."""
-
-
-@dataclass(kw_only=True)
-class _Look:
-    """A batch, and which of its rows are known.
-
-    Attributes:
-        ids, mask, given_tokens: of the batch, as they were given.
-        spans: (offset, length) of each row's tokens; None: the mask does not tell.
-        width: of a row, where the mask tells.
-        states: by row; None where not known.
-    """
-
-    ids: tuple[int, ...]
-    mask: Tensor | None
-    given_tokens: int | None
-    spans: list[tuple[int, int]] | None
-    width: int | None
-    states: list[CachedState | None] = field(default_factory=list)
-
-    @property
-    def is_padded(self) -> bool:
-        return self.spans is not None and any(span != (0, self.width) for span in self.spans)
-
-    @property
-    def is_padding_BT(self) -> Tensor:
-        """[B, T], True outside the tokens."""
-        spans = self.spans or []
-        is_padding_BT = torch.ones(len(spans), self.width or 0, dtype=torch.bool)
-        for row_T, (offset, length) in zip(is_padding_BT, spans, strict=True):
-            row_T[offset : offset + length] = False
-        return is_padding_BT
 
 
 class ActivationCache:
@@ -115,9 +82,9 @@ class ActivationCache:
         self._tokens: int | None = None
         self._width: int | None = None
         self._hit = False
-        self._looked: _Look | None = None
+        self._looked: BatchRows | None = None
         self._watched_BT: Tensor | None = None  # padding of the batch whose gradients are looked at
-        self._is_padding_unread = False  # by what the loss of this run is made of, as gradients have shown
+        self._proof = PaddingProof(self._padding_is_read)
         self._filling = False
         self.hits = self.misses = 0
         self.largest_error = 0.0
@@ -153,7 +120,8 @@ class ActivationCache:
         self._digests.clear()
         self._states.close()
         self._cut, self._looked = cut, None
-        self._watched_BT, self._is_padding_unread = None, False
+        self._watched_BT = None
+        self._proof.reset()
         if not self._is_usable:
             return
         if cut > 1:
@@ -194,7 +162,7 @@ class ActivationCache:
         """
         if ids is None or not self._replaced:
             return
-        spans = _spans(kwargs.get("attention_mask"))
+        spans = spans_of(kwargs.get("attention_mask"))
         length = tokens if spans is None else None
         if self._looked is not None and self._looked.spans != spans:
             self._looked = None  # the mask was written to since
@@ -245,10 +213,10 @@ class ActivationCache:
         self._ids = ids if self._replaced else None
         if self._ids is None:
             return False
-        look = self._look(self._ids, attention_mask, tokens)
-        if look.is_padded and not self._is_padding_unread:
-            self._watched_BT = look.is_padding_BT
-        self._hit = all(state is not None for state in look.states)
+        rows = self._rows(self._ids, attention_mask, tokens)
+        if rows.is_padded and not self._proof.is_given:
+            self._watched_BT = rows.is_padding_BT
+        self._hit = all(state is not None for state in rows.states)
         if self._hit:
             self.hits += len(self._ids)
         else:
@@ -261,29 +229,25 @@ class ActivationCache:
         """Rows whose states are not stored (at their place in the row); all of them while nothing is frozen."""
         if ids is None or not self._replaced:
             return list(range(len(ids or ())))
-        states = self._look(ids, attention_mask, tokens).states
+        states = self._rows(ids, attention_mask, tokens).states
         return [row for row, state in enumerate(states) if state is None]
 
-    def _look(self, ids: Sequence[int], attention_mask: Tensor | None, tokens: int | None) -> _Look:
+    def _rows(self, ids: Sequence[int], attention_mask: Tensor | None, tokens: int | None) -> BatchRows:
         """What is known of a batch. It is asked for several times a step, and read once."""
         last = self._looked
-        if last is not None and last.mask is attention_mask and (last.ids, last.given_tokens) == (tuple(ids), tokens):
-            look = last
+        if last is not None and last.is_of(ids, attention_mask, tokens):
+            rows = last
         else:
-            spans = _spans(attention_mask)
-            look = _Look(
-                ids=tuple(ids), mask=attention_mask, given_tokens=tokens, spans=spans,
-                width=attention_mask.shape[1] if attention_mask is not None and spans is not None else None,
-            )  # fmt: skip
-        self._spans, self._width = look.spans, look.width
-        self._tokens = tokens if look.spans is None else None
-        if look is not last:
-            if self._is_padding_unread or not look.is_padded:
-                look.states = [self._known(example, row) for row, example in enumerate(ids)]
+            rows = BatchRows.of(ids, attention_mask, tokens)
+        self._spans, self._width = rows.spans, rows.width
+        self._tokens = tokens if rows.spans is None else None
+        if rows is not last:
+            if self._proof.is_given or not rows.is_padded:
+                rows.states = [self._known(example, row) for row, example in enumerate(ids)]
             else:
-                look.states = [None] * len(ids)
-            self._looked = look
-        return look
+                rows.states = [None] * len(ids)
+            self._looked = rows
+        return rows
 
     def _known(self, example: int, row: int) -> CachedState | None:
         """The example's states, if they are those of its place in the row."""
@@ -374,30 +338,15 @@ class ActivationCache:
     _returns: Callable[[Tensor], Any] = staticmethod(lambda states: states)
 
     def _watched(self, states_BTD: Tensor) -> Tensor:
-        """The states, as a leaf whose gradient tells whether anything reads their padding."""
-        is_padding_BT = self._watched_BT
-        if is_padding_BT is None or not torch.is_grad_enabled():
+        if self._watched_BT is None or not torch.is_grad_enabled():
             return states_BTD
-        cut = self._cut
+        return self._proof.watched(states_BTD, self._watched_BT)
 
-        def check(gradient_BTD: Tensor) -> None:
-            of_padding = is_padding_BT.to(gradient_BTD.device)
-            # Gradients of a loss that is not finite, or of a classifier that is still zero, tell nothing.
-            is_telling = gradient_BTD.isfinite().all() & (gradient_BTD[~of_padding] != 0).any()
-            if cut != self._cut or not bool(is_telling):
-                return
-            if bool((gradient_BTD[of_padding] != 0).any()):
-                self._stays_out(CacheError(
-                    "the loss depends on the states of padding (a mean over all positions?), which are not stored; "
-                    "mask it there, or use execution.cache='none'"
-                ))  # fmt: skip
-            else:
-                self._is_padding_unread = True
-
-        watched_BTD = states_BTD.detach().requires_grad_()
-        setattr(watched_BTD, KEEPS_GRADIENT, True)
-        watched_BTD.register_hook(check)
-        return watched_BTD
+    def _padding_is_read(self) -> None:
+        self._stays_out(CacheError(
+            "the loss depends on the states of padding (a mean over all positions?), which are not stored; mask it "
+            "there, or use execution.cache='none'"
+        ))  # fmt: skip
 
     def _read(self, like: Tensor) -> Tensor:
         assert self._looked is not None
@@ -440,7 +389,7 @@ class ActivationCache:
             "states": [state.values for _, state in held],
             "scales": [state.scale_T1 for _, state in held],
             "digests": dict(self._digests),
-            "is_padding_unread": self._is_padding_unread,
+            "is_padding_unread": self._proof.is_given,
             "hits": self.hits,
             "misses": self.misses,
             "largest_error": self.largest_error,
@@ -453,22 +402,9 @@ class ActivationCache:
         columns = (state[name] for name in ("ids", "states", "scales", "offsets", "tokens"))
         for example, values, scale_T1, offset, tokens in zip(*columns, strict=True):
             self._states.put(example, CachedState(values=values, scale_T1=scale_T1, offset=offset, tokens=tokens))
-        self._digests, self._is_padding_unread = dict(state["digests"]), state["is_padding_unread"]
+        self._digests, self._proof.is_given = dict(state["digests"]), state["is_padding_unread"]
         self.hits, self.misses, self.largest_error = state["hits"], state["misses"], state["largest_error"]
 
 
 def _identity(states: Tensor) -> Tensor:
     return states
-
-
-def _spans(attention_mask: Tensor | None) -> list[tuple[int, int]] | None:
-    """(offset, length) of each row's tokens. A mask with holes keeps the span from first to last token."""
-    if attention_mask is None or attention_mask.dim() != 2:
-        return None
-    spans = []
-    for row in attention_mask.bool().cpu():
-        places = row.nonzero()
-        # Of a row that is all padding everything is kept: something may be read of it all the same.
-        first, last = (int(places[0]), int(places[-1])) if len(places) else (0, len(row) - 1)
-        spans.append((first, last - first + 1))
-    return spans

@@ -18,7 +18,7 @@ from rgft.guide import Guide
 from rgft.integrations import RGFTCallback, enable
 from rgft.integrations.trainer_checks import refuse_unsupported
 from tests.families import FAMILIES
-from tests.integration.trainers import Watch, arguments, assert_equal, examples, make_trainer, weights
+from tests.integration.trainers import HALF, Watch, arguments, assert_equal, examples, make_trainer, weights
 
 
 def train_plain(folder: Path, **settings: Any) -> dict[str, Tensor]:
@@ -54,7 +54,7 @@ def test_enabling_draws_no_random_numbers(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, dataset=examples(200))
     set_seed(5)
     before = torch.get_rng_state()
-    enable(trainer, budget=0.5)
+    enable(trainer, budget=0.5, mask=HALF)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -63,7 +63,7 @@ def test_everything_is_taken_back(tmp_path: Path) -> None:
     model, dataset, collator = trainer.model, trainer.train_dataset, trainer.data_collator
     names = [name for name, _ in model.named_parameters()]
     callbacks = list(trainer.callback_handler.callbacks)
-    enable(trainer, budget=0.3, granularity="head")
+    enable(trainer, budget=0.3, mask=HALF, granularity="head")
     assert [name for name, _ in model.named_parameters()] != names
     trainer.train()
     assert [name for name, _ in model.named_parameters()] == names
@@ -96,7 +96,9 @@ def test_a_run_ends_within_its_budget_and_reads_the_cache(tmp_path: Path, settin
     family = settings.get("family", "bert")
     trainer = make_trainer(tmp_path, dataset=examples(120, kind=FAMILIES[family].kind), **settings)
     before = weights(trainer.model)
-    guide = enable(trainer, budget=0.45, execution={"positions": "all"})  # else the epochs end before the budget
+    guide = enable(
+        trainer, budget=0.45, mask=HALF, execution={"positions": "all"}
+    )  # else the epochs end before the budget
     seen = Watch(lambda: (guide.cache.hits, guide.ledger.spent_flops, guide.plan.cut))  # type: ignore[union-attr]
     trainer.add_callback(seen)
     trainer.train()
@@ -116,7 +118,7 @@ def test_a_run_ends_within_its_budget_and_reads_the_cache(tmp_path: Path, settin
 
 def test_the_schedule_ends_with_the_budget(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, dataset=examples(160), warmup_steps=0.1)
-    enable(trainer, budget=0.4, execution={"positions": "all"})
+    enable(trainer, budget=0.4, mask=HALF, execution={"positions": "all"})
     trainer.train()
     rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
     assert max(rates) == pytest.approx(1e-3, rel=0.05)
@@ -127,14 +129,14 @@ def test_the_schedule_ends_with_the_budget(tmp_path: Path) -> None:
 
 def test_a_schedule_that_cannot_follow_the_budget_is_said(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, dataset=examples(160), lr_scheduler_type="polynomial")
-    enable(trainer, budget=0.4)
+    enable(trainer, budget=0.4, mask=HALF)
     with pytest.warns(RGFTWarning, match="'polynomial'.*not with the budget"):
         trainer.train()
 
 
 def test_off_components_do_not_move(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, dataset=examples(120), weight_decay=0.1)
-    guide = enable(trainer, budget=0.3)
+    guide = enable(trainer, budget=0.3, mask=HALF)
     model = trainer.model
 
     def look() -> tuple[frozenset[str], dict[str, Tensor]]:
@@ -158,7 +160,7 @@ def test_off_components_do_not_move(tmp_path: Path) -> None:
 
 def test_the_prefix_stays_in_eval_mode_though_the_trainer_calls_train(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, dataset=examples(80))
-    guide = enable(trainer, budget=0.4, execution={"cache": "none"})
+    guide = enable(trainer, budget=0.4, mask=HALF, execution={"cache": "none"})
     seen: set[tuple[bool, bool]] = set()
     dropout = trainer.model.bert.encoder.layer[0].output.dropout
     dropout.register_forward_hook(lambda module, args, output: seen.add((guide.plan.cut > 1, module.training)))
@@ -174,7 +176,7 @@ def test_what_is_logged(tmp_path: Path) -> None:
             reported.append(dict(logs))
 
     trainer = make_trainer(tmp_path, dataset=examples(120), more={"callbacks": [Tracker()]})
-    enable(trainer, budget=0.5, execution={"positions": "all"})
+    enable(trainer, budget=0.5, mask=HALF, execution={"positions": "all"})
     trainer.train()
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     keys = {"rgft/budget_spent", "rgft/flops_fraction", "rgft/active_components", "rgft/cut"}
@@ -202,7 +204,7 @@ def test_evaluation_and_generation_in_between_change_nothing(tmp_path: Path) -> 
         more = {"eval_dataset": examples(16, kind="lm", seed=1)} if settings else {}
         more |= {"callbacks": [Generate()]} if settings else {}
         trainer = make_trainer(tmp_path / name, family="llama", dataset=examples(120, kind="lm"), more=more, **settings)
-        guide = enable(trainer, budget=0.4)
+        guide = enable(trainer, budget=0.4, mask=HALF)
         trainer.train()
         return weights(trainer.model), guide.ledger.spent_flops
 
@@ -214,7 +216,7 @@ def test_evaluation_and_generation_in_between_change_nothing(tmp_path: Path) -> 
 
 def test_evaluation_sees_what_the_plain_model_gives(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, dataset=examples(120), more={"eval_dataset": examples(24, seed=1)})
-    enable(trainer, budget=0.4, granularity="head")
+    enable(trainer, budget=0.4, mask=HALF, granularity="head")
     losses: list[float] = []
     trainer.add_callback(Watch(lambda: losses.append(trainer.evaluate()["eval_loss"])))
     trainer.train()
@@ -287,7 +289,7 @@ def test_resuming_with_another_configuration_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("granularity", ["layer", "head"])
 def test_saved_models_load_plainly_and_are_what_was_trained(tmp_path: Path, granularity: Any) -> None:
     trainer = make_trainer(tmp_path, dataset=examples(120), save_strategy="steps", save_steps=6)
-    enable(trainer, budget=0.4, granularity=granularity)
+    enable(trainer, budget=0.4, mask=HALF, granularity=granularity)
     at_six: dict[str, Tensor] = {}
 
     class Keep(TrainerCallback):
@@ -311,7 +313,7 @@ def test_the_last_evaluation_and_checkpoint_see_the_averaged_weights(tmp_path: P
         tmp_path, save_strategy="steps", save_steps=1000, eval_strategy="steps", eval_steps=1000,
         more={"eval_dataset": examples(16, seed=1)},
     )  # fmt: skip
-    guide = enable(trainer, budget=0.5, update={"average_last": 0.5})
+    guide = enable(trainer, budget=0.5, mask=HALF, update={"average_last": 0.5})
     iterates: list[tuple[float, dict[str, torch.Tensor]]] = []
     step = guide.end_step
 
@@ -340,7 +342,7 @@ def test_the_last_evaluation_and_checkpoint_see_the_averaged_weights(tmp_path: P
 def test_fused_default_gives_way_at_head_granularity(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer = make_trainer(tmp_path, dataset=examples(120))
     assert trainer.args.optim == "adamw_torch_fused"
-    guide = enable(trainer, budget=0.4, granularity="head")
+    guide = enable(trainer, budget=0.4, mask=HALF, granularity="head")
     kinds = Watch(lambda: [(group["fused"], group["foreach"]) for group in trainer.optimizer.param_groups])
     trainer.add_callback(kinds)
     with caplog.at_level(logging.WARNING, logger="rgft"):
@@ -353,7 +355,7 @@ def test_fused_default_gives_way_at_head_granularity(tmp_path: Path, caplog: pyt
 @pytest.mark.parametrize(("granularity", "optim"), [("layer", "adafactor"), ("head", "adafactor")])
 def test_optimizers_that_slices_would_change(tmp_path: Path, granularity: Any, optim: str) -> None:
     trainer = make_trainer(tmp_path, dataset=examples(120), optim=optim)
-    enable(trainer, budget=0.4, granularity=granularity, signal={"name": "grad_norm"}, scaling=None)
+    enable(trainer, budget=0.4, mask=HALF, granularity=granularity, signal={"name": "grad_norm"}, scaling=None)
     if granularity == "layer":
         trainer.train()
         return
@@ -364,7 +366,7 @@ def test_optimizers_that_slices_would_change(tmp_path: Path, granularity: Any, o
 
 def test_weight_decay_follows_the_trainers_own_rule(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, dataset=examples(120), weight_decay=0.1)
-    enable(trainer, budget=0.5, granularity="head")
+    enable(trainer, budget=0.5, mask=HALF, granularity="head")
     found: dict[str, float] = {}
 
     def look() -> None:
@@ -383,13 +385,13 @@ def test_an_optimizer_of_the_users(tmp_path: Path) -> None:
     model = FAMILIES["bert"].build()
     mine = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     trainer = make_trainer(tmp_path, model=model, dataset=examples(120), more={"optimizers": (mine, None)})
-    guide = enable(trainer, budget=0.4)
+    guide = enable(trainer, budget=0.4, mask=HALF)
     trainer.train()
     assert guide.step_count > 10
     part = torch.optim.SGD(model.classifier.parameters(), lr=0.1)  # type: ignore[union-attr]
     trainer = make_trainer(tmp_path, model=model, dataset=examples(120), more={"optimizers": (part, None)})
     with pytest.raises(AttachError, match="the optimizer lacks parameters of 4 components"):
-        enable(trainer, budget=0.4)
+        enable(trainer, budget=0.4, mask=HALF)
     assert all(p.requires_grad for p in model.parameters())
     assert Guide(model) is not None  # nothing was left attached
 
@@ -433,7 +435,7 @@ def test_other_data_sets_and_collators(tmp_path: Path, workers: int) -> None:
         tmp_path, dataset=Texts(120), more={"data_collator": Pad()}, dataloader_num_workers=workers,
         dataloader_pin_memory=False, num_train_epochs=3,
     )  # fmt: skip
-    guide = enable(trainer, budget=0.5)
+    guide = enable(trainer, budget=0.5, mask=HALF)
     trainer.train()
     assert guide.cache is not None
     assert guide.cache.hits > 0
@@ -443,7 +445,7 @@ def test_other_data_sets_and_collators(tmp_path: Path, workers: int) -> None:
 def test_probes_are_never_trained_on(tmp_path: Path) -> None:
     dataset = examples(160)
     trainer = make_trainer(tmp_path, dataset=dataset)
-    guide = enable(trainer, budget=0.5, probe={"interval": 4, "size": 4})
+    guide = enable(trainer, budget=0.5, mask=HALF, probe={"interval": 4, "size": 4})
     seen: set[int] = set()
     step = trainer.training_step
     trainer.training_step = lambda model, inputs, *a, **k: (
@@ -465,7 +467,7 @@ def test_examples_that_differ_each_time_are_not_cached(tmp_path: Path, caplog: p
 
     trainer = make_trainer(tmp_path, dataset=examples(120), more={"data_collator": noisy})
     with caplog.at_level(logging.WARNING, logger="rgft"):
-        guide = enable(trainer, budget=0.5)
+        guide = enable(trainer, budget=0.5, mask=HALF)
     trainer.train()
     assert "no activation cache" in caplog.text
     assert guide.cache is not None
@@ -478,23 +480,23 @@ def test_examples_that_differ_each_time_are_not_cached(tmp_path: Path, caplog: p
 
 def test_too_late_and_twice(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, dataset=examples(80))
-    enable(trainer, budget=0.5)
+    enable(trainer, budget=0.5, mask=HALF)
     with pytest.raises(AttachError, match="has a guide already"):
-        enable(trainer, budget=0.5)
+        enable(trainer, budget=0.5, mask=HALF)
 
     class Late(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            enable(trainer, budget=0.5)
+            enable(trainer, budget=0.5, mask=HALF)
 
     trainer = make_trainer(tmp_path, dataset=examples(80), more={"callbacks": [Late()]})
     with pytest.raises(AttachError, match="training has begun"):
         trainer.train()
     trainer = make_trainer(tmp_path, dataset=examples(80), more={"callbacks": [RGFTCallback(budget=0.5)]})
     with pytest.raises(AttachError, match="has an RGFTCallback already"):
-        enable(trainer, budget=0.5)
+        enable(trainer, budget=0.5, mask=HALF)
     trainer = Trainer(args=arguments(tmp_path), train_dataset=examples(80), model_init=lambda: FAMILIES["bert"].build())
     with pytest.raises(AttachError, match="model_init"):
-        enable(trainer, budget=0.5)
+        enable(trainer, budget=0.5, mask=HALF)
 
 
 @pytest.mark.parametrize(
@@ -511,7 +513,7 @@ def test_too_late_and_twice(tmp_path: Path) -> None:
 def test_trainings_that_are_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     trainer = make_trainer(tmp_path, dataset=examples(80), **settings)
     with pytest.raises(AttachError, match=message):
-        enable(trainer, budget=0.5)
+        enable(trainer, budget=0.5, mask=HALF)
     assert not hasattr(trainer.model, "_rgft_guide")
 
 
@@ -537,7 +539,7 @@ def test_all_reasons_to_refuse_come_at_once() -> None:
 def test_a_training_that_never_steps_is_said(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, dataset=examples(80))
     trainer._run_epoch = lambda **kwargs: setattr(trainer.control, "should_training_stop", True)
-    enable(trainer, budget=0.5)
+    enable(trainer, budget=0.5, mask=HALF)
     with pytest.warns(RGFTWarning, match="saw no training step"):
         trainer.train()
 
@@ -548,7 +550,7 @@ def test_batches_of_uneven_length_do_not_overspend(tmp_path: Path) -> None:
             tmp_path, dataset=Texts(160), more={"data_collator": Pad()}, gradient_accumulation_steps=accumulation,
             per_device_train_batch_size=4,
         )  # fmt: skip
-        guide = enable(trainer, budget=0.3, execution={"positions": "all"})
+        guide = enable(trainer, budget=0.3, mask=HALF, execution={"positions": "all"})
         trainer.train()
         assert 0.25 < guide.flops_fraction <= 0.3
         assert trainer.state.global_step == guide.step_count
@@ -557,18 +559,18 @@ def test_batches_of_uneven_length_do_not_overspend(tmp_path: Path) -> None:
 def test_streams_and_impossible_budgets_leave_nothing_attached(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, dataset=examples(80).to_iterable_dataset(), max_steps=4)
     with pytest.raises(AttachError, match="map-style"):
-        enable(trainer, budget=0.5)
+        enable(trainer, budget=0.5, mask=HALF)
     trainer = make_trainer(tmp_path, model=trainer.model, dataset=examples(80))
     with pytest.raises(BudgetError, match="smallest budget"):
         enable(trainer, budget=1e-4)
     with pytest.raises(ConfigError, match="config, or single settings"):
         enable(trainer, Config(), budget=0.5)
-    enable(trainer, budget=0.5)
+    enable(trainer, budget=0.5, mask=HALF)
 
 
 def test_a_loss_that_is_no_number_stops_before_the_step(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, dataset=examples(80))
-    guide = enable(trainer, budget=0.5)
+    guide = enable(trainer, budget=0.5, mask=HALF)
     states: list[dict[str, Tensor]] = []
 
     def poison() -> None:
@@ -591,7 +593,7 @@ def test_a_loss_that_is_no_number_stops_before_the_step(tmp_path: Path) -> None:
 
 def test_callback_does_its_subset(tmp_path: Path) -> None:
     model = FAMILIES["bert"].build()
-    callback = RGFTCallback(budget=0.4)
+    callback = RGFTCallback(budget=0.4, mask=HALF)
     trainer = make_trainer(
         tmp_path, model=model, dataset=examples(160), more={"callbacks": [callback]}, lr_scheduler_type="constant"
     )

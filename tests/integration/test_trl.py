@@ -17,7 +17,7 @@ from trl import SFTConfig, SFTTrainer
 from rgft.errors import RGFTWarning
 from rgft.integrations import enable
 from tests.families import FAMILIES
-from tests.integration.trainers import Watch, assert_equal, examples, make_trainer, weights
+from tests.integration.trainers import HALF, Watch, assert_equal, examples, make_trainer, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -77,7 +77,7 @@ def test_sft_with_the_full_preset_is_plain_sft_bit_for_bit(tmp_path: Path) -> No
 )
 def test_sft_within_a_budget(tmp_path: Path, settings: dict[str, Any], cached: bool) -> None:
     trainer = sft(tmp_path, **settings)
-    guide = enable(trainer, budget=0.4)
+    guide = enable(trainer, budget=0.4, mask=HALF)
     trainer.train()
     assert guide.cache is not None
     assert (guide.cache.hits > 0) == cached
@@ -102,7 +102,7 @@ def test_probes_leave_trls_metrics_alone(tmp_path: Path) -> None:
 def test_sft_resumes_bit_for_bit(tmp_path: Path) -> None:
     def run(resume: bool) -> Any:
         trainer = sft(tmp_path, save_strategy="steps", save_steps=9)
-        enable(trainer, budget=0.5)
+        enable(trainer, budget=0.5, mask=HALF)
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9") if resume else None)
         return trainer
 
@@ -126,7 +126,7 @@ def test_peft_models(tmp_path: Path, family: str, config: dict[str, Any], settin
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     dataset = examples(64, kind=FAMILIES[family].kind)
     trainer = make_trainer(tmp_path, model=model, dataset=dataset, **settings)
-    guide = enable(trainer, budget=0.35, **config)
+    guide = enable(trainer, budget=0.35, mask=HALF, **config)
     off = Watch(lambda: (guide.active, weights(model)))
     trainer.add_callback(off)
     trainer.train()
@@ -135,7 +135,7 @@ def test_peft_models(tmp_path: Path, family: str, config: dict[str, Any], settin
     assert guide.flops_fraction <= 0.35
     # The budget is a share of what fine-tuning the base model costs, which has no adapters.
     base = make_trainer(tmp_path / "base", family=family, dataset=dataset)
-    whole = enable(base, budget=0.35).run_plan
+    whole = enable(base, budget=0.35, mask=HALF).run_plan
     assert guide.run_plan is not None
     assert whole is not None
     assert guide.run_plan.full_flops == whole.full_flops
@@ -161,7 +161,7 @@ def test_a_peft_run_resumes_bit_for_bit_and_loads_plainly(tmp_path: Path) -> Non
             tmp_path / name, model=lora("llama"), dataset=examples(64, kind="lm"), save_strategy="steps",
             save_steps=1000, num_train_epochs=2, more={"callbacks": list(callbacks)},
         )  # fmt: skip
-        enable(trainer, budget=0.5)
+        enable(trainer, budget=0.5, mask=HALF)
         trainer.train(resume_from_checkpoint=True if resume else None)
         return trainer
 

@@ -14,6 +14,9 @@ from tests.families import CLASSES, FAMILIES, VOCABULARY
 
 TOKENS = 10
 
+#: A cut by hand: such budgets pay for an epoch of everything, where RGFT itself freezes nothing.
+HALF = {"name": "budget", "frozen_fraction": 0.5}
+
 
 def examples(count: int = 64, *, kind: str = "text", seed: int = 0) -> Dataset:
     """Texts of one length, whose label is written in their tokens."""

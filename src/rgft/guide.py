@@ -30,7 +30,7 @@ from rgft.assembly import build_cache, build_policy, build_signal
 from rgft.batches import BatchStream, IndexedBatch, SizedDataset, Subset
 from rgft.config import Config
 from rgft.cost import CostModel, trace_costs
-from rgft.cost.rates import measure_rates
+from rgft.cost.rates import measure_products
 from rgft.error_map import ErrorMap
 from rgft.errors import AttachError, ConfigError, NonFiniteError
 from rgft.execution.activation_cache import ActivationCache
@@ -258,7 +258,7 @@ class Guide:
     def _machine_pace(self) -> float:
         """FLOPs per second to reckon with before the first step; products alone are about twice as fast."""
         weight = next(self.model.parameters())
-        return 0.5 * measure_rates(weight.device, weight.dtype).product_flops
+        return 0.5 * measure_products(weight.device, weight.dtype)
 
     def _decision_without_means(self) -> UpdatePlan:
         """What the policy would do if nothing were known and left to spend: no plan of this run costs less."""
@@ -523,17 +523,22 @@ class Guide:
                 f"step {self.step_count}: the gradient of {culprit!r} is not finite (loss {loss}); nothing was "
                 "updated. Lower the learning rate, or check this step's examples"
             )
-        lowest = {c.name for c in self.partition if c.depth == self.plan.cut and c.kind in ALWAYS_REACHED}
-        lowest &= self._executor.active
-        if self.plan.cut > 0 and lowest and lowest.isdisjoint(norms):
-            raise AttachError(
-                f"step {self.step_count}: the lowest layer that trains got no gradient ({', '.join(sorted(lowest))}). "
-                "Reentrant checkpointing gives none above a cut: use use_reentrant=False"
-            )
+        if self.plan.cut > 0:
+            self._check_lowest_layer(norms)
         if len(self._executor.active) == len(self.partition) and not (
             self._scales_by_norm and self._prober.pool is not None
         ):
             self._observe_norm(sum(norms.values()))
+
+    def _check_lowest_layer(self, norms: Collection[str]) -> None:
+        """What just trains above the cut has a gradient: that is where backward has to come to."""
+        lowest = {c.name for c in self.partition if c.depth == self.plan.cut and c.kind in ALWAYS_REACHED}
+        lowest &= self._executor.active
+        if lowest and lowest.isdisjoint(norms):
+            raise AttachError(
+                f"step {self.step_count}: the lowest layer that trains got no gradient ({', '.join(sorted(lowest))}). "
+                "Reentrant checkpointing gives none above a cut: use use_reentrant=False"
+            )
 
     # ---------------------------------------------------------------- around the model's forward
 

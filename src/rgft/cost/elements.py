@@ -5,14 +5,15 @@ Such work is bound by memory, not by arithmetic, and is a fifth to a third of a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+from rgft.nested import tensors_in
 
 
 class ElementCounter(TorchDispatchMode):
@@ -33,8 +34,8 @@ class ElementCounter(TorchDispatchMode):
             return output
         is_in_place = any(argument.alias_info is not None and argument.alias_info.is_write for argument in
                           func._schema.arguments)  # fmt: skip
-        read = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs or {}))}
-        for tensor in _tensors(output):
+        read = {tensor.untyped_storage()._cdata for tensor in tensors_in((args, kwargs or {}))}
+        for tensor in tensors_in(output):
             if is_in_place or tensor.untyped_storage()._cdata not in read:  # else a view
                 self.written += tensor.numel()
         return output
@@ -60,13 +61,3 @@ def count_elements(work: Callable[[], object]) -> int:
     with ElementCounter() as counter:
         work()
     return counter.written
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(tuple(value.values()))

@@ -43,8 +43,10 @@ class Rates:
         return flops / self.product_flops + updated / self.optimizer_elements + written / self.written_elements
 
 
-def measure_rates(device: torch.device, dtype: torch.dtype, shapes: tuple[tuple[int, int, int], ...] = SHAPES) -> Rates:
-    """Times products of linear layers and AdamW steps."""
+def measure_products(
+    device: torch.device, dtype: torch.dtype, shapes: tuple[tuple[int, int, int], ...] = SHAPES
+) -> float:
+    """FLOPs per second of matrix products, forward and both gradients of linear layers of these shapes."""
     flops = seconds = 0.0
     for rows, inputs, outputs in shapes:
         sets = _copies(rows * (inputs + outputs) + inputs * outputs, dtype)
@@ -58,6 +60,12 @@ def measure_rates(device: torch.device, dtype: torch.dtype, shapes: tuple[tuple[
         ):  # fmt: skip
             seconds += timed(product, device)
             flops += 2.0 * rows * inputs * outputs
+    return flops / seconds
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype, shapes: tuple[tuple[int, int, int], ...] = SHAPES) -> Rates:
+    """Times products of linear layers, elementwise work and AdamW steps."""
+    products = measure_products(device, dtype, shapes)
     size = 4_000_000 if device.type == "cpu" else 64_000_000
     parameter = nn.Parameter(torch.randn(size, device=device, dtype=dtype))
     parameter.grad = torch.randn_like(parameter)
@@ -78,7 +86,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype, shapes: tuple[tuple[
         norm.zero_grad()
 
     return Rates(
-        product_flops=flops / seconds, optimizer_elements=size / timed(optimizer.step, device),
+        product_flops=products, optimizer_elements=size / timed(optimizer.step, device),
         written_elements=count_elements(elementwise) / timed(elementwise, device),
     )  # fmt: skip
 

@@ -77,10 +77,7 @@ class ActivationCache:
         self._digests: dict[tuple[int, int | None], bytes | None] = {}
         self._cut = 0
         self._replaced: list[tuple[nn.Module, Any]] = []
-        self._ids: Sequence[int] | None = None
-        self._spans: list[tuple[int, int]] | None = None
-        self._tokens: int | None = None
-        self._width: int | None = None
+        self._batch: BatchRows | None = None  # in hand, from `begin` to `end`
         self._hit = False
         self._looked: BatchRows | None = None
         self._watched_BT: Tensor | None = None  # padding of the batch whose gradients are looked at
@@ -107,10 +104,12 @@ class ActivationCache:
         return len(self._states)
 
     def __contains__(self, example: int) -> bool:
-        return self._key(example) in self._states
+        keys = [digest for (known, _), digest in self._digests.items() if known == example]
+        return any(key in self._states for key in (keys if self._is_on_disk else [example]))
 
-    def _key(self, example: int) -> Key:
-        return self._digests.get((example, self._tokens)) if self._is_on_disk else example
+    def _key(self, batch: BatchRows, row: int) -> Key:
+        example = batch.ids[row]
+        return self._digests.get((example, batch.length)) if self._is_on_disk else example
 
     def set_cut(self, cut: int) -> None:
         """Keeps states at the output of the layer of depth cut−1; another cut drops them. Below 2 nothing is kept."""
@@ -197,7 +196,7 @@ class ActivationCache:
         if self._required:
             raise error
         log.warning("no activation cache: %s", error)
-        self._is_usable, self._ids, self._watched_BT = False, None, None
+        self._is_usable, self._batch, self._watched_BT = False, None, None
         self.detach()
 
     def begin(self, ids: Sequence[int] | None, attention_mask: Tensor | None, tokens: int | None = None) -> bool:
@@ -208,19 +207,17 @@ class ActivationCache:
             attention_mask: [B, T], 1 where a token is, or None where that is not known.
             tokens: T, or None without a token dimension; what tells states apart when the mask does not.
         """
-        self._hit = False
-        self._tokens = self._watched_BT = None
-        self._ids = ids if self._replaced else None
-        if self._ids is None:
+        self._hit, self._watched_BT, self._batch = False, None, None
+        if ids is None or not self._replaced:
             return False
-        rows = self._rows(self._ids, attention_mask, tokens)
-        if rows.is_padded and not self._proof.is_given:
-            self._watched_BT = rows.is_padding_BT
-        self._hit = all(state is not None for state in rows.states)
+        self._batch = batch = self._rows(ids, attention_mask, tokens)
+        if batch.is_padded and not self._proof.is_given:
+            self._watched_BT = batch.is_padding_BT
+        self._hit = all(state is not None for state in batch.states)
         if self._hit:
-            self.hits += len(self._ids)
+            self.hits += len(ids)
         else:
-            self.misses += len(self._ids)
+            self.misses += len(ids)
         return self._hit
 
     def unknown_rows(
@@ -234,29 +231,19 @@ class ActivationCache:
 
     def _rows(self, ids: Sequence[int], attention_mask: Tensor | None, tokens: int | None) -> BatchRows:
         """What is known of a batch. It is asked for several times a step, and read once."""
-        last = self._looked
-        if last is not None and last.is_of(ids, attention_mask, tokens):
-            rows = last
-        else:
-            rows = BatchRows.of(ids, attention_mask, tokens)
-        self._spans, self._width = rows.spans, rows.width
-        self._tokens = tokens if rows.spans is None else None
-        if rows is not last:
-            if self._proof.is_given or not rows.is_padded:
-                rows.states = [self._known(example, row) for row, example in enumerate(ids)]
-            else:
-                rows.states = [None] * len(ids)
-            self._looked = rows
-        return rows
+        if self._looked is None or not self._looked.is_of(ids, attention_mask, tokens):
+            self._looked = batch = BatchRows.of(ids, attention_mask, tokens)
+            may_be_read = self._proof.is_given or not batch.is_padded
+            batch.states = [self._known(batch, row) if may_be_read else None for row in range(len(ids))]
+        return self._looked
 
-    def _known(self, example: int, row: int) -> CachedState | None:
+    def _known(self, batch: BatchRows, row: int) -> CachedState | None:
         """The example's states, if they are those of its place in the row."""
-        state = self._states.get(self._key(example))
-        if state is None:
+        state = self._states.get(self._key(batch, row))
+        if state is None or state.tokens != batch.length:
             return None
-        if self._spans is None:
-            return state if state.tokens == self._tokens else None
-        return state if state.tokens is None and (state.offset, len(state.values)) == self._spans[row] else None
+        is_in_place = batch.spans is None or (state.offset, len(state.values)) == batch.spans[row]
+        return state if is_in_place else None
 
     def fill(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ids: Sequence[int], rows: list[int],
@@ -290,11 +277,11 @@ class ActivationCache:
 
     def end(self) -> None:
         """Ends the batch: forwards until the next `begin` bypass the cache."""
-        self._ids, self._hit, self._looked, self._watched_BT = None, False, None, None
+        self._batch, self._hit, self._looked, self._watched_BT = None, False, None, None
 
     def _wrap(self, forward: Callable[..., Any], *, is_last: bool) -> Callable[..., Any]:
         def cached_forward(*args: Any, **kwargs: Any) -> Any:
-            if self._ids is None:
+            if self._batch is None:
                 return forward(*args, **kwargs)
             hidden_BTD = args[0] if args else kwargs.get("hidden_states")
             if not isinstance(hidden_BTD, Tensor):
@@ -349,9 +336,9 @@ class ActivationCache:
         ))  # fmt: skip
 
     def _read(self, like: Tensor) -> Tensor:
-        assert self._looked is not None
-        states = [state for state in self._looked.states if state is not None]
-        if self._spans is None:
+        assert self._batch is not None
+        states = [state for state in self._batch.states if state is not None]
+        if self._batch.spans is None:
             return torch.stack([state.decoded(like) for state in states])
         width = states[0].values.shape[1:]
         output_BTD = torch.zeros(len(states), like.shape[1], *width, device=like.device, dtype=like.dtype)
@@ -360,22 +347,23 @@ class ActivationCache:
         return output_BTD
 
     def _write(self, states_BTD: Tensor) -> None:
-        assert self._ids is not None
-        if self._spans is not None and states_BTD.shape[1] != self._width:
+        batch = self._batch
+        assert batch is not None
+        if batch.spans is not None and states_BTD.shape[1] != batch.width:
             self._stays_out(CacheError(
-                f"the layers work on {states_BTD.shape[1]} positions, the attention mask tells of {self._width} (other "
+                f"the layers work on {states_BTD.shape[1]} positions, the attention mask tells of {batch.width} (other "
                 "modalities, or virtual tokens, beside the text?); use execution.cache='none'"
             ))  # fmt: skip
             return
         if not bool(torch.isfinite(states_BTD).all()):
-            raise CacheError(f"the states of examples {list(self._ids)} at cut {self._cut} are not finite; not cached")
-        for row, example in enumerate(self._ids):
-            if self._watched_BT is not None and self._known(example, row) is not None:
+            raise CacheError(f"the states of examples {list(batch.ids)} at cut {self._cut} are not finite; not cached")
+        for row in range(len(batch.ids)):
+            if self._watched_BT is not None and self._known(batch, row) is not None:
                 continue  # another run's, on disk: computed for the sake of its gradients only
-            offset, length = self._spans[row] if self._spans else (0, states_BTD.shape[1])
+            offset, length = batch.spans[row] if batch.spans else (0, states_BTD.shape[1])
             states_TD = states_BTD[row, offset : offset + length]
-            state = CachedState.of(states_TD, self._dtype, offset=offset, tokens=self._tokens)
-            if self._states.put(self._key(example), state) and self._dtype is not None:
+            state = CachedState.of(states_TD, self._dtype, offset=offset, tokens=batch.length)
+            if self._states.put(self._key(batch, row), state) and self._dtype is not None:
                 self.largest_error = max(self.largest_error, state.error(states_TD))
 
     def state_dict(self) -> dict[str, Any]:

@@ -44,6 +44,11 @@ class BatchRows:
         return self.mask is mask and (self.ids, self.tokens) == (tuple(ids), tokens)
 
     @property
+    def length(self) -> int | None:
+        """Of every row, where the mask does not tell tokens from padding: states then go with that length alone."""
+        return self.tokens if self.spans is None else None
+
+    @property
     def is_padded(self) -> bool:
         return self.spans is not None and any(span != (0, self.width) for span in self.spans)
 

@@ -13,7 +13,7 @@ gradients are compared with the plain ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +26,7 @@ from rgft.cost.batch_shape import BatchShape
 from rgft.cost.graph import topological
 from rgft.cost.nodes import Node, kind
 from rgft.cost.undisturbed import undisturbed
+from rgft.nested import tensors_in
 
 #: model, batch → scalar.
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -148,7 +149,7 @@ class _Search:
         hidden_BTD = _hidden(calls[self.layer].output) if self.layer in calls else None
         if hidden_BTD is None or hidden_BTD.grad_fn is None or loss.grad_fn is None:
             return False
-        computed = {tensor.grad_fn for call in calls.values() for tensor in _tensors(call.output)}
+        computed = {tensor.grad_fn for call in calls.values() for tensor in tensors_in(call.output)}
         return _selections(loss.grad_fn, computed - {None}) == {position}
 
     def paths_read_at(self, position: int, batch: Any) -> set[str]:
@@ -240,16 +241,6 @@ class _Search:
 def _may_be_narrowed(module: nn.Module) -> bool:
     has_weights = any(parameter.dim() > 1 for parameter in module.parameters())
     return has_weights and not any(isinstance(inner, OVER_BATCH) for inner in module.modules())
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)
 
 
 def _selections(loss: Node, computed: Set[Node]) -> set[int] | None:

@@ -33,7 +33,8 @@ def forward(
 
 def trained(model: Toy, cache: ActivationCache, ids: list[int], tokens: Tensor, mask: Tensor) -> Tensor:
     """As `forward`, with the backward pass that shows whether padding is read."""
-    _, output = forward(model, cache, ids, tokens, mask)
+    hit, output = forward(model, cache, ids, tokens, mask)
+    assert not hit
     output.sum().backward()
     model.zero_grad()
     return output.detach()

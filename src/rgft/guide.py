@@ -116,8 +116,9 @@ class Guide:
         self._executor = Executor(model, self._binding, moments=self.config.update.moments, cache=cache)
         settings = self.config.error_map
         self._measurement = signal and Measurement(
-            model, self._binding, signal, self._mean_loss, beta=settings.beta, bias_correction=settings.bias_correction
-        )
+            model, self._binding, signal, self._mean_loss, beta=settings.beta, bias_correction=settings.bias_correction,
+            row_stride=self.config.probe.row_stride,
+        )  # fmt: skip
         self._average = IterateAverage(self._binding, model.buffers())
         self._ends_after_step = False
         self._spending = Spending(self.config.budget, cache)

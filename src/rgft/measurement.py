@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rgft.blocks import row_blocks, rows_with_gradient
 from rgft.components import Component
 from rgft.error_map import ErrorMap
 from rgft.errors import NonFiniteError
@@ -22,6 +21,7 @@ from rgft.execution.directions import Directions
 from rgft.execution.probing import still
 from rgft.signals.base import GradientSignal, PartGradient, Parts, Probe, Signal, at_least_float32
 from rgft.signals.decrease import PredictedDecrease
+from rgft.step_scores import StepScores
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -34,20 +34,21 @@ class Measurement:
         signal: the score.
         loss: mean loss of a batch, a scalar.
         beta, bias_correction: of the maps.
+        row_stride: signals of a step read one row in so many of each large weight, others the next time.
     """
 
     def __init__(
-        self, model: nn.Module, binding: Binding, signal: Signal, loss: Loss, *, beta: float, bias_correction: bool
-    ) -> None:
+        self, model: nn.Module, binding: Binding, signal: Signal, loss: Loss, *, beta: float, bias_correction: bool,
+        row_stride: int = 1,
+    ) -> None:  # fmt: skip
         self._model, self._binding, self._loss = model, binding, loss
         self.signal = signal
         empty = ErrorMap.empty(binding.partition.names, beta=beta, bias_correction=bias_correction)
         self.error_map, self.same_batch_map = empty, empty
         self._same_batch = PredictedDecrease()
-        self._directions: Directions | None = None
-        self._rates: dict[int, float] = {}
-        # Of a lookup table a batch reads few rows; with the rest, over half the elements of a small encoder.
-        self._tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        self._steps: StepScores | None = None
+        self._row_stride = row_stride
+        self._turn = 0  # looks so far: which rows the next one reads
         #: ‖∇L‖² over all components on the last probe that was asked for it.
         self.gradient_norm_squared: float | None = None
         self._initial: dict[str, Parts] | None = None
@@ -57,16 +58,12 @@ class Measurement:
     def set_optimizer(self, optimizer: Optimizer) -> None:
         """Needed by signals of the optimizer's step. Learning rates are read here, before any schedule."""
         if self.signal.needs_update:
-            self._directions = Directions(optimizer)
-        self._rates = {
-            id(p): float(group.get("initial_lr", group["lr"]))
-            for group in optimizer.param_groups
-            for p in group["params"]
-        }
-
-    def _step_size(self, parameter: Tensor) -> float:
-        """Δθ at reference learning rate is the direction times this."""
-        return -self._rates.get(id(parameter), 1.0)
+            rates = {
+                id(p): float(group.get("initial_lr", group["lr"]))
+                for group in optimizer.param_groups
+                for p in group["params"]
+            }
+            self._steps = StepScores(self._model, self._binding, Directions(optimizer), rates, self._row_stride)
 
     def observe_training(self, step: int) -> None:
         """Scores the gradients of a training batch. Call before the optimizer's step.
@@ -80,31 +77,21 @@ class Measurement:
 
     def observe_own_step(self, step: int) -> None:
         """Scores the optimizer's step on the batch that made it. Call after the step, before gradients are cleared."""
-        if self._directions is not None:
+        if self._steps is not None:
             scores = self._same_batch.score(self._binding.partition, self._parts)
             self.same_batch_map = self.same_batch_map.observe(scores, step=step)
+            self._turn += 1
 
     def _parts(self, component: Component) -> Iterator[PartGradient]:
+        if self._steps is not None:
+            yield from self._steps.last(component, self._turn)
+            return
         initials = self._initial[component.name] if self._initial else None
         for index, parameter in enumerate(self._binding.parameters[component.name]):
-            if parameter.grad is None:
-                continue
-            if self._directions is not None:
-                yield from self._step_parts(parameter, parameter.grad)
-                continue
-            yield PartGradient(
-                weight=parameter.detach(), gradient=parameter.grad, initial=initials[index] if initials else None
-            )
-
-    def _step_parts(self, parameter: nn.Parameter, gradient: Tensor) -> Iterator[PartGradient]:
-        """Gradient and last step, block by block; nothing before the parameter's first step."""
-        assert self._directions is not None
-        blocks = rows_with_gradient if id(parameter) in self._tables else row_blocks
-        for rows in blocks(gradient):
-            update = self._directions.last(parameter, self._step_size(parameter), rows)
-            if update is None:
-                return
-            yield PartGradient(weight=parameter.detach()[rows], gradient=gradient[rows], update=update)
+            if parameter.grad is not None:
+                yield PartGradient(
+                    weight=parameter.detach(), gradient=parameter.grad, initial=initials[index] if initials else None
+                )
 
     def probe(self, batch: Any, *, own: Any = None, step: int, gradient_norm: bool = False) -> dict[str, float]:
         """Measures on a batch that is not trained on, every component on. Moves nothing.
@@ -118,16 +105,8 @@ class Measurement:
         Raises:
             NonFiniteError: the probe's loss is not finite.
         """
-        updates: dict[str, Parts] = {}
         with still(self._model, self._binding):
-            if self._directions is not None:
-                updates = self._steps_from(own if own is not None else batch, step)
-            probe = Probe(
-                model=self._model, partition=self._binding.partition, parameters=self._binding.parameters, batch=batch,
-                loss=self._finite_loss(step), step=step, update=updates.get if updates else None,
-                initial=self._initial.get if self._initial else None,
-            )  # fmt: skip
-            scores = self.signal.measure(probe)
+            scores = self._measure(batch, own if own is not None else batch, step)
             if gradient_norm:
                 self._finite_loss(step)(self._model, batch).backward()
                 gradients = [p.grad for _, parameters in self._binding for p in parameters if p.grad is not None]
@@ -135,35 +114,20 @@ class Measurement:
                     torch.stack([at_least_float32(g).square().sum() for g in gradients]).sum()
                 )
         self.error_map = self.error_map.observe(scores, step=step)
+        self._turn += 1
         return scores
 
-    def _steps_from(self, batch: Any, step: int) -> dict[str, Parts]:
-        """The step that each component's kept moments and the gradient of `batch` would make."""
-        self._finite_loss(step)(self._model, batch).backward()
-        updates: dict[str, Parts] = {}
-
-        def parts(component: Component) -> Iterator[PartGradient]:
-            steps: list[Tensor] = []
-            for parameter in self._binding.parameters[component.name]:
-                gradient, parameter.grad = parameter.grad, None
-                steps.append(torch.zeros_like(parameter) if gradient is None else gradient.detach())
-                yield from self._turned_into_step(parameter, steps[-1])
-            updates[component.name] = tuple(steps)
-
-        scores = self._same_batch.score(self._binding.partition, parts)
-        self.same_batch_map = self.same_batch_map.observe(scores, step=step)
-        return updates
-
-    def _turned_into_step(self, parameter: nn.Parameter, gradient: Tensor) -> Iterator[PartGradient]:
-        """Gradient and the step it would make, block by block; each block becomes its step once it has been scored."""
-        assert self._directions is not None
-        for rows in row_blocks(parameter):
-            block = gradient[rows]
-            update = self._directions.would_make(parameter, block, self._step_size(parameter), rows)
-            if update is None:
-                update = torch.zeros_like(block)
-            yield PartGradient(weight=parameter.detach()[rows], gradient=block, update=update)
-            block.copy_(update)
+    def _measure(self, batch: Any, own: Any, step: int) -> dict[str, float]:
+        loss = self._finite_loss(step)
+        if self._steps is None or not isinstance(self.signal, GradientSignal):
+            probe = Probe(
+                model=self._model, partition=self._binding.partition, parameters=self._binding.parameters, batch=batch,
+                loss=loss, step=step, initial=self._initial.get if self._initial else None,
+            )  # fmt: skip
+            return self.signal.measure(probe)
+        made, same = self._steps.make(lambda: loss(self._model, own).backward(), self._same_batch, self._turn)
+        self.same_batch_map = self.same_batch_map.observe(same, step=step)
+        return self._steps.judge(lambda: loss(self._model, batch).backward(), self.signal, made)
 
     def _finite_loss(self, step: int) -> Loss:
         def loss(model: nn.Module, batch: Any) -> Tensor:
@@ -177,10 +141,11 @@ class Measurement:
     def state_dict(self) -> dict[str, Any]:
         return {
             "error_map": self.error_map.to_dict(), "same_batch_map": self.same_batch_map.to_dict(),
-            "initial": self._initial,
+            "initial": self._initial, "turn": self._turn,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.error_map = ErrorMap.from_dict(state["error_map"])
         self.same_batch_map = ErrorMap.from_dict(state["same_batch_map"])
         self._initial = state["initial"]
+        self._turn = state["turn"]

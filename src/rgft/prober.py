@@ -112,8 +112,10 @@ class Prober:
         own = self.pool.draw(size // 2) if self._measurement.signal.needs_update else None
         batch = self.pool.draw(size - size // 2 if own is not None else size)
         shapes = [batch_shape(b) for b in (own, batch) if b is not None]
-        # Signals differ in the passes they make: the first probe is counted, the others are taken to cost alike.
-        counter = flop_counter() if self._ratio is None and spending.costs is not None else nullcontext()
+        # Other signals' passes are their own affair: the first probe is counted, the others are taken to cost alike.
+        # Counting takes longer than a small probe does.
+        is_known = self._ratio is not None or (own is not None and not gradient_norm)
+        counter = nullcontext() if is_known or spending.costs is None else flop_counter()
         with counter:
             self._measurement.probe(batch, own=own, step=step, gradient_norm=gradient_norm)
         if isinstance(counter, FlopCounterMode):

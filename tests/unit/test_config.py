@@ -35,7 +35,7 @@ TABLE: dict[str, dict[str, Any]] = {
         **COMMON, "preset": "rgft", "granularity": "layer", "signal": {"name": "generalising_decrease"},
         "error_map": {"beta": 0.9, "bias_correction": True},
         "stability": {**STABILITY, "preserve_mean": True, "always_on": ["classifier"]},
-        "probe": {"interval": "auto", "size": "auto", "max_fraction": 0.02},
+        "probe": {"interval": "auto", "size": "auto", "max_fraction": 0.01, "row_stride": 4},
         "update": {"moments": "keep", "average_last": 0.3},
         "execution": {**EXECUTION, "cache": "auto", "positions": "auto"}, "warmup_fraction": 0.1,
     },
@@ -46,7 +46,7 @@ TABLE: dict[str, dict[str, Any]] = {
         "scaling": {"name": "gradient_normalised", "gamma": 1.0, "epsilon": 1e-12, "bounds": [0.1, 10.0]},
         "mask": {"name": "target_sparsity", "fraction": 0.5, "scope": "layer"},
         "stability": {**STABILITY, "always_on": ["embedding", "classifier", "lm_head"]},
-        "probe": {"interval": 100, "size": "auto", "max_fraction": 0.02}, "execution": EXECUTION,
+        "probe": {"interval": 100, "size": "auto", "max_fraction": 0.01, "row_stride": 4}, "execution": EXECUTION,
         "warmup_fraction": 0.0,
     },
     "proposal_b": {
@@ -54,12 +54,13 @@ TABLE: dict[str, dict[str, Any]] = {
         "signal": {"name": "grad_norm", "p": 2, "normalise": "raw"},
         "error_map": {"beta": 0.9, "bias_correction": False},
         "scaling": {"name": "normalised", "by": "max", "alpha": 1.0}, "mask": None, "stability": STABILITY,
-        "probe": {"interval": 1, "size": 0, "max_fraction": 0.02}, "execution": EXECUTION, "warmup_fraction": 0.0,
+        "probe": {"interval": 1, "size": 0, "max_fraction": 0.01, "row_stride": 4}, "execution": EXECUTION,
+        "warmup_fraction": 0.0,
     },
     "full": {
         **COMMON, "preset": "full", "granularity": "layer", "signal": None, "scaling": None, "mask": None,
         "error_map": {"beta": 0.9, "bias_correction": True}, "stability": STABILITY,
-        "probe": {"interval": "auto", "size": "auto", "max_fraction": 0.02}, "execution": EXECUTION,
+        "probe": {"interval": "auto", "size": "auto", "max_fraction": 0.01, "row_stride": 4}, "execution": EXECUTION,
         "warmup_fraction": 0.0,
     },
 }  # fmt: skip

@@ -59,6 +59,7 @@ def _groups(config: Config, given: set[str]) -> list[str]:
     """Settings of groups that nothing uses."""
     decides = any(getattr(config, key) is not None for key in ("scaling", "mask", "period", "policy"))
     goes_off = any(getattr(config, key) is not None for key in ("mask", "period", "policy"))
+    signal = config.signal and registry("signal")[config.signal.name]
     rules: list[tuple[bool, tuple[str, ...], str]] = [
         (config.signal is None, ("error_map.", "probe."), "without a signal"),
         (
@@ -73,6 +74,11 @@ def _groups(config: Config, given: set[str]) -> list[str]:
         ),
         (not goes_off, ("update.moments",), "as every component is on at every step"),
         (not decides, ("warmup_fraction",), "as nothing is decided after it"),
+        (
+            not getattr(signal, "needs_update", False),
+            ("probe.row_stride",),
+            "with a signal that is not of the optimizer's step",
+        ),
         (config.probe.interval == 0, ("probe.size", "probe.max_fraction"), "with probe.interval 0"),
         (
             "auto" not in (config.probe.interval, config.probe.size),

@@ -24,7 +24,7 @@ PRESETS: Mapping[PresetName, Mapping[str, Any]] = {
         "mask": "budget",
         "period": None,
         "stability": {"preserve_mean": True, "always_on": ("classifier",)},
-        "probe": {"interval": "auto", "size": "auto", "max_fraction": 0.02},
+        "probe": {"interval": "auto", "size": "auto", "max_fraction": 0.01, "row_stride": 4},
         "update": {"average_last": 0.3},
         "execution": {"cache": "auto", "positions": "auto"},
         "warmup_fraction": 0.1,

@@ -106,10 +106,15 @@ class ProbeConfig(Section):
         default="auto", description="examples per probe; 0: score training batches instead; auto: from max_fraction"
     )
     max_fraction: float = Field(
-        default=0.02,
+        default=0.01,
         gt=0,
         le=1,
         description="share of the run's own FLOPs that all probes may spend, where interval or size is auto",
+    )
+    row_stride: int = Field(
+        default=4,
+        ge=1,
+        description="signals of the optimizer's step read one row in so many of each large weight, in turn; 1: all",
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -112,27 +112,24 @@ class GradientSignal(Signal):
     ) -> dict[str, float]:
         """Scores from gradients that exist already; a component for which `parts` is empty is left out.
 
-        Each part is scored before the next is asked for. One device synchronisation for all components together.
+        Each part is scored before the next is asked for.
         """
-        scored: list[Component] = []
-        totals: list[Tensor] = []
-        for component in components:
-            partials = [self.partial(part) for part in parts(component)]
-            if partials:
-                scored.append(component)
-                totals.append(torch.stack(partials).sum())
-        if not totals:
+        partials = {component.name: [self.partial(part) for part in parts(component)] for component in components}
+        return self.finished(partials, components)
+
+    def finished(self, partials: Mapping[str, Sequence[Tensor]], components: Iterable[Component]) -> dict[str, float]:
+        """Scores from partials, by component name; one without any is left out.
+
+        One device synchronisation for all components together.
+        """
+        scored = [component for component in components if partials.get(component.name)]
+        if not scored:
             return {}
-        values = torch.stack(totals).tolist()
+        values = torch.stack([torch.stack(list(partials[component.name])).sum() for component in scored]).tolist()
         return {component.name: self.finish(value, component) for component, value in zip(scored, values, strict=True)}
 
     def measure(self, probe: Probe) -> dict[str, float]:
-        totals = self.stream(probe)
-        names = list(totals)
-        if not names:
-            return {}
-        values = torch.stack([torch.stack(totals[name]).sum() for name in names]).tolist()
-        return {name: self.finish(v, probe.partition[name]) for name, v in zip(names, values, strict=True)}
+        return self.finished(self.stream(probe), probe.partition)
 
     def stream(self, probe: Probe) -> dict[str, list[Tensor]]:
         """One backward pass: partials of every slice that requires gradients and got one, by component name.
@@ -144,35 +141,60 @@ class GradientSignal(Signal):
         """
         self.check(probe)
         totals: dict[str, list[Tensor]] = {}
-        handles = []
-        for component in probe.partition:
-            updates = probe.update(component.name) if probe.update and self.needs_update else None
-            initials = probe.initial(component.name) if probe.initial and self.needs_initial else None
+        kept = {
+            component.name: (
+                probe.update(component.name) if probe.update and self.needs_update else None,
+                probe.initial(component.name) if probe.initial and self.needs_initial else None,
+            )
+            for component in probe.partition
+        }
+
+        def score(component: Component, index: int, parameter: Tensor, gradient: Tensor) -> None:
+            updates, initials = kept[component.name]
             if (self.needs_update and updates is None) or (self.needs_initial and initials is None):
-                continue
-            for index, parameter in enumerate(probe.parameters[component.name]):
+                return
+            part = PartGradient(
+                weight=parameter.detach(), gradient=gradient, update=updates[index] if updates else None,
+                initial=initials[index] if initials else None,
+            )  # fmt: skip
+            totals.setdefault(component.name, []).append(self.partial(part))
 
-                def score_and_free(
-                    param: Tensor, name: str = component.name, index: int = index, updates: Parts | None = updates,
-                    initials: Parts | None = initials,
-                ) -> None:  # fmt: skip
-                    gradient, param.grad = param.grad, None
-                    if gradient is None:
-                        return
-                    part = PartGradient(
-                        weight=param.detach(), gradient=gradient, update=updates[index] if updates else None,
-                        initial=initials[index] if initials else None,
-                    )  # fmt: skip
-                    totals.setdefault(name, []).append(self.partial(part))
-
-                if parameter.requires_grad:
-                    handles.append(parameter.register_post_accumulate_grad_hook(score_and_free))
-        try:
-            probe.loss(probe.model, probe.batch).backward()
-        finally:
-            for handle in handles:
-                handle.remove()
-            for parameters in probe.parameters.values():
-                for parameter in parameters:
-                    parameter.grad = None
+        stream_gradients(
+            probe.partition, probe.parameters, lambda: probe.loss(probe.model, probe.batch).backward(), score
+        )
         return totals
+
+
+def stream_gradients(
+    partition: Iterable[Component], parameters: Mapping[str, Parts], backward: Callable[[], object],
+    use: Callable[[Component, int, Any, Tensor], None],
+) -> None:  # fmt: skip
+    """Runs a backward pass and hands over each gradient as it is made: never more than a few exist at once.
+
+    Args:
+        partition, parameters: components and their parameters; of those that require gradients.
+        backward: the pass.
+        use: called with component, index among its parameters, parameter and gradient, which is freed afterwards.
+    """
+    handles = []
+
+    def register(component: Component, index: int, parameter: Tensor) -> None:
+        def hand_over(made: Tensor) -> None:
+            gradient, made.grad = made.grad, None
+            if gradient is not None:
+                use(component, index, made, gradient)
+
+        handles.append(parameter.register_post_accumulate_grad_hook(hand_over))
+
+    for component in partition:
+        for index, parameter in enumerate(parameters[component.name]):
+            if parameter.requires_grad:
+                register(component, index, parameter)
+    try:
+        backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for held in parameters.values():
+            for parameter in held:
+                parameter.grad = None

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -124,6 +125,7 @@ class Guide:
         self._spending = Spending(self.config.budget, cache)
         self._prober = Prober(self._measurement, self.config.probe, self._spending)
         self._stream: Course | None = None
+        self._left_stream: BatchStream | None = None  # what the next `batches` goes on with
         self._ids: Sequence[int] | None = None
         self._in_step = False
         self._passes = 0  # through the model in the step in hand
@@ -136,7 +138,7 @@ class Guide:
         self._upcoming: Any = None  # the batch that the next step starts with, where known
         # A policy that follows the step alone has nothing to wait for, and decides at every step.
         self._follows_map = self._policy is not None and depends_on_map(self._policy)
-        self._has_decided = False
+        self._has_decided = self._holds_plan = False
         self.is_measuring = self._follows_map
         self.plans: list[UpdatePlan] = []
         self.step_count = 0
@@ -288,6 +290,29 @@ class Guide:
             workers: worker processes of the loader.
             full_flops: see `prepare`.
         """
+        if self._left_stream is None:
+            self.open(
+                dataset, batch_size=batch_size, collate_fn=collate_fn, epochs=epochs, workers=workers,
+                full_flops=full_flops,
+            )  # fmt: skip
+        stream, self._left_stream = self._left_stream, None
+        assert stream is not None
+        for indexed in self._awaited(stream):
+            self._ids, self._upcoming = indexed.ids, indexed.batch
+            if not self.affords_upcoming:
+                break
+            yield indexed.batch
+        self.finish()
+
+    def open(
+        self, dataset: SizedDataset, *, batch_size: int, collate_fn: Callable[[list[Any]], Any] | None = None,
+        epochs: float = 1, workers: int = 0, full_flops: float | None = None,
+    ) -> None:  # fmt: skip
+        """Begins the batches (of a resumed run: where it was) and hands out none; the next `batches` does.
+
+        Args:
+            dataset, batch_size, collate_fn, epochs, workers, full_flops: see `batches`.
+        """
         everything = BatchStream(
             dataset, batch_size=batch_size, collate_fn=collate_fn, epochs=epochs, seed=self.config.seed, workers=workers
         )
@@ -297,18 +322,12 @@ class Guide:
         if self.probe_examples:
             train, pool = set_aside(len(dataset), self.probe_examples, seed=self.config.seed)
             self._prober.pool = ProbePool(pool, everything.load, seed=self.config.seed)
-        self._stream = stream = BatchStream(
+        self._stream = self._left_stream = BatchStream(
             Subset(dataset, train), batch_size=batch_size, collate_fn=collate_fn, epochs=epochs, seed=self.config.seed,
             workers=workers,
         )  # fmt: skip
         if self._restored is not None:
             self._restore_data(self._restored)
-        for indexed in self._awaited(stream):
-            self._ids, self._upcoming = indexed.ids, indexed.batch
-            if not self.affords_upcoming:
-                break
-            yield indexed.batch
-        self.finish()
 
     def _awaited(self, stream: BatchStream) -> Iterator[IndexedBatch]:
         """The stream, with the time that its batches take booked."""
@@ -389,7 +408,7 @@ class Guide:
 
     def begin_step(self) -> None:
         """Probes when due, decides, and puts the plan in force. Uses nothing of the batch that follows."""
-        if self._policy is not None:
+        if self._policy is not None and not self._holds_plan:
             self._measure_and_decide()
         self._executor.apply(self.plan, self.step_count)
         self._average.before_step(self._executor.active)
@@ -581,6 +600,16 @@ class Guide:
         return self._executor.active
 
     @property
+    def optimizer(self) -> Optimizer | None:
+        """The optimizer attached to, if any yet."""
+        return self._executor.optimizer
+
+    @property
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the components that the plan in force updates, if not at every step."""
+        return [p for name in self.plan.active() for p in self._binding.parameters[name]]
+
+    @property
     def budget_spent(self) -> float:
         """What was spent so far, as a share of the budget; 0 without one."""
         return self._spending.share_spent
@@ -637,6 +666,13 @@ class Guide:
         return min(1.0, max(self._spending.share_spent, seen))
 
     @property
+    def steps_left(self) -> float:
+        """About how many steps of the plan in force the budget and the data have left; infinite where neither ends."""
+        course, spending = self._stream, self._spending
+        data = math.inf if course is None else (course.total_batches - course.position) / spending.accumulation
+        return min(data, spending.steps_left(self.plan, self.step_count))
+
+    @property
     def is_done(self) -> bool:
         """Whether the budget would not pay for another step."""
         if self.run_plan is None or self._in_step:
@@ -655,8 +691,21 @@ class Guide:
 
     # ---------------------------------------------------------------- saving and leaving
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs, beside model, optimizer and scheduler, to go on bit for bit."""
+    @contextmanager
+    def holding_plan(self) -> Iterator[None]:
+        """Inside, the plan stays as it is: nothing is probed or decided."""
+        self._holds_plan = True
+        try:
+            yield
+        finally:
+            self._holds_plan = False
+
+    def state_dict(self, *, cache: bool = True) -> dict[str, Any]:
+        """All that a resumed run needs, beside model, optimizer and scheduler, to go on bit for bit.
+
+        Args:
+            cache: whether what the activation cache holds in memory is part of it.
+        """
         return {
             "config": self.config.to_dict(),
             "step_count": self.step_count,
@@ -666,7 +715,7 @@ class Guide:
             "plans": [plan.to_dict() for plan in self.plans],
             "gradient_norm_squared": self._gradient_norm_squared,
             "measurement": self._measurement.state_dict() if self._measurement else None,
-            "executor": self._executor.state_dict(),
+            "executor": self._executor.state_dict(cache=cache),
             "average": self._average.state_dict(),
             "spending": self._spending.state_dict(),
             "prober": self._prober.state_dict(),
@@ -700,6 +749,19 @@ class Guide:
             self._restored = state
         else:
             self._restore_place(state)
+
+    def rewind(self, state: Mapping[str, Any]) -> None:
+        """Goes to another point of this run, a `state_dict` without cache: the next `batches` goes on from there.
+
+        Weights, optimizer and scheduler are the caller's to put back. What the activation cache has learnt stays.
+        """
+        if not isinstance(self._stream, BatchStream):
+            raise AttachError(
+                "rewind() goes back in the guide's own batches, and there are none yet: use load_state_dict"
+            )
+        self._in_step, self._passes, self._step_loss, self._left_stream = False, 0, None, self._stream
+        self.load_state_dict(state)
+        self._restore_data(state)
 
     def _restore_place(self, state: Mapping[str, Any]) -> None:
         assert self._stream is not None

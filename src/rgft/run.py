@@ -7,10 +7,11 @@ folder, if there is one; whoever wants to watch passes observers.
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,11 @@ from rgft.errors import ConfigError
 from rgft.evaluation import Evaluated, evaluate
 from rgft.guide import Guide
 from rgft.plan import RunPlan
+from rgft.search import RateSearch, Search, are_rates, candidate_rates, first_rate, round_steps
 from rgft.telemetry.flop_counter import flop_counter
 from rgft.telemetry.run_folder import RunFolder
+
+log = logging.getLogger("rgft")
 
 #: Passes whose FLOPs are counted as they run, beside being modelled.
 MAX_AUDITS = 4
@@ -42,7 +46,8 @@ class Settings:
     """What a run is told beside RGFT's own configuration.
 
     Attributes:
-        lr: learning rate at multiplier 1.
+        lr: learning rate at multiplier 1. Several: the best is searched for inside the budget (`rgft.search`); "auto":
+            among rates that suit the model's width.
         epochs: of the full fine-tuning that the budget is a share of.
         batch_size: examples per optimizer step and micro-batch.
         accumulation: micro-batches per optimizer step.
@@ -54,7 +59,7 @@ class Settings:
         eval_batch_size: examples per evaluation batch.
     """
 
-    lr: float = 2e-4
+    lr: float | tuple[float, ...] | Literal["auto"] = 2e-4
     epochs: float = 3.0
     batch_size: int = 32
     accumulation: int = 1
@@ -71,7 +76,12 @@ class Settings:
         problems = [
             f"{name}: expected {what}, found {value!r}"
             for name, what, value, ok in (
-                ("lr", "a number > 0", self.lr, self.lr > 0),
+                (
+                    "lr",
+                    "numbers > 0, each once, or 'auto'",
+                    self.lr,
+                    self.lr == "auto" or are_rates(self.lr if isinstance(self.lr, tuple) else (self.lr,)),
+                ),
                 ("epochs", "a number > 0", self.epochs, self.epochs > 0),
                 ("batch_size", "an integer >= 1", self.batch_size, self.batch_size >= 1),
                 ("accumulation", "an integer >= 1", self.accumulation, self.accumulation >= 1),
@@ -118,6 +128,16 @@ class Result:
     step_seconds: list[float] = field(default_factory=list)
 
 
+def _candidates(lr: float | tuple[float, ...] | Literal["auto"], model: nn.Module) -> tuple[float, ...]:
+    if lr == "auto":
+        return candidate_rates(model)
+    return lr if isinstance(lr, tuple) else (lr,)
+
+
+class _StoppedSearching(Exception):
+    """The run was stopped in a search, whose state is none to go on from."""
+
+
 class Run:
     """Fine-tunes a task's model under a configuration.
 
@@ -126,7 +146,8 @@ class Run:
         config: RGFT's configuration.
         settings: everything else.
         folder: where records, checkpoints and the model go; None writes nothing.
-        observers: called with a `StepReport` after each step.
+        observers: called with a `StepReport` after each step. In a search of the learning rate the winner's steps are
+            reported when it is over, the others' are not.
         full_flops: FLOPs of full fine-tuning, when `task.model` is not what would be fully fine-tuned (PEFT).
     """
 
@@ -140,13 +161,15 @@ class Run:
         self._device = torch.device(settings.device)
         task.model.to(self._device)
         self.guide = Guide(task.model, config, loss=self._loss)
-        self.optimizer = torch.optim.AdamW(
-            self.guide.param_groups(settings.lr, weight_decay=settings.weight_decay), lr=settings.lr
-        )
+        self.rates = _candidates(settings.lr, task.model)
+        lr = first_rate(self.rates)
+        self.optimizer = torch.optim.AdamW(self.guide.param_groups(lr, weight_decay=settings.weight_decay), lr=lr)
         self.scheduler = self.guide.scheduler(self.optimizer, shape=settings.schedule, warmup=settings.warmup)
         self.guide.set_optimizer(self.optimizer)
         self.guide.accumulation = settings.accumulation
         self.was_stopped = False
+        self.search: Search | None = None
+        self._withheld: list[StepReport] | None = None  # of a candidate, while the learning rate is searched
         self._history: list[float] = []
         self._plans_written = self._probes_written = 0
         self._seconds_before = 0.0
@@ -161,6 +184,11 @@ class Run:
         if self.settings.precision == "bf16":
             return torch.autocast(self._device.type, dtype=torch.bfloat16)
         return contextlib.nullcontext()
+
+    @property
+    def lr(self) -> float:
+        """The learning rate at multiplier 1: what was found, once there was a search."""
+        return first_rate(self.rates) if self.search is None else self.search.rate
 
     def prepare(self) -> RunPlan:
         """Traces costs and fixes the run plan, once; trains nothing. `train` does it itself.
@@ -186,31 +214,100 @@ class Run:
 
         Dropout draws from torch's global generator, which is seeded with the configuration's seed, or restored.
         """
-        settings, guide = self.settings, self.guide
+        guide = self.guide
         self.prepare()
         if guide.step_count == 0:
             torch.manual_seed(self.config.seed)
         self.task.model.train()
         started = time.perf_counter()
-        batches = guide.batches(
-            self.task.train, batch_size=settings.batch_size, collate_fn=self.task.collate, epochs=settings.epochs,
-            full_flops=self._full_flops,
-        )  # fmt: skip
+        is_saved = len(self.rates) > 1 and self.search is None and self._search(started)
+        if not self.was_stopped:
+            self._advance(started)
+        self._seconds_before += time.perf_counter() - started
+        if self.was_stopped and not is_saved:
+            self.checkpoint()
+
+    @property
+    def _data(self) -> dict[str, Any]:
+        """How the guide makes batches of the training set."""
+        settings = self.settings
+        return {
+            "batch_size": settings.batch_size, "collate_fn": self.task.collate, "epochs": settings.epochs,
+            "full_flops": self._full_flops,
+        }  # fmt: skip
+
+    def _advance(self, started: float, *, until: Callable[[], bool] = lambda: False) -> None:
+        """Trains until a condition holds after a step, the run is over, or it is stopped."""
+        batches = self.guide.batches(self.task.train, **self._data)
         step_started, losses = started, []
         for batch in batches:
             if not losses:
                 step_started = time.perf_counter()
             losses.append(self._pass(batch))
-            if len(losses) == settings.accumulation:
+            if len(losses) == self.settings.accumulation:
                 self._step(losses, step_started, started)
                 losses = []
-                if self.was_stopped:
-                    break
+                if self.was_stopped or until():
+                    return
         if losses:  # the data ended inside an accumulation
             self._step(losses, step_started, started)
-        self._seconds_before += time.perf_counter() - started
-        if self.was_stopped:
-            self.checkpoint()
+
+    def _search(self, started: float) -> bool:
+        """Trains until the plan is decided, then finds the learning rate.
+
+        Returns:
+            Whether it was stopped while searching: then the checkpoint made before the search is where to go on.
+        """
+        guide = self.guide
+
+        def is_decided() -> bool:
+            return not guide.is_measuring and guide.progress >= self.settings.warmup
+
+        if is_decided():  # and the search was not over: a resumed run
+            guide.open(self.task.train, **self._data)
+        else:
+            self._advance(started, until=is_decided)
+            if self.was_stopped or guide.is_done or not is_decided():
+                return False
+            guide.rewind(guide.state_dict(cache=False))  # to where it is: the batches begin anew here
+        steps_left = guide.steps_left
+        lengths = round_steps(len(self.rates), steps_left)
+        if lengths:
+            return self._find_rate(lengths, started)
+        log.warning(
+            "about %d steps are left, too few to search among %d learning rates: %g stays", steps_left,
+            len(self.rates), first_rate(self.rates),
+        )  # fmt: skip
+        return False
+
+    def _find_rate(self, lengths: Sequence[int], started: float) -> bool:
+        guide, reports = self.guide, dict[float, list[StepReport]]()
+        if self.folder is not None:
+            self.checkpoint(seconds=self._seconds_before + time.perf_counter() - started)
+
+        def train(rate: float, steps: int) -> list[float]:
+            self._withheld, end = [], guide.step_count + steps
+            self._advance(started, until=lambda: guide.step_count >= end)
+            if self.was_stopped:
+                raise _StoppedSearching
+            reports.setdefault(rate, []).extend(self._withheld)
+            return [report.loss for report in self._withheld]
+
+        try:
+            self.search = RateSearch(guide, self.scheduler, train).run(
+                self.rates, reference=first_rate(self.rates), lengths=lengths
+            )
+        except _StoppedSearching:
+            log.info("stopped while searching the learning rate; a resumed run searches anew")
+            return True
+        finally:
+            self._withheld = None
+        log.info("learning rate %g, of %s", self.search.rate, ", ".join(f"{rate:g}" for rate in self.rates))
+        for report in reports[self.search.rate]:
+            self._publish(report)
+        if self.folder is not None:
+            self.folder.records.append("search", {"step": guide.step_count, **self.search.to_dict()})
+        return False
 
     def _pass(self, batch: Any) -> Tensor:
         """Forward and backward of one micro-batch; returns its detached share of the step's loss."""
@@ -241,20 +338,26 @@ class Run:
         self.guide.step(self.optimizer, self.scheduler, max_grad_norm=self.settings.max_grad_norm)
         self.optimizer.zero_grad()
         now = time.perf_counter()
-        self._history.append(now - step_started)
         seconds = self._seconds_before + now - started
-        self._report(float(torch.stack(losses).sum()), seconds, now - step_started)
+        report = self._report(float(torch.stack(losses).sum()), seconds, now - step_started)
+        if self._withheld is not None:
+            self._withheld.append(report)
+            return
+        self._publish(report)
         every = self.settings.checkpoint_every
         if every and self.guide.step_count % every == 0:
             self.checkpoint(seconds=seconds)
 
-    def _report(self, loss: float, seconds: float, step_seconds: float) -> None:
+    def _report(self, loss: float, seconds: float, step_seconds: float) -> StepReport:
         guide = self.guide
-        report = StepReport(
+        return StepReport(
             step=guide.step_count, loss=loss, progress=guide.progress, seconds=seconds, step_seconds=step_seconds,
             flops_fraction=guide.flops_fraction, active=len(guide.active), components=len(guide.partition),
             cut=guide.plan.cut, captured=guide.error_map.captured(guide.active), top=guide.error_map.top(3),
         )  # fmt: skip
+
+    def _publish(self, report: StepReport) -> None:
+        self._history.append(report.step_seconds)
         if self.folder is not None:
             self.folder.records.append("step", asdict(report))
             self._record_decisions(self.folder)
@@ -284,6 +387,7 @@ class Run:
                     "scheduler": self.scheduler.state_dict(),
                     "guide": self.guide.state_dict(),
                     "seconds": self._seconds_before if seconds is None else seconds,
+                    "search": None if self.search is None else self.search.to_dict(),
                 }
             )
 
@@ -296,6 +400,7 @@ class Run:
         self.scheduler.load_state_dict(state["scheduler"])
         self.guide.load_state_dict(state["guide"])
         self._seconds_before = state["seconds"]
+        self.search = None if state["search"] is None else Search.from_dict(state["search"])
         self._probes_written, self._plans_written = len(self.guide.map_history), len(self.guide.plans)
         # What was recorded after the checkpoint happens again.
         self.folder.records.rewind(self.guide.step_count)

@@ -176,6 +176,12 @@ class Spending:
             return True
         return self.accumulation * self._step(plan, step, *self.typical, is_hit=is_hit) <= self.left
 
+    def steps_left(self, plan: UpdatePlan, step: int) -> float:
+        """How many steps of the plan it pays for, on typical batches that the cache does not know."""
+        if self.costs is None or not self.is_limited:
+            return math.inf
+        return self.left / (self.accumulation * self._step(plan, step, *self.typical, is_hit=False))
+
     def _step(self, plan: UpdatePlan, step: int, rows: int, tokens: int, *, is_hit: bool) -> float:
         assert self.costs is not None
         below = plan.cut if is_hit else 0

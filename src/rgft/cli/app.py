@@ -25,7 +25,12 @@ Task = Annotated[
 ]
 Text = Annotated[list[str] | None, typer.Option(help="text column; given twice: pairs of texts  [default: text]")]
 Label = Annotated[str | None, typer.Option(help="label column  [default: label]")]
-LearningRate = Annotated[float | None, typer.Option(help="learning rate  [default: 2e-4]")]
+LearningRate = Annotated[
+    str | None,
+    typer.Option(
+        help="learning rate; several (1e-4,3e-4) or auto: the best is searched for inside the budget  [default: 2e-4]"
+    ),
+]
 MaxLength = Annotated[
     int | None, typer.Option(help="tokens; longer inputs are cut  [default: 128; 512 and 1024 for language models]")
 ]
@@ -170,7 +175,9 @@ def map_errors(
     preset: Preset = None,
     granularity: Granularity = None,
     signal: Annotated[str | None, typer.Option(help="what is measured, e.g. grad_norm; else the preset's")] = None,
-    lr: LearningRate = None,
+    lr: Annotated[
+        float | None, typer.Option(help="learning rate, of signals that score a step  [default: 2e-4]")
+    ] = None,
     max_length: MaxLength = None,
     config: File = None,
     overrides: Overrides = None,
@@ -186,7 +193,7 @@ def map_errors(
         from rgft.cli import mapping
         from rgft.cli.preparing import device_of, prepare_task
         from rgft.cli.request import read_request
-        from rgft.errors import RGFTWarning
+        from rgft.errors import ConfigError, RGFTWarning
 
         with warnings.catch_warnings():
             # Whether scalings and masks have an effect does not matter here: nothing is decided.
@@ -198,6 +205,8 @@ def map_errors(
                 rgft_flags={"preset": preset, "granularity": granularity, "signal": signal},
             )  # fmt: skip
         settings = request.settings
+        if not isinstance(settings.lr, float):
+            raise ConfigError(f"lr: a map is measured at one learning rate, found {settings.lr}")
         measured = mapping.measure(
             prepare_task(settings), request.config, probes=probes, probe_size=probe_size, lr=settings.lr,
             device=device_of(settings.device),

@@ -16,8 +16,8 @@ PIPELINES: Mapping[TaskName, str] = {
 
 
 def model_card(
-    settings: RunSettings, *, metrics: Mapping[str, Mapping[str, float]], ledger: Mapping[str, Any], loader: str,
-    version: str,
+    settings: RunSettings, *, metrics: Mapping[str, Mapping[str, float]], ledger: Mapping[str, Any], lr: float,
+    loader: str, version: str,
 ) -> str:  # fmt: skip
     """The text of `README.md`, with front-matter as model hubs read it.
 
@@ -25,6 +25,7 @@ def model_card(
         settings: of the run.
         metrics: split → name → value.
         ledger: its summary.
+        lr: learning rate at multiplier 1.
         loader: name of the class that loads the model.
         version: of RGFT.
     """
@@ -74,7 +75,7 @@ def model_card(
         f'model = {loader}.from_pretrained("path/of/this/folder")',
         "```",
         "",
-        f"Learning rate {settings.lr:g}, seed {settings.seed}; all settings are in the run's `config.json`.",
+        f"Learning rate {lr:g}, seed {settings.seed}; all settings are in the run's `config.json`.",
         "",
     ]
     return "\n".join(lines)

@@ -36,6 +36,7 @@ def preview(run: Run) -> dict[str, Any]:
             {"name": c.name, "kind": c.kind, "depth": c.depth, "parameters": c.numel} for c in guide.partition
         ],
         "run_plan": guide.run_plan.to_dict(),
+        "learning_rates": list(run.rates),
         "budget": guide.run_plan.flops / guide.run_plan.full_flops,
         "first_plan": {"cut": first.cut, "active": list(first.active(0)), "reason": first.reason},
         "steps_in_full": run.batches_in_full // run.settings.accumulation,
@@ -105,10 +106,12 @@ def show(data: dict[str, Any], console: Console) -> None:
     console.print(costs)
     position = plan["position"]
     skipping = "" if position is None else f"; past the last attention only position {position}, which the loss reads"
+    rates = ", ".join(f"{rate:g}" for rate in data["learning_rates"])
+    search = f"learning rate: searched inside the budget among {rates}\n" if len(data["learning_rates"]) > 1 else ""
     console.print(
         f"full fine-tuning: {plan['full_flops']:.4g} FLOPs, {data['steps_in_full']:,} steps\n"
         f"this run: at most {plan['flops']:.4g} FLOPs ({data['budget']:.1%}), probes included: "
-        f"{plan['probes']} of {plan['probe_size']} examples; cache: {plan['cache']}{skipping}\n"
+        f"{plan['probes']} of {plan['probe_size']} examples; cache: {plan['cache']}{skipping}\n{search}"
         f"first plan, if nothing were measured: cut at depth {data['first_plan']['cut']}, "
         f"{len(active)} of {model['components']} components on ({data['first_plan']['reason']})",
         highlight=False, soft_wrap=True,

@@ -15,6 +15,7 @@ from rgft.config.presets import DEFAULT_PRESET
 from rgft.config.problems import problems_of
 from rgft.config.sections import Names, Section
 from rgft.errors import ConfigError
+from rgft.search import are_rates
 
 TaskName = Literal["text-classification", "regression", "language-modelling", "chat", "image-classification"]
 
@@ -56,6 +57,20 @@ def _one_or_more(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
+def _learning_rates(value: Any) -> Any:
+    """A number; a tuple of several, also given as text ("1e-4,3e-4"); or "auto"."""
+    if value == "auto":
+        return value
+    items = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+    try:
+        rates = tuple(float(item) for item in items if not isinstance(item, bool))
+    except (TypeError, ValueError):
+        rates = ()
+    if not are_rates(rates) or len(rates) < len(items):
+        raise ValueError("expected a number > 0, several of them, each once, or 'auto'")
+    return rates[0] if len(rates) == 1 else rates
+
+
 class RunSettings(Section):
     """Everything of a run beside RGFT's own configuration."""
 
@@ -88,7 +103,11 @@ class RunSettings(Section):
     max_length: int | None = Field(
         default=None, ge=2, description="tokens; longer inputs are cut (None: 128; 512 and 1024 for language models)"
     )
-    lr: float = Field(default=2e-4, gt=0, description="learning rate at multiplier 1")
+    lr: Annotated[float | tuple[float, ...] | Literal["auto"], BeforeValidator(_learning_rates)] = Field(
+        default=2e-4,
+        description="learning rate at multiplier 1; several (1e-4,3e-4): the best is searched for inside the budget; "
+        "auto: among rates that suit the model's width",
+    )
     epochs: float = Field(default=3.0, gt=0, description="of the full fine-tuning that the budget is a share of")
     batch_size: int = Field(default=32, ge=1, description="examples per micro-batch")
     accumulation: int = Field(default=1, ge=1, description="micro-batches per optimizer step")

@@ -28,11 +28,14 @@ def show(report: Mapping[str, Any], console: Console) -> None:
         ("full fine-tuning, same batches", flops["same_batches_in_full"]), ("dW skipped", -saved["dw_skipped"]),
         ("dX truncated", -saved["dx_truncated"]), ("F cached", -saved["forward_cached"]),
         ("positions not read", -saved["unread_positions"]), ("probes", flops["probes"]),
-        ("cache filling", flops["cache_filling"]), ("spent", flops["spent"]),
+        ("cache filling", flops["cache_filling"]), ("search", flops["search"]), ("spent", flops["spent"]),
     )  # fmt: skip
     for name, value in rows:
         table.add_row(name, f"{value:.4g}", f"{value / whole:.1%}")
     console.print(table)
+    if report["search"] is not None:
+        tried = ", ".join(f"{rate:g}" for rate, _ in report["search"]["rounds"][0]["losses"])
+        console.print(f"learning rate {report['lr']:g}, found among {tried}", highlight=False)
     counted = "" if audit["error"] is None else f"; counted in {audit['audits']} passes, off by {audit['error']:+.2%}"
     console.print(
         f"{report['steps']} steps in {duration(report['seconds']['total'])}, cut at depth {report['plan']['cut']} "

@@ -167,10 +167,11 @@ def _finish(run: Run, task: PreparedTask, request: Request, folder: RunFolder) -
     folder.write_json(ERROR_MAP, error_map(run))
     plan = guide.plan.to_dict()
     run.close()
-    folder.save_model(lambda path: save_model(task, request, path, metrics=metrics, ledger=ledger))
+    folder.save_model(lambda path: save_model(task, request, path, metrics=metrics, ledger=ledger, lr=run.lr))
     report = {
         "status": "finished", "output": str(folder.path), "model": str(folder.model), "steps": guide.step_count,
-        "metrics": metrics, "primary_metric": task.primary_metric, "flops": ledger["flops"], "audit": ledger["audit"],
+        "lr": run.lr, "search": None if run.search is None else run.search.to_dict(), "metrics": metrics,
+        "primary_metric": task.primary_metric, "flops": ledger["flops"], "audit": ledger["audit"],
         "seconds": ledger["seconds"], "memory": ledger["memory"], "parameters": ledger["parameters"], "plan": plan,
     }  # fmt: skip
     folder.records.append("end", report)
@@ -199,7 +200,7 @@ def error_map(run: Run) -> dict[str, Any]:
 
 def save_model(
     task: PreparedTask, request: Request, path: Path, *, metrics: Mapping[str, Mapping[str, float]],
-    ledger: Mapping[str, Any],
+    ledger: Mapping[str, Any], lr: float,
 ) -> None:  # fmt: skip
     """Model, tokenizer (or image processor) and model card, as `from_pretrained` reads them."""
     model: Any = task.model
@@ -207,6 +208,6 @@ def save_model(
     if task.processor is not None:
         task.processor.save_pretrained(path)
     text = model_card(
-        request.settings, metrics=metrics, ledger=ledger, loader=type(model).__name__, version=rgft.__version__
+        request.settings, metrics=metrics, ledger=ledger, lr=lr, loader=type(model).__name__, version=rgft.__version__
     )
     (path / "README.md").write_text(text, encoding="utf-8")

@@ -135,11 +135,12 @@ class Executor:
             totals[name] = totals.get(name, 0.0) + norm * norm
         return totals
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, cache: bool = True) -> dict[str, Any]:
+        """What `load_state_dict` restores, with what the activation cache holds or without."""
         return {
             "on": sorted(self._on),
             "moments": self._moments.state_dict() if self._moments else {},
-            "cache": self.cache.state_dict() if self.cache else None,
+            "cache": self.cache.state_dict() if self.cache and cache else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

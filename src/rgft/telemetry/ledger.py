@@ -21,7 +21,7 @@ try:
 except ModuleNotFoundError:  # not on Windows
     resource = None
 
-Part = Literal["step", "probe", "fill", "data", "evaluation"]
+Part = Literal["step", "probe", "fill", "search", "data", "evaluation"]
 
 
 def peak_memory_bytes() -> int | None:
@@ -54,7 +54,8 @@ class Ledger:
         forward_flops, dx_flops, dw_flops: what the training passes spent.
         forward_cached_flops, dx_truncated_flops, dw_skipped_flops: what they saved against the reference, by axis.
         unread_flops: what they saved beside, on all axes, by skipping positions that the loss does not read.
-        probe_flops, fill_flops: scoring, and filling the activation cache; part of what is spent.
+        probe_flops, fill_flops, search_flops: scoring, filling the activation cache, and candidates of a search that
+            lost; part of what is spent.
         evaluation_flops: not part of it.
         audited_flops, audited_modelled_flops, audits: counted and modelled FLOPs of the same audited pieces of work.
         seconds: wall-clock by part; "probe" is all scoring, of training gradients too.
@@ -83,12 +84,13 @@ class Ledger:
     probe_flops: float = 0.0
     probes: int = 0
     fill_flops: float = 0.0
+    search_flops: float = 0.0
     evaluation_flops: float = 0.0
     audited_flops: float = 0.0
     audited_modelled_flops: float = 0.0
     audits: int = 0
     seconds: dict[Part, float] = field(
-        default_factory=lambda: {"step": 0.0, "probe": 0.0, "fill": 0.0, "data": 0.0, "evaluation": 0.0}
+        default_factory=lambda: {"step": 0.0, "probe": 0.0, "fill": 0.0, "search": 0.0, "data": 0.0, "evaluation": 0.0}
     )
     peak_memory_bytes: int | None = None
     peak_accelerator_bytes: int = 0
@@ -160,6 +162,11 @@ class Ledger:
         self.fill_flops += flops
         self.seconds["fill"] += seconds
 
+    def add_search(self, *, flops: float, seconds: float) -> None:
+        """Books what candidates of a search spent whose training is thrown away."""
+        self.search_flops += flops
+        self.seconds["search"] += seconds
+
     def add_data(self, *, seconds: float) -> None:
         """Books time spent on waiting for a batch."""
         self.seconds["data"] += seconds
@@ -191,8 +198,8 @@ class Ledger:
 
     @property
     def spent_flops(self) -> float:
-        """What counts against the budget: training, probes and cache filling; evaluation does not."""
-        return self.training_flops + self.probe_flops + self.fill_flops
+        """What counts against the budget: training, probes, cache filling and search; evaluation does not."""
+        return self.training_flops + self.probe_flops + self.fill_flops + self.search_flops
 
     @property
     def elapsed(self) -> float:
@@ -217,10 +224,11 @@ class Ledger:
 
         Returns:
             Nested by topic: `flops` (`spent` and its parts; `saved` against full fine-tuning on the *same* batches, by
-            axis, with probes and filling as `added`; the fractions), `audit`, `seconds`, `memory`, `data`,
+            axis, with probes, filling and search as `added`; the fractions), `audit`, `seconds`, `memory`, `data`,
             `parameters`.
         """
         saved = self.forward_cached_flops + self.dx_truncated_flops + self.dw_skipped_flops + self.unread_flops
+        added = self.probe_flops + self.fill_flops + self.search_flops
         return {
             "steps": self.steps,
             "flops": {
@@ -230,13 +238,12 @@ class Ledger:
                 "same_batches_in_full": self.reference_flops,
                 "fraction_of_same_batches": self.spent_flops / self.reference_flops if self.reference_flops else None,
                 "forward": self.forward_flops, "dx": self.dx_flops, "dw": self.dw_flops,
-                "probes": self.probe_flops, "cache_filling": self.fill_flops,
+                "probes": self.probe_flops, "cache_filling": self.fill_flops, "search": self.search_flops,
                 "scoring_fraction": self.probe_flops / self.spent_flops if self.spent_flops else None,
                 "saved": {
                     "dw_skipped": self.dw_skipped_flops, "dx_truncated": self.dx_truncated_flops,
                     "forward_cached": self.forward_cached_flops, "unread_positions": self.unread_flops,
-                    "added": self.probe_flops + self.fill_flops,
-                    "net": saved - self.probe_flops - self.fill_flops,
+                    "added": added, "net": saved - added,
                 },
                 "evaluation": self.evaluation_flops,
             },
@@ -278,6 +285,7 @@ class Ledger:
             ("positions not read", -self.unread_flops),
             ("probes", self.probe_flops),
             ("cache filling", self.fill_flops),
+            ("search", self.search_flops),
             ("spent", self.spent_flops),
         ]
         return [(what, flops, flops / whole if whole else None) for what, flops in rows]

@@ -25,7 +25,7 @@ SCHEMA = "rgft.records"
 VERSION = 1
 
 #: Types of records; those of `WITH_STEP` say which step they belong to.
-TYPES = ("step", "probe", "plan", "evaluation", "warning", "end")
+TYPES = ("step", "probe", "plan", "evaluation", "search", "warning", "end")
 WITH_STEP = ("step", "probe", "plan", "evaluation")
 
 _RESERVED = ("type", "time")

@@ -15,7 +15,7 @@ def card(model: str, **settings: Any) -> tuple[dict[str, Any], str]:
     ledger.forward_flops = 3e9
     ledger.end_step(seconds=2.0, updated={"layer": 1000})
     text = model_card(
-        RunSettings(model=model, data="d.csv", **settings), metrics=METRICS, ledger=ledger.summary(1e10),
+        RunSettings(model=model, data="d.csv", **settings), metrics=METRICS, ledger=ledger.summary(1e10), lr=2e-4,
         loader="BertForSequenceClassification", version="1.2.3",
     )  # fmt: skip
     _, front, body = text.split("---\n", 2)

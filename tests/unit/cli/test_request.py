@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def test_problems_of_all_sources_are_reported_at_once(tmp_path: Path) -> None:
     for expected in (
         "model: expected a value, found none; give --model", "data: expected a value",
         "learnrate: there is no such setting", "batch_size: expected a number greater than or equal to 1, found 0",
-        "lr: expected a number greater than 0, found -1.0", "budget: is a setting of the section 'rgft'",
+        "lr: expected a number > 0, several of them, each once, or 'auto', found -1.0", "budget: is a setting of the section 'rgft'",
         "rgft.seed: the seed of a run stands outside", "rgft.prob: there is no such setting",
         "did you mean 'probe'?", "did you mean 'energy'?", "rgft.budget.flops: expected a share",
         "'nonsense': expected",
@@ -122,3 +123,23 @@ def test_the_example_is_valid() -> None:
     request = read_request(file=Path(__file__).parents[3] / "examples" / "config.yaml")
     assert request.settings.lr == 2e-4
     assert request.config.budget is not None
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (3, 3.0), ("3e-4", 3e-4), ("1e-4, 3e-4", (1e-4, 3e-4)), ([1e-4, "3e-4"], (1e-4, 3e-4)), ([2e-4], 2e-4),
+        ("auto", "auto"),
+    ],
+)  # fmt: skip
+def test_learning_rates_to_search(given: Any, expected: Any) -> None:
+    request = read_request(flags={"model": "m", "data": "d.csv", "lr": given})
+    assert request.settings.lr == expected
+    again = read_request(stored=json.loads(json.dumps(request.to_dict())))
+    assert again.settings.lr == expected
+
+
+@pytest.mark.parametrize("given", ["", "best", "1e-4,", "1e-4,1e-4", [], True, [True, 1e-3], -1.0, "nan", "inf,1"])
+def test_what_is_no_learning_rate_is_refused(given: Any) -> None:
+    (problem,) = problems(flags={"model": "m", "data": "d.csv", "lr": given})
+    assert problem.startswith("lr: expected a number > 0, several of them, each once, or 'auto', found")

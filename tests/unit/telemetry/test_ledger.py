@@ -17,7 +17,7 @@ HALF = StepCost(forward=40.0, dx=30.0, dw=20.0)
 
 
 def small() -> Ledger:
-    """Two steps, the first of two passes; a probe, a filling, an evaluation, an audit. All by hand below."""
+    """Two steps, the first of two passes; a probe, a filling, a search, an evaluation, an audit. All by hand below."""
     ledger = Ledger()
     ledger.add_probe(flops=60.0, seconds=0.5)
     ledger.add_scoring(seconds=0.125)
@@ -26,6 +26,7 @@ def small() -> Ledger:
     ledger.add_forward(full=FULL, spent=HALF, rows=4, tokens=40, padding_tokens=6)
     ledger.end_step(seconds=2.0, updated={"a": 10, "b": 5})
     ledger.add_fill(flops=7.0, seconds=0.25)
+    ledger.add_search(flops=5.0, seconds=0.125)
     ledger.add_forward(full=FULL, spent=HALF, rows=2, tokens=16, padding_tokens=0)
     ledger.end_step(seconds=1.0, updated={"b": 5, "c": 1})
     ledger.add_evaluation(seconds=9.0, flops=1000.0)
@@ -39,18 +40,20 @@ def test_every_figure_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert summary == {
         "steps": 2,
         "flops": {
-            "spent": 290 + 90 + 90 + 60 + 7, "full": 10_000.0, "fraction_of_full": 0.0537,
-            "same_batches_in_full": 870.0, "fraction_of_same_batches": 537 / 870,
+            "spent": 290 + 90 + 90 + 60 + 7 + 5, "full": 10_000.0, "fraction_of_full": 0.0542,
+            "same_batches_in_full": 870.0, "fraction_of_same_batches": 542 / 870,
             "forward": 180.0, "dx": 150.0, "dw": 140.0, "probes": 60.0, "cache_filling": 7.0,
-            "scoring_fraction": 60 / 537,
+                "search": 5.0,
+            "scoring_fraction": 60 / 542,
             "saved": {
                 "dw_skipped": 160.0, "dx_truncated": 120.0, "forward_cached": 120.0, "unread_positions": 0.0,
-                "added": 67.0, "net": 333.0,
+                "added": 72.0, "net": 328.0,
             },
             "evaluation": 1000.0,
         },
         "audit": {"audits": 1, "counted": 200.0, "modelled": 201.0, "error": pytest.approx(0.005)},
-        "seconds": {"step": 3.0, "probe": 0.625, "fill": 0.25, "data": 0.5, "evaluation": 9.0, "total": 4.375},
+        "seconds": {"step": 3.0, "probe": 0.625, "fill": 0.25, "search": 0.125, "data": 0.5, "evaluation": 9.0,
+                    "total": 4.5},
         "memory": {"peak_bytes": 1234, "peak_accelerator_bytes": small().peak_accelerator_bytes or None},
         "data": {"passes": 3, "examples": 10, "tokens": 96, "padding_tokens": 16},
         "parameters": {
@@ -68,7 +71,7 @@ def test_net_saving_is_what_separates_the_spent_from_the_reference() -> None:
 
 def test_rows_between_the_reference_and_the_total_add_up() -> None:
     rows = small().as_rows(full_flops=10_000.0)
-    assert sum(flops for _, flops, _ in rows[:-1]) == rows[-1][1] == 537.0
+    assert sum(flops for _, flops, _ in rows[:-1]) == rows[-1][1] == 542.0
     assert [share for _, _, share in rows] == [flops / 10_000.0 for _, flops, _ in rows]
     assert small().as_rows()[0][2] == 1.0
     assert {share for _, _, share in Ledger().as_rows()} == {None}

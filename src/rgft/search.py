@@ -1,0 +1,260 @@
+"""The learning rate, chosen inside the budget by successive halving (Jamieson & Talwalkar 2016; Li et al. 2018).
+
+Once the cut is decided, every candidate trains from the same point on the same batches, with the same dropout, and so
+on the same cached activations of the frozen prefix. A candidate is judged by its loss on each batch before it trains
+on it: in the first epoch these are examples that it has not seen, and judging costs nothing. The worse half is dropped,
+the others go on. What the dropped ones spent counts against the budget, and the winner's state goes on.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean, median
+from typing import Any, Self
+
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from rgft.errors import NonFiniteError
+from rgft.execution.snapshot import Snapshot
+from rgft.guide import Guide
+from rgft.telemetry.ledger import Ledger
+
+#: Share of what is left of the run that candidates who lose may spend.
+SHARE = 0.15
+#: Rounds of fewer steps would tell nothing.
+MIN_STEPS = 3
+#: Candidates where none are given, as multiples of a reference rate; the second is what the run begins with.
+FACTORS = (0.5, 1.0, 2.0, 4.0)
+#: The reference rate, and the width that it suits; the best rate of Adam falls with the width (Yang et al. 2021).
+REFERENCE_RATE, REFERENCE_WIDTH = 2e-4, 384
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One round of a search.
+
+    Attributes:
+        steps: that each candidate made in it.
+        losses: candidate → mean loss on the batches of the round's second half, each before its step; infinite where
+            the candidate diverged.
+    """
+
+    steps: int
+    losses: dict[float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """How a learning rate was found.
+
+    Attributes:
+        rate: the winner.
+        rounds: in order.
+        flops, seconds: that losers spent.
+    """
+
+    rate: float
+    rounds: tuple[Round, ...]
+    flops: float
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fit for JSON: losses as pairs of rate and loss, which is None where the candidate diverged."""
+        rounds = [
+            {"steps": r.steps, "losses": [[c, v if math.isfinite(v) else None] for c, v in r.losses.items()]}
+            for r in self.rounds
+        ]
+        return {**asdict(self), "rounds": rounds}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Restores `to_dict`."""
+        rounds = (
+            Round(steps=r["steps"], losses={rate: math.inf if loss is None else loss for rate, loss in r["losses"]})
+            for r in data["rounds"]
+        )
+        return cls(**{**data, "rounds": tuple(rounds)})
+
+
+def are_rates(rates: Sequence[Any]) -> bool:
+    """Whether these can be candidates: finite numbers above 0, each once, at least one."""
+    return bool(rates) and len(set(rates)) == len(rates) and all(0.0 < rate < math.inf for rate in rates)
+
+
+def candidate_rates(model: nn.Module) -> tuple[float, ...]:
+    """Learning rates to try on a model, rising."""
+    widths = [parameter.shape[-1] for parameter in model.parameters() if parameter.dim() == 2]
+    reference = REFERENCE_RATE * REFERENCE_WIDTH / median(widths) if widths else REFERENCE_RATE
+    return tuple(float(f"{factor * reference:.2g}") for factor in FACTORS)
+
+
+def first_rate(rates: Sequence[float]) -> float:
+    """What the run begins with, before it searches: the lower of the middle ones."""
+    return sorted(rates)[(len(rates) - 1) // 2]
+
+
+def round_steps(candidates: int, steps_left: float) -> list[int]:
+    """Steps of each round, each round twice as long as the one before.
+
+    Args:
+        candidates: at the start.
+        steps_left: of the run.
+
+    Returns:
+        Empty where the losers' share is too small for rounds of MIN_STEPS.
+    """
+    lost, alive, made = 0, candidates, 0  # in units of the first round's steps
+    rounds: list[int] = []
+    while alive > 1:
+        length, kept = 1 << len(rounds), -(-alive // 2)
+        made += length
+        lost += (alive - kept) * made
+        rounds.append(length)
+        alive = kept
+    first = int(SHARE * steps_left / lost) if lost else 0
+    return [length * first for length in rounds] if first >= MIN_STEPS else []
+
+
+def successive_halving(
+    rates: Sequence[float], lengths: Sequence[int], train: Callable[[float, int], Sequence[float]],
+    end_of_round: Callable[[Sequence[float]], None],
+) -> tuple[float, tuple[Round, ...]]:  # fmt: skip
+    """Runs the rounds.
+
+    Args:
+        rates: candidates.
+        lengths: steps of each round.
+        train: (rate, steps) → losses of these steps; goes on from where this rate is.
+        end_of_round: told which candidates are left.
+
+    Raises:
+        NonFiniteError: all candidates diverged.
+    """
+    rounds: list[Round] = []
+    alive = list(rates)
+    for steps in lengths:
+        losses = {rate: _judged(rate, steps, train) for rate in alive}
+        rounds.append(Round(steps=steps, losses=losses))
+        ranked = sorted((loss, rate) for rate, loss in losses.items() if math.isfinite(loss))
+        if not ranked:
+            raise NonFiniteError(
+                f"learning rates {', '.join(f'{rate:g}' for rate in alive)} all diverged; search lower ones"
+            )
+        alive = sorted(rate for _, rate in ranked[: -(-len(alive) // 2)])
+        end_of_round(alive)
+        if len(alive) == 1:
+            break
+    return min(alive, key=lambda rate: rounds[-1].losses[rate]), tuple(rounds)
+
+
+def _judged(rate: float, steps: int, train: Callable[[float, int], Sequence[float]]) -> float:
+    try:
+        losses = train(rate, steps)
+    except NonFiniteError:
+        return math.inf
+    return fmean(losses[len(losses) // 2 :]) if losses else math.inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Point:
+    """A point of the run that a candidate can go on from."""
+
+    values: Snapshot
+    guide: dict[str, Any]
+    scheduler: dict[str, Any]
+
+    @property
+    def spent(self) -> tuple[float, float]:
+        """FLOPs and seconds booked so far."""
+        ledger = Ledger.from_dict(self.guide["spending"]["ledger"])
+        return ledger.spent_flops, ledger.elapsed
+
+    def charge(self, flops: float, seconds: float) -> None:
+        """Books what other candidates spent."""
+        ledger = Ledger.from_dict(self.guide["spending"]["ledger"])
+        ledger.add_search(flops=flops, seconds=seconds)
+        self.guide["spending"]["ledger"] = ledger.to_dict()
+
+
+class RateSearch:
+    """Searches the learning rate of a run that is under way, under the plan in force.
+
+    Args:
+        guide: of the run, its optimizer attached.
+        scheduler: of the optimizer.
+        train: (rate, steps) → trains so many steps from where the run is, returns their losses, each before its step.
+    """
+
+    def __init__(
+        self, guide: Guide, scheduler: LRScheduler, train: Callable[[float, int], Sequence[float]]
+    ) -> None:  # fmt: skip
+        self._guide, self._scheduler, self._train = guide, scheduler, train
+
+    def run(self, rates: Sequence[float], *, reference: float, lengths: Sequence[int]) -> Search:
+        """Leaves the run where the winner is; or, when it raises, where it was.
+
+        Args:
+            rates: candidates.
+            reference: the rate that the run has now.
+            lengths: steps of each round.
+
+        Raises:
+            NonFiniteError: all candidates diverged.
+        """
+        start = self._here()
+        points: dict[float, _Point] = {}
+        spent: dict[float, tuple[float, float]] = {}
+
+        def train(rate: float, steps: int) -> Sequence[float]:
+            begin = points.get(rate, start)
+            self._go_to(begin)
+            if rate not in points:
+                self._scale_rates(rate / reference)
+            try:
+                return self._train(rate, steps)
+            finally:
+                ledger = self._guide.ledger
+                spent[rate] = (ledger.spent_flops - begin.spent[0], ledger.elapsed - begin.spent[1])
+                points[rate] = self._here()
+
+        def end_of_round(alive: Sequence[float]) -> None:
+            flops, seconds = (sum(cost) for cost in zip(*spent.values(), strict=True))
+            for rate in spent.keys() - set(alive):
+                del points[rate]
+            for rate in alive:
+                points[rate].charge(flops - spent[rate][0], seconds - spent[rate][1])
+            spent.clear()
+
+        try:
+            with self._guide.holding_plan():
+                rate, rounds = successive_halving(rates, lengths, train, end_of_round)
+        except BaseException:
+            self._go_to(start)
+            raise
+        self._go_to(points[rate])
+        ledger = self._guide.ledger
+        return Search(rate=rate, rounds=rounds, flops=ledger.search_flops, seconds=ledger.seconds["search"])
+
+    def _here(self) -> _Point:
+        guide = self._guide
+        assert guide.optimizer is not None
+        return _Point(
+            values=Snapshot(guide.model, guide.trained_parameters, guide.optimizer),
+            guide=guide.state_dict(cache=False), scheduler=copy.deepcopy(self._scheduler.state_dict()),
+        )  # fmt: skip
+
+    def _go_to(self, point: _Point) -> None:
+        point.values.restore()
+        self._scheduler.load_state_dict(copy.deepcopy(point.scheduler))
+        self._guide.rewind(point.guide)
+
+    def _scale_rates(self, factor: float) -> None:
+        assert self._guide.optimizer is not None
+        for group in self._guide.optimizer.param_groups:
+            group["lr"] *= factor
+            group["initial_lr"] *= factor
+        self._scheduler.base_lrs = [rate * factor for rate in self._scheduler.base_lrs]

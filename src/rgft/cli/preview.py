@@ -105,6 +105,8 @@ def show(data: dict[str, Any], console: Console) -> None:
     console.print(costs)
     position = plan["position"]
     skipping = "" if position is None else f"; past the last attention only position {position}, which the loss reads"
+    if plan["head_at_targets"]:
+        skipping = "; the language model's head only where a token is learnt"
     console.print(
         f"full fine-tuning: {plan['full_flops']:.4g} FLOPs, {data['steps_in_full']:,} steps\n"
         f"this run: at most {plan['flops']:.4g} FLOPs ({data['budget']:.1%}), probes included: "

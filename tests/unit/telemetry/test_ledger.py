@@ -13,7 +13,7 @@ from rgft.telemetry import ledger as module
 from rgft.telemetry.ledger import Ledger
 
 FULL = StepCost(forward=100.0, dx=90.0, dw=100.0)
-HALF = StepCost(forward=40.0, dx=30.0, dw=20.0)
+HALF = StepCost(forward=40.0, dx=30.0, dw=20.0, head=12.0)
 
 
 def small() -> Ledger:
@@ -41,7 +41,7 @@ def test_every_figure_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         "flops": {
             "spent": 290 + 90 + 90 + 60 + 7, "full": 10_000.0, "fraction_of_full": 0.0537,
             "same_batches_in_full": 870.0, "fraction_of_same_batches": 537 / 870,
-            "forward": 180.0, "dx": 150.0, "dw": 140.0, "probes": 60.0, "cache_filling": 7.0,
+            "forward": 180.0, "dx": 150.0, "dw": 140.0, "head_at_targets": 24.0, "probes": 60.0, "cache_filling": 7.0,
             "scoring_fraction": 60 / 537,
             "saved": {
                 "dw_skipped": 160.0, "dx_truncated": 120.0, "forward_cached": 120.0, "unread_positions": 0.0,

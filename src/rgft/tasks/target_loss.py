@@ -136,10 +136,8 @@ def _fits_any_head(model: nn.Module, batch: Mapping[str, Any]) -> None:
 
 
 def _is_eager(model: nn.Module) -> bool:
-    return not any(
-        module._compiled_call_impl is not None or isinstance(module, torch._dynamo.OptimizedModule)
-        for module in model.modules()
-    )
+    # Of `module.compile()` and of `torch.compile(module)`.
+    return not any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in model.modules())
 
 
 TOKEN_LOSS_AT_TARGETS = TargetLoss(

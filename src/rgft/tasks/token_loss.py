@@ -23,7 +23,7 @@ def token_losses(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
     ).logits  # fmt: skip
     losses, targets = _negative_log_likelihoods(logits, batch["labels"])
-    return losses.sum(1) * (len(losses) / targets.sum().clamp(min=1))
+    return losses.sum(1) * (len(losses) / targets.sum().clamp(min=1).to(losses.dtype))
 
 
 def _negative_log_likelihoods(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

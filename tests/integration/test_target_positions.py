@@ -173,6 +173,15 @@ def test_under_autocast_and_accumulated(losses: Any) -> None:
         assert 0.0 < error < 1.3 * own + 1e-4 * torch.linalg.vector_norm(gradient), name
 
 
+def test_beside_gradient_checkpointing() -> None:
+    results = []
+    for losses in (token_losses, chunked_losses):
+        model: Any = build("llama").double()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        results.append(gradients(model, few(FAMILIES["llama"].batch()), losses, torch.ones(4))[1])
+    assert_alike(results[1], results[0], 1e-12)
+
+
 # ---------------------------------------------------------------- what is found
 
 

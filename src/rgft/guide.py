@@ -12,6 +12,7 @@ guide.detach()
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ from rgft.allocation.selection import depends_on_map, matching
 from rgft.assembly import build_cache, build_policy, build_signal
 from rgft.batches import BatchStream, IndexedBatch, SizedDataset, Subset
 from rgft.config import Config
-from rgft.cost import CostModel, trace_costs
+from rgft.cost import CostModel, trace_costs, with_targets
 from rgft.cost.rates import measure_products
 from rgft.error_map import ErrorMap
 from rgft.errors import AttachError, ConfigError, NonFiniteError
@@ -40,6 +41,7 @@ from rgft.execution.eager import eager
 from rgft.execution.executor import Executor
 from rgft.execution.linear import layout_of
 from rgft.execution.read_positions import ReadPositions
+from rgft.execution.target_positions import TargetLoss
 from rgft.execution.views import bind
 from rgft.measurement import Measurement
 from rgft.partition import partition
@@ -50,6 +52,8 @@ from rgft.schedule import learning_rate_schedule
 from rgft.spending import Spending
 from rgft.telemetry.ledger import Ledger
 from rgft.workload import Workload, batch_shape
+
+log = logging.getLogger("rgft")
 
 #: model, batch → per-example losses [B] or their mean.
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -93,13 +97,18 @@ class Guide:
         model: changed in place while attached; `detach` (or leaving the context) leaves no trace but trained weights.
         config: a `Config`; None is the preset `rgft`.
         loss: (model, batch) → per-example losses [B] or a scalar; None takes `model(**batch).loss`.
+        loss_at_targets: the same loss in a form that computes the model's head at targets alone; training steps use it
+            under `execution.positions: auto`, where that changes neither loss nor gradients.
 
     Raises:
         AttachError: the model has a guide already, or nothing to train.
         PartitionError: the model cannot be split into components.
     """
 
-    def __init__(self, model: nn.Module, config: Config | None = None, *, loss: Loss | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, config: Config | None = None, *, loss: Loss | None = None,
+        loss_at_targets: TargetLoss | None = None,
+    ) -> None:  # fmt: skip
         if getattr(model, "_rgft_guide", None) is not None:
             raise AttachError("this model has a guide already; call its detach() before attaching another")
         if not any(p.requires_grad for p in model.parameters()):
@@ -107,6 +116,9 @@ class Guide:
         self.model = model
         self.config = (config or Config()).resolved()
         self._loss = loss or model_loss
+        self._target_loss = loss_at_targets
+        self._at_targets: Loss | None = None  # the proved form of it
+        self._targets: int | None = None  # of the batch whose loss is being computed by it
         self.partition = partition(model, self.config.granularity, ffn_blocks=self.config.ffn_blocks)
         matching(self.partition, self.config.stability.always_on, setting="stability.always_on")
         self._policy = build_policy(self.config)
@@ -217,7 +229,9 @@ class Guide:
         """
         example = stream.load(next(stream.indices()))
         costs = self._traced_costs(example, cost_loss or self._mean_loss, proves_loss=own_loss and cost_loss is None)
-        workload, spending = Workload.scan(stream), self._spending
+        count = None if self._target_loss is None or self._at_targets is None else self._target_loss.count
+        workload, spending = Workload.scan(stream, count), self._spending
+        costs, spending.count = replace(costs, target_share=workload.target_share), count
         pace = self._machine_pace() if spending.needs_pace else None
         spending.allow(costs, workload, full=full_flops, pace=pace)
         self._cheapest = self._decision_without_means()
@@ -231,17 +245,20 @@ class Guide:
             probes=self._prober.number(steps), probe_size=self._prober.schedule.size, flops=spending.allowed,
             full_flops=spending.full, reason=self.plan.reason,
             position=None if self._executor.positions is None else self._executor.positions.position,
+            head_at_targets=self._at_targets is not None,
         )  # fmt: skip
         return self.run_plan
 
     def _traced_costs(self, example: Any, loss: Loss, *, proves_loss: bool) -> CostModel:
-        """Costs of any plan; finds on the way which positions the last layer need not compute."""
+        """Costs of any plan; finds on the way which positions the last layer, or the head, need not compute."""
 
-        def traced() -> CostModel:
+        def traced(loss: Loss = loss) -> CostModel:
             return trace_costs(
                 self.model, self.partition, example, loss=loss,
                 is_sliceable=lambda module: layout_of(module) is not None,
             )  # fmt: skip
+
+        self._at_targets = None
 
         if self._executor.positions is not None:
             self._executor.positions.detach()
@@ -252,11 +269,25 @@ class Guide:
                 return costs
             positions = ReadPositions.find(self.model, self.partition, example, loss)
             if positions is None:
-                return costs
+                return self._costs_at_targets(costs, example, traced)
             with positions.skipping():
                 costs = costs.with_skipping(traced(), last_layer=len(self.partition.layers))
         self._executor.positions = positions
         return costs
+
+    def _costs_at_targets(self, costs: CostModel, example: Any, traced: Callable[[Loss], CostModel]) -> CostModel:
+        """Costs with the head at targets alone, where the loss has such a form that is proved on this model."""
+        form = self._target_loss
+        found = None if form is None else form.find(self.model, example)
+        if form is None or found is None:
+            return costs
+        of_one = form.placed(form.of_one_position)
+        narrowed = with_targets(costs, traced(lambda model, batch: of_one(model, batch).mean()))
+        if narrowed is None:
+            log.info("positions: the head is computed everywhere: its cost cannot be told from the decoder's")
+            return costs
+        self._at_targets = found
+        return narrowed
 
     def _machine_pace(self) -> float:
         """FLOPs per second to reckon with before the first step; products alone are about twice as fast."""
@@ -344,7 +375,7 @@ class Guide:
         """Mean loss of the batch, under the plan of this step."""
         if not self._in_step:
             self.begin_step()
-        loss = self._mean_loss(self.model, batch)
+        loss = self._training_loss(batch)
         self._step_loss = loss.detach() if self._step_loss is None else self._step_loss + loss.detach()
         return loss
 
@@ -577,12 +608,23 @@ class Guide:
         self._executor.skip_positions(self.plan.cut <= len(self.partition.layers))
         hit = self._executor.begin_forward(self._ids, kwargs.get("attention_mask"), tokens)
         self._spending.book_pass(
-            self._executor.active, rows=rows, tokens=tokens, cached_below=self.plan.cut if hit else 0
-        )
+            self._executor.active, rows=rows, tokens=tokens, cached_below=self.plan.cut if hit else 0,
+            targets=self._targets,
+        )  # fmt: skip
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         if module is self.model:
             self._executor.end_forward()
+
+    def _training_loss(self, batch: Any) -> Tensor:
+        form, at_targets = self._target_loss, self._at_targets
+        if form is None or at_targets is None or not form.applies(self.model):
+            return self._mean_loss(self.model, batch)
+        self._targets = form.count(batch)
+        try:
+            return at_targets(self.model, batch).mean()
+        finally:
+            self._targets = None
 
     def _mean_loss(self, model: nn.Module, batch: Any) -> Tensor:
         return self._loss(model, batch).mean()

@@ -82,6 +82,7 @@ class RunPlan:
         flops: predicted FLOPs of the whole run, probes and cache filling included.
         full_flops: FLOPs of full fine-tuning on the same data and epochs.
         position: the only one that training steps compute in the last layer, past its attention; None: all of them.
+        head_at_targets: whether training steps compute a language model's head only where a token is to be learnt.
         reason: why this plan, in a few words.
     """
 
@@ -93,6 +94,7 @@ class RunPlan:
     flops: float = 0.0
     full_flops: float = 0.0
     position: int | None = None
+    head_at_targets: bool = False
     reason: str = ""
 
     def to_dict(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -21,6 +21,8 @@ from rgft.batches import BatchStream, SizedDataset
 from rgft.config import Config
 from rgft.errors import ConfigError
 from rgft.evaluation import Evaluated, evaluate
+from rgft.execution.agreement import Loss
+from rgft.execution.target_positions import TargetLoss
 from rgft.guide import Guide
 from rgft.plan import RunPlan
 from rgft.search import RateSearch, Search, are_rates, candidate_rates, first_rate, round_steps
@@ -39,6 +41,7 @@ class Task(Evaluated, Protocol):
     train: SizedDataset
     validation: SizedDataset | None
     loss: Callable[[nn.Module, Any], Tensor]
+    loss_at_targets: TargetLoss | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +163,12 @@ class Run:
         self._full_flops = full_flops
         self._device = torch.device(settings.device)
         task.model.to(self._device)
-        self.guide = Guide(task.model, config, loss=self._loss)
+        self._loss = self._placed(task.loss)
+        at_targets = task.loss_at_targets
+        self.guide = Guide(
+            task.model, config, loss=self._loss,
+            loss_at_targets=None if at_targets is None else replace(at_targets, placed=self._placed),
+        )  # fmt: skip
         self.rates = _candidates(settings.lr, task.model)
         lr = first_rate(self.rates)
         self.optimizer = torch.optim.AdamW(self.guide.param_groups(lr, weight_decay=settings.weight_decay), lr=lr)
@@ -175,10 +183,15 @@ class Run:
         self._seconds_before = 0.0
         self.batches_in_full = self.batches_in_epoch = 0
 
-    def _loss(self, model: nn.Module, batch: Any) -> Tensor:
-        batch = {k: v.to(self._device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        with self._precision():
-            return self.task.loss(model, batch)
+    def _placed(self, loss: Loss) -> Loss:
+        """The loss on this run's device and in its precision."""
+
+        def placed(model: nn.Module, batch: Any) -> Tensor:
+            batch = {k: v.to(self._device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            with self._precision():
+                return loss(model, batch)
+
+        return placed
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         if self.settings.precision == "bf16":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from rgft.cost import CostModel
@@ -31,6 +31,7 @@ class Spending:
         costs: FLOPs of any plan on this model.
         full: FLOPs of full fine-tuning of the same run.
         typical: (rows, tokens) of a typical batch.
+        count: targets of a batch, where steps compute what they can at these alone; else None.
         accumulation: micro-batches per optimizer step; a step is begun only if all of them are paid for.
     """
 
@@ -46,6 +47,8 @@ class Spending:
         self.costs: CostModel | None = None
         self.full = self._allowed_flops = math.inf
         self.typical = (1, 1)
+        self.count: Callable[[Any], int] | None = None
+        self._largest_target_share = 1.0
         self.accumulation = 1
 
     @property
@@ -62,6 +65,7 @@ class Spending:
             pace: FLOPs per second to reckon with before the first step, where seconds are limited.
         """
         self.costs, self.typical = costs, workload.typical
+        self._largest_target_share = workload.largest_target_share
         self.full = workload.full_flops(costs) if full is None else full
         self._allowed_flops = self.full * self._share
         if self._seconds is not None and self._pace is None:
@@ -75,7 +79,12 @@ class Spending:
         """
         assert self.costs is not None
         # Of the largest batch, for whichever comes first must fit.
-        flops = max(self.costs.step_flops(active, rows=rows, tokens=tokens).total for rows, tokens in workload.shapes)
+        flops = max(
+            self.costs.step_flops(
+                active, rows=rows, tokens=tokens, targets=self._most_targets(rows, tokens)
+            ).total
+            for rows, tokens in workload.shapes
+        )  # fmt: skip
         if self._seconds is not None and self._pace is not None and flops > 2.0 * self._seconds * self._pace:
             raise BudgetError(
                 f"the budget of {self._seconds:g} s is less than a step of the cheapest plan takes here, about "
@@ -90,12 +99,23 @@ class Spending:
 
     # ---------------------------------------------------------------- booking
 
-    def book_pass(self, active: Collection[str], *, rows: int, tokens: int, cached_below: int) -> None:
-        """A training pass with `active` on, below `cached_below` read from the cache."""
+    def book_pass(
+        self, active: Collection[str], *, rows: int, tokens: int, cached_below: int, targets: int | None = None
+    ) -> None:
+        """A training pass with `active` on, below `cached_below` read from the cache.
+
+        Args:
+            active, cached_below: of the plan.
+            rows, tokens: of the batch.
+            targets: at which the head was computed; None: at all positions.
+        """
         if self.costs is not None:
             spent, all_positions = (
-                costs.step_flops(active, rows=rows, tokens=tokens, cached_below=cached_below)
-                for costs in (self.costs, self.costs.without_skipping)
+                costs.step_flops(active, rows=rows, tokens=tokens, cached_below=cached_below, targets=at)
+                for costs, at in (
+                    (self.costs, rows * tokens if targets is None else targets),
+                    (self.costs.without_skipping, rows * tokens),
+                )
             )
             self.ledger.add_forward(
                 full=self.costs.full_step(rows, tokens), rows=rows, tokens=rows * tokens, spent=spent,
@@ -167,7 +187,10 @@ class Spending:
             unknown = len(self._cache.unknown_rows(ids, mask, tokens)) if ids is not None else rows
             hit = unknown < rows
             fill = self.costs.forward_flops(unknown, tokens, below=plan.cut) if hit and unknown else 0.0
-        flops = fill + self._step(plan, step, rows, tokens, is_hit=hit)
+        targets = self.count(batch) if self.count is not None and batch is not None else None
+        if targets is not None and self.accumulation > 1:  # of the other micro-batches it is not known yet
+            targets = self._most_targets(rows, tokens)
+        flops = fill + self._step(plan, step, rows, tokens, is_hit=hit, targets=targets)
         return beside + self.accumulation * flops <= self.left
 
     def pays_for_typical(self, plan: UpdatePlan, step: int, *, is_hit: bool) -> bool:
@@ -182,10 +205,17 @@ class Spending:
             return math.inf
         return self.left / (self.accumulation * self._step(plan, step, *self.typical, is_hit=False))
 
-    def _step(self, plan: UpdatePlan, step: int, rows: int, tokens: int, *, is_hit: bool) -> float:
+    def _step(
+        self, plan: UpdatePlan, step: int, rows: int, tokens: int, *, is_hit: bool, targets: int | None = None
+    ) -> float:
         assert self.costs is not None
         below = plan.cut if is_hit else 0
-        return self.costs.step_flops(plan.active(step), rows=rows, tokens=tokens, cached_below=below).total
+        return self.costs.step_flops(
+            plan.active(step), rows=rows, tokens=tokens, cached_below=below, targets=targets
+        ).total
+
+    def _most_targets(self, rows: int, tokens: int) -> int:
+        return math.ceil(self._largest_target_share * rows * tokens)
 
     # ---------------------------------------------------------------- saving
 

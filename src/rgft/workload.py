@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
+from math import prod
 from typing import Any
 
 from rgft.batches import BatchStream, is_uniform
@@ -28,27 +29,48 @@ class Workload:
     Attributes:
         shapes: (rows, tokens) → number of batches, scaled up from the sample.
         batches: number of batches of the run.
+        target_share: targets per position, padding included; 1 where targets are not counted.
+        largest_target_share: of any batch.
     """
 
     shapes: Mapping[tuple[int, int], float]
     batches: int
+    target_share: float = 1.0
+    largest_target_share: float = 1.0
 
     @classmethod
-    def scan(cls, stream: BatchStream) -> Workload:
+    def scan(cls, stream: BatchStream, count: Callable[[Any], int] | None = None) -> Workload:
         """Collates the batches of a run (a spread sample of long ones) to learn their shapes.
 
         Of examples of one shape, a single batch tells them all.
+
+        Args:
+            stream: the batches.
+            count: targets of a batch; None: they are not counted.
         """
-        counts: Counter[tuple[int, int]] = Counter()
+        shapes: Counter[tuple[int, int]] = Counter()
+        targets: list[tuple[int, int]] = []  # and positions, of each batch
+
+        def look(batch: Any) -> tuple[int, int]:
+            shape = batch_shape(batch)
+            if count is not None:
+                targets.append((count(batch), prod(shape)))
+            return shape
+
         if is_uniform(stream.dataset):
-            _, tokens = batch_shape(stream.load(next(stream.indices())))
-            counts.update((len(indices), tokens) for indices in stream.indices())
-            return cls(shapes=dict(counts), batches=stream.total_batches)
-        stride = -(-stream.total_batches // MAX_SCANNED)
-        for indices in islice(stream.indices(), 0, None, stride):
-            counts[batch_shape(stream.load(indices))] += 1
-        scale = stream.total_batches / sum(counts.values())
-        return cls(shapes={shape: n * scale for shape, n in counts.items()}, batches=stream.total_batches)
+            _, tokens = look(stream.load(next(stream.indices())))
+            shapes.update((len(indices), tokens) for indices in stream.indices())
+        else:
+            stride = -(-stream.total_batches // MAX_SCANNED)
+            for indices in islice(stream.indices(), 0, None, stride):
+                shapes[look(stream.load(indices))] += 1
+        scale = stream.total_batches / sum(shapes.values())
+        return cls(
+            shapes={shape: n if scale == 1.0 else n * scale for shape, n in shapes.items()},
+            batches=stream.total_batches,
+            target_share=sum(n for n, _ in targets) / sum(n for _, n in targets) if targets else 1.0,
+            largest_target_share=max((n / positions for n, positions in targets), default=1.0),
+        )  # fmt: skip
 
     def full_flops(self, costs: CostModel) -> float:
         """FLOPs of full fine-tuning on all of the run's batches."""

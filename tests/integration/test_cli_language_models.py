@@ -96,6 +96,36 @@ def test_the_frozen_prefix_is_read_from_the_cache(inputs: dict[str, list[str]], 
     assert report["metrics"]["validation"]["loss"] == pytest.approx(plain["metrics"]["validation"]["loss"], rel=1e-4)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_head_is_computed_where_a_token_is_learnt(
+    inputs: dict[str, list[str]], tmp_path: Path, precision: str
+) -> None:
+    options = (
+        "--epochs",
+        "3",
+        "--budget",
+        "1.0",
+        "--set",
+        f"precision={precision}",
+        "--set",
+        "mask.frozen_fraction=0.6",
+    )
+    report = trained(inputs["chat"], tmp_path / "run", *options)
+    plain = trained(inputs["chat"], tmp_path / "plain", *options, "--set", "execution.positions=all")
+    assert abs(report["audit"]["error"]) < 0.001
+    flops = report["flops"]
+    # Two tokens of ten are learnt: the answer and the end of the turn.
+    share = flops["head_at_targets"] / (flops["head_at_targets"] + flops["saved"]["unread_positions"])
+    assert share == pytest.approx(0.2)
+    assert plain["flops"]["head_at_targets"] == plain["flops"]["saved"]["unread_positions"] == 0.0
+    assert flops["full"] == plain["flops"]["full"]
+    assert report["steps"] == plain["steps"]
+    tolerance = {"fp32": 1e-3, "bf16": 2e-2}[precision]
+    assert report["metrics"]["validation"]["loss"] == pytest.approx(
+        plain["metrics"]["validation"]["loss"], rel=tolerance
+    )
+
+
 def test_a_stopped_run_goes_on_bit_for_bit(
     inputs: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,7 +157,10 @@ def test_a_stopped_run_goes_on_bit_for_bit(
 @pytest.mark.parametrize("task", ["language-modelling", "chat"])
 def test_previews_and_maps(inputs: dict[str, list[str]], tmp_path: Path, task: str) -> None:
     options = inputs[task]
-    preview = json.loads(invoke("train", *options, "--output", str(tmp_path / "run"), "--dry-run", "--json").stdout)
+    dry = ("train", *options, "--output", str(tmp_path / "run"), "--dry-run")
+    preview = json.loads(invoke(*dry, "--json").stdout)
+    assert preview["run_plan"]["head_at_targets"]
+    assert "the language model's head only where a token is learnt" in invoke(*dry).stdout
     assert preview["model"]["family"] == "llama"
     assert not (tmp_path / "run").exists()
     place = options.index("--batch-size")

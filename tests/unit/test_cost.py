@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import random
 import time
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -12,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rgft.components import Component, ParameterSlice, Partition
-from rgft.cost import CostModel, trace_costs
+from rgft.cost import CostModel, trace_costs, with_targets
 from rgft.cost.batch_shape import BatchShape
-from rgft.cost.model import FROZEN
+from rgft.cost.model import FROZEN, Operation, Product
 from rgft.errors import ConfigError, PartitionError, RGFTError
 from rgft.telemetry.flop_counter import count_flops
 
@@ -437,3 +438,51 @@ class TestFlopCounter:
         multiply = torch._grouped_mm  # pyright: ignore
         assert count_flops(lambda: multiply(x, w, offs=ends)) == forward
         assert count_flops(lambda: multiply(x, w, offs=ends).square().sum().backward()) == 3 * forward
+
+
+# ---------------------------------------------------------------- what is needed at targets alone
+
+
+def rows_of(flops: tuple[float, float, float], *, weight: int) -> Operation:
+    product = Product(flops=flops, upstream=1 << weight, shares=((weight, 1.0),))
+    return Operation(kind="mm", depth=1 + weight, flops=flops, products=(product,), owners=((weight, 1.0),))
+
+
+def modelled(*operations: Operation) -> CostModel:
+    return CostModel(names=("a", "b"), depths=(1, 2), training=operations, probing=operations)
+
+
+BODY, HEAD, HEAD_OF_ONE = (2.0, 3.0, 5.0), (0.0, 7.0, 0.0), (7.0, 0.0, 0.0)
+
+
+def test_a_head_at_targets_by_hand() -> None:
+    plain = modelled(rows_of(BODY, weight=0), rows_of(HEAD, weight=1))
+    costs = with_targets(plain, modelled(rows_of(BODY, weight=0), rows_of(HEAD_OF_ONE, weight=1)))
+    assert costs is not None
+    body = 3 * (2 + 4 * (3 + 4 * 5))
+    cost = costs.step_flops(["a", "b"], rows=3, tokens=4, targets=5)
+    assert (cost.forward, cost.dw, cost.head) == (body + 5 * 7, body + 5 * 7, 2 * 5 * 7)
+    assert costs.step_flops(["a"], rows=3, tokens=4, targets=5).head == 5 * 7
+    assert costs.step_flops(["a"], rows=3, tokens=4, targets=0).forward == body
+    assert costs.step_flops(["a"], rows=3, tokens=4).forward == body + 12 * 7
+    assert replace(costs, target_share=0.25).step_flops(["a"], rows=3, tokens=4).forward == body + 3 * 7
+    everywhere = plain.full_step(3, 4)
+    assert replace(costs, target_share=0.25).full_step(3, 4).total == everywhere.total
+    assert everywhere.head == 0.0
+    assert costs.step_flops(["a", "b"], rows=3, tokens=4, training=False).head == 0.0  # probes compute everything
+    assert CostModel.from_dict(json.loads(json.dumps(costs.to_dict()))) == costs
+
+
+@pytest.mark.parametrize(
+    "one",
+    [
+        modelled(rows_of(BODY, weight=0)),  # something is missing
+        modelled(rows_of(BODY, weight=0), rows_of(HEAD, weight=1)),  # nothing is spared
+        modelled(rows_of(BODY, weight=0), rows_of((8.0, 0.0, 0.0), weight=1)),  # more than a position's share
+        modelled(rows_of(BODY, weight=0), rows_of((7.0, 1.0, 0.0), weight=1)),  # grows with the length all the same
+        modelled(rows_of((2.0, 0.0, 0.0), weight=0), rows_of(HEAD_OF_ONE, weight=1)),  # the body is another
+        modelled(rows_of(BODY, weight=1), rows_of(HEAD_OF_ONE, weight=1)),
+    ],
+)
+def test_costs_that_do_not_show_what_is_needed_at_targets(one: CostModel) -> None:
+    assert with_targets(modelled(rows_of(BODY, weight=0), rows_of(HEAD, weight=1)), one) is None

@@ -55,6 +55,20 @@ def test_shapes_of_batches(batch: Any, shape: tuple[int, int]) -> None:
     assert batch_shape(batch) == shape
 
 
+def test_targets_are_a_share_of_all_positions() -> None:
+    stream = BatchStream(Texts(8), batch_size=4, collate_fn=padded, epochs=1, seed=1)
+    counts = {indexed.batch["input_ids"].numel(): 5 + number for number, indexed in enumerate(stream)}
+    stream = BatchStream(Texts(8), batch_size=4, collate_fn=padded, epochs=1, seed=1)
+    found = Workload.scan(stream, lambda batch: counts[batch["input_ids"].numel()])
+    positions = [rows * tokens * n for (rows, tokens), n in found.shapes.items()]
+    assert sum(positions) == sum(p * n for p, n in zip(counts, found.shapes.values(), strict=True))
+    assert found.target_share == pytest.approx(
+        sum(counts[r * t] * n for (r, t), n in found.shapes.items()) / sum(positions)
+    )
+    assert found.largest_target_share == pytest.approx(max(n / p for p, n in counts.items()))
+    assert Workload.scan(stream).target_share == Workload.scan(stream).largest_target_share == 1.0
+
+
 def test_scanning_counts_every_batch_of_all_epochs() -> None:
     stream = BatchStream(Texts(22), batch_size=4, collate_fn=padded, epochs=3, seed=1)
     found = Workload.scan(stream)

@@ -30,6 +30,8 @@ def show(report: Mapping[str, Any], console: Console) -> None:
         ("positions not read", -saved["unread_positions"]), ("probes", flops["probes"]),
         ("cache filling", flops["cache_filling"]), ("search", flops["search"]), ("spent", flops["spent"]),
     )  # fmt: skip
+    if flops["head_at_targets"]:
+        rows = (*rows, ("of it a language model's head", flops["head_at_targets"]))
     for name, value in rows:
         table.add_row(name, f"{value:.4g}", f"{value / whole:.1%}")
     console.print(table)

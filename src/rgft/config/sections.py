@@ -165,6 +165,6 @@ class ExecutionConfig(Section):
     )
     positions: Literal["auto", "all"] = Field(
         default="all",
-        description="what the last layer computes in training steps; auto: only the positions whose output the loss "
-        "reads, where the model's graph proves which; all: every position",
+        description="what the last layer, and a language model's head, compute in training steps; auto: only the "
+        "positions whose output the loss reads, where the model proves which; all: every position",
     )

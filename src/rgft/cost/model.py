@@ -7,7 +7,7 @@ scaled by the active share of that weight; every other is dX.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -19,6 +19,9 @@ Coefficients = tuple[float, float, float]
 
 #: Key of `by_component` for the work of weights that belong to no component.
 FROZEN = "(frozen)"
+
+#: F, dX and dW.
+_Axes = tuple[Coefficients, Coefficients, Coefficients]
 
 _ZERO: Coefficients = (0.0, 0.0, 0.0)
 _MEMO_LIMIT = 4096
@@ -37,11 +40,12 @@ def evaluate(coefficients: Coefficients, rows: int, tokens: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class StepCost:
-    """FLOPs of one pass, by axis."""
+    """FLOPs of one pass, by axis; `head` is what of them is made at targets alone, in models that know of such work."""
 
     forward: float
     dx: float
     dw: float
+    head: float = 0.0
 
     @property
     def total(self) -> float:
@@ -78,6 +82,7 @@ class Operation:
         fused: attention that runs unfused only because its mask needs a gradient: the product in place of `products`
             when no component of `mask` is active.
         mask: bit mask of the components upstream of that mask.
+        at_targets: made only where the loss has a target (a language model's head), in steps that skip the rest.
     """
 
     kind: str
@@ -87,6 +92,7 @@ class Operation:
     owners: tuple[tuple[int, float], ...] = ()
     fused: Product | None = None
     mask: int = 0
+    at_targets: bool = False
 
     def products_for(self, active: int) -> tuple[Product, ...]:
         return self.products if self.fused is None or active & self.mask else (self.fused,)
@@ -103,6 +109,7 @@ class CostModel:
         probing: operations in eval mode, as probes and cache filling run (without dropout, attention may be fused).
         plain: where training steps skip work that no plan needs (`ReadPositions`), the costs without that.
         skips_to: depth of the last layer; plans with a cut above it, whose layers only fill caches, skip nothing.
+        target_share: targets per position, where a step's own number is not told.
     """
 
     names: tuple[str, ...]
@@ -111,17 +118,17 @@ class CostModel:
     probing: tuple[Operation, ...]
     plain: CostModel | None = None
     skips_to: int = 0
-    _memo: dict[Any, tuple[Coefficients, Coefficients, Coefficients]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
+    target_share: float = 1.0
+    _memo: dict[Any, tuple[_Axes, _Axes]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
     def _bits(self) -> Mapping[str, int]:
         return {name: 1 << index for index, name in enumerate(self.names)}
 
     def step_flops(
-        self, active: Collection[str], *, rows: int, tokens: int, cached_below: int = 0, training: bool = True
-    ) -> StepCost:
+        self, active: Collection[str], *, rows: int, tokens: int, cached_below: int = 0, training: bool = True,
+        targets: int | None = None,
+    ) -> StepCost:  # fmt: skip
         """FLOPs of one step on a batch of `rows` × `tokens`.
 
         Args:
@@ -130,6 +137,7 @@ class CostModel:
             cached_below: a cut: layers of lower depth do not run, their result is read from the activation cache. What
                 runs before the layers (a vision model's stem) still does.
             training: whether the step runs in training mode; False: in eval mode.
+            targets: positions at which what is needed at targets alone is computed; None: their share in the run.
 
         Raises:
             RGFTError: a name is unknown, or an active component lies below `cached_below`.
@@ -140,14 +148,15 @@ class CostModel:
             if len(self._memo) >= _MEMO_LIMIT:
                 self._memo.clear()
             plan = self._memo[key] = self._plan(*key)
-        forward, dx, dw = plan
-        return StepCost(
-            forward=evaluate(forward, rows, tokens), dx=evaluate(dx, rows, tokens), dw=evaluate(dw, rows, tokens)
-        )
+        share = self.target_share if targets is None else targets / (rows * tokens)
+        body, head = ([evaluate(axis, rows, tokens) for axis in axes] for axes in plan)
+        head = [share * flops for flops in head]
+        forward, dx, dw = (b + h for b, h in zip(body, head, strict=True))
+        return StepCost(forward=forward, dx=dx, dw=dw, head=sum(head))
 
     def full_step(self, rows: int, tokens: int) -> StepCost:
         """FLOPs of a step of full fine-tuning: all components active, nothing cached, nothing skipped."""
-        return self.without_skipping.step_flops(self._all, rows=rows, tokens=tokens)
+        return self.without_skipping.step_flops(self._all, rows=rows, tokens=tokens, targets=rows * tokens)
 
     @property
     def without_skipping(self) -> CostModel:
@@ -200,6 +209,7 @@ class CostModel:
             "names": list(self.names), "depths": list(self.depths),
             "training": [asdict(op) for op in self.training], "probing": [asdict(op) for op in self.probing],
             "plain": None if self.plain is None else self.plain.to_dict(), "skips_to": self.skips_to,
+            "target_share": self.target_share,
         }  # fmt: skip
 
     @classmethod
@@ -209,15 +219,15 @@ class CostModel:
             training=tuple(_operation(op) for op in data["training"]),
             probing=tuple(_operation(op) for op in data["probing"]),
             plain=None if data["plain"] is None else cls.from_dict(data["plain"]), skips_to=data["skips_to"],
+            target_share=data["target_share"],
         )  # fmt: skip
 
     @cached_property
     def _all(self) -> frozenset[str]:
         return frozenset(self.names)
 
-    def _plan(
-        self, active: frozenset[str], cached_below: int, training: bool
-    ) -> tuple[Coefficients, Coefficients, Coefficients]:
+    def _plan(self, active: frozenset[str], cached_below: int, training: bool) -> tuple[_Axes, _Axes]:
+        """What is computed at all positions, and at targets alone."""
         unknown = sorted(active - self._all)
         if unknown:
             raise RGFTError(f"the cost model knows no component named {', '.join(map(repr, unknown))}")
@@ -232,20 +242,27 @@ class CostModel:
         if self.plain is not None and all(self.depths[self.names.index(name)] > self.skips_to for name in active):
             return self.plain._plan(active, cached_below, training)
         mask = sum(self._bits[name] for name in active)
-        forward = dx = dw = _ZERO
-        for op in self.training if training else self.probing:
-            if op.depth >= cached_below or op.depth == 0:
-                forward = add(forward, op.flops)
-            for product in op.products_for(mask):
-                if not product.upstream & mask:
-                    continue
-                if product.shares is None:
-                    dx = add(dx, product.flops)
-                else:
-                    counts_all = product.is_whole  # some owner is active, or the product would not be needed
-                    share = sum(share for index, share in product.shares if counts_all or on[index])
-                    dw = add(dw, product.flops, share)
-        return forward, dx, dw
+        operations = self.training if training else self.probing
+        body, head = ([op for op in operations if op.at_targets is at_targets] for at_targets in (False, True))
+        return _axes(body, mask, on, cached_below), _axes(head, mask, on, cached_below)
+
+
+def _axes(operations: Collection[Operation], mask: int, on: Sequence[bool], cached_below: int) -> _Axes:
+    """FLOPs of operations with the components of `mask` (`on`, by index) active."""
+    forward = dx = dw = _ZERO
+    for op in operations:
+        if op.depth >= cached_below or op.depth == 0:
+            forward = add(forward, op.flops)
+        for product in op.products_for(mask):
+            if not product.upstream & mask:
+                continue
+            if product.shares is None:
+                dx = add(dx, product.flops)
+            else:
+                counts_all = product.is_whole  # some owner is active, or the product would not be needed
+                share = sum(share for index, share in product.shares if counts_all or on[index])
+                dw = add(dw, product.flops, share)
+    return forward, dx, dw
 
 
 def _product(data: Mapping[str, Any]) -> Product:
@@ -263,6 +280,7 @@ def _operation(data: Mapping[str, Any]) -> Operation:
         products=tuple(_product(product) for product in data["products"]),
         owners=tuple((int(i), float(f)) for i, f in data["owners"]),
         fused=None if data["fused"] is None else _product(data["fused"]), mask=data["mask"],
+        at_targets=data["at_targets"],
     )  # fmt: skip
 
 

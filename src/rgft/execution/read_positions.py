@@ -26,20 +26,13 @@ from rgft.cost.batch_shape import BatchShape
 from rgft.cost.graph import topological
 from rgft.cost.nodes import Node, kind
 from rgft.cost.undisturbed import undisturbed
+from rgft.execution.agreement import Loss, all_close, is_close, loss_and_gradients
 from rgft.nested import tensors_in
-
-#: model, batch → scalar.
-Loss = Callable[[nn.Module, Any], Tensor]
 
 #: Rows of the batches looked at: one example would not show what is read from which.
 ROWS = 2
 #: Normalise over examples and positions in training mode, whatever they do in eval mode.
 OVER_BATCH = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
-#: Norm-relative difference allowed to rounding: a product of fewer rows may be summed in another order.
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
-COARSE_TOLERANCE = 5e-2
-#: Norm of a parameter's gradient, relative to the largest one, below which it need not be equal in itself.
-NEGLIGIBLE = 1e-2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +179,7 @@ class _Search:
                 except (IndexError, RuntimeError, TypeError, ValueError):
                     return  # it needs the others
             whole_B1D = call.output[:, position : position + 1]
-            if alone_B1D.shape == whole_B1D.shape and _is_close(alone_B1D, whole_B1D):
+            if alone_B1D.shape == whole_B1D.shape and is_close(alone_B1D, whole_B1D):
                 found.add(path)
 
         self._run(batch, sorted(candidates), then=compare)  # at once: in the precision that the loss computes in
@@ -195,17 +188,10 @@ class _Search:
     def is_unchanged(self, skipped: ReadPositions, batch: Any) -> bool:
         """Whether loss and gradients of the last layer are as without skipping."""
         parameters = list(self.model.get_submodule(self.layer).parameters())
-        plain = self._loss_and_gradients(batch, parameters)
+        plain = loss_and_gradients(self.model, self.loss, batch, parameters)
         with skipped.skipping():
-            narrowed = self._loss_and_gradients(batch, parameters)
-        # Gradients that are zero but for rounding (a key's bias) are compared on the scale of the others.
-        least = NEGLIGIBLE * float(torch.stack([torch.linalg.vector_norm(g.double()) for g in plain[1:]]).max())
-        return all(_is_close(a, b, least=least) for a, b in zip(narrowed, plain, strict=True))
-
-    def _loss_and_gradients(self, batch: Any, parameters: list[nn.Parameter]) -> list[Tensor]:
-        loss = self.loss(self.model, batch)
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-        return [loss.detach(), *gradients]
+            narrowed = loss_and_gradients(self.model, self.loss, batch, parameters)
+        return all_close(narrowed, plain)
 
     def _run(
         self, batch: Any, paths: Sequence[str], then: Callable[[str, _Call], None] | None = None
@@ -294,9 +280,3 @@ def _without(position: int, tensor_BTD: Tensor) -> Tensor:
 
 def _has_parent(path: str, paths: set[str]) -> bool:
     return any(path.startswith(f"{other}.") for other in paths)
-
-
-def _is_close(value: Tensor, expected: Tensor, *, least: float = 0.0) -> bool:
-    tolerance = TOLERANCE.get(expected.dtype, COARSE_TOLERANCE)
-    distance = float(torch.linalg.vector_norm((value.detach() - expected.detach()).double()))
-    return distance <= tolerance * max(least, float(torch.linalg.vector_norm(expected.detach().double())))

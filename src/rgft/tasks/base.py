@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rgft.batches import SizedDataset
 from rgft.evaluation import Metric
+from rgft.execution.target_positions import TargetLoss
 
 Loss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 
@@ -30,6 +31,7 @@ class PreparedTask:
             None.
         collate: list of examples → batch of tensors with `labels`.
         loss: (model, batch) → losses per example [B], whose mean is what is trained.
+        loss_at_targets: the loss of a language model in the form that computes the head only where a token is learnt.
         metric: makes an empty accumulator of metrics.
         weight: of a batch in a split's mean loss: the number of its examples, or of the tokens it predicts.
         primary_metric: the one that is quoted first.
@@ -44,6 +46,7 @@ class PreparedTask:
     collate: Callable[[list[Any]], dict[str, Tensor]]
     loss: Loss
     metric: Callable[[], Metric]
+    loss_at_targets: TargetLoss | None = None
     weight: Callable[[Mapping[str, Any]], int] = number_of_examples
     primary_metric: str = "accuracy"
     label_names: tuple[str, ...] = field(default_factory=tuple)

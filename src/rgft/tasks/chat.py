@@ -13,7 +13,8 @@ from rgft.tasks.chat_encoding import encode
 from rgft.tasks.conversations import Conversation, read_conversations
 from rgft.tasks.models import load_tokenizer
 from rgft.tasks.split import stratified
-from rgft.tasks.token_loss import IGNORED, token_task
+from rgft.tasks.token_loss import IGNORED
+from rgft.tasks.token_task import token_task
 
 log = logging.getLogger("rgft")
 

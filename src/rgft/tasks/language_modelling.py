@@ -10,7 +10,7 @@ from rgft.tasks.base import PreparedTask
 from rgft.tasks.files import read_rows
 from rgft.tasks.models import load_tokenizer
 from rgft.tasks.split import stratified
-from rgft.tasks.token_loss import token_task
+from rgft.tasks.token_task import token_task
 
 log = logging.getLogger("rgft")
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-
-from rgft.tasks.base import PreparedTask
-from rgft.tasks.models import load_causal_lm, require_positions
 
 #: Label of a position that is not learnt (PyTorch's default for cross-entropy).
 IGNORED = -100
@@ -20,23 +17,35 @@ def token_losses(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """Losses per example [B] whose mean is the mean over all target tokens of the batch.
 
     l_i = B/N · Σ_t −log p(y_it | y_i,<t), with N the batch's target tokens: examples with more of them weigh more, as
-    in the usual loss of a batch. In fp32. A batch without targets has loss 0.
+    in the usual loss of a batch. At least in fp32. A batch without targets has loss 0.
     """
     logits = model(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
     ).logits  # fmt: skip
     losses, targets = _negative_log_likelihoods(logits, batch["labels"])
-    return losses.sum(1) * (len(losses) / targets.sum().clamp(min=1))
+    return losses.sum(1) * (len(losses) / targets.sum().clamp(min=1).to(losses.dtype))
 
 
 def _negative_log_likelihoods(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Per position t [B, T] −log p(y_{t+1} | y_≤t), 0 where nothing is learnt; and where something is."""
-    # The labels are shifted, not the logits: those are the largest tensor there is, and a slice would be copied.
-    following = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    targets = following(labels)
     losses = functional.cross_entropy(
-        logits.flatten(0, 1).float(), following.flatten(), ignore_index=IGNORED, reduction="none"
+        wide(logits.flatten(0, 1)), targets.flatten(), ignore_index=IGNORED, reduction="none"
     )
-    return losses.view(following.shape), following != IGNORED
+    return losses.view(targets.shape), targets != IGNORED
+
+
+def following(labels: Tensor) -> Tensor:
+    """What each position predicts [B, T]: the next one's label, nothing at the last.
+
+    The labels are shifted, not the logits: those are the largest tensor there is, and a slice would be copied.
+    """
+    return functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+def wide(logits: Tensor) -> Tensor:
+    """The logits, at least in fp32."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def number_of_targets(batch: Mapping[str, Any]) -> int:
@@ -85,23 +94,3 @@ class TokenCollator:
             "attention_mask": pad([torch.ones_like(i) for i in ids], batch_first=True),
             "labels": pad(labels, batch_first=True, padding_value=IGNORED),
         }
-
-
-def token_task(model: str, tokenizer: Any, data: Mapping[str, Sequence[Mapping[str, Any]]]) -> PreparedTask:
-    """A causal language model on encoded examples.
-
-    Args:
-        model: hub name or folder.
-        tokenizer: of the model.
-        data: split → examples with `input_ids` and `labels`; "train", "validation" and perhaps "test".
-
-    Raises:
-        DataError: the model cannot be loaded, or has fewer positions than an example has tokens.
-    """
-    network = load_causal_lm(model, pad_token_id=tokenizer.pad_token_id)
-    require_positions(network, (example["input_ids"] for split in data.values() for example in split))
-    return PreparedTask(
-        model=network, processor=tokenizer, train=data["train"], validation=data["validation"], test=data.get("test"),
-        collate=TokenCollator(tokenizer.pad_token_id), loss=token_losses, metric=TokenMetric, weight=number_of_targets,
-        primary_metric="perplexity",
-    )  # fmt: skip

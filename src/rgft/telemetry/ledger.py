@@ -54,6 +54,7 @@ class Ledger:
         forward_flops, dx_flops, dw_flops: what the training passes spent.
         forward_cached_flops, dx_truncated_flops, dw_skipped_flops: what they saved against the reference, by axis.
         unread_flops: what they saved beside, on all axes, by skipping positions that the loss does not read.
+        head_flops: part of what they spent: of a language model's head, where it is computed at targets alone.
         probe_flops, fill_flops, search_flops: scoring, filling the activation cache, and candidates of a search that
             lost; part of what is spent.
         evaluation_flops: not part of it.
@@ -81,6 +82,7 @@ class Ledger:
     dx_truncated_flops: float = 0.0
     dw_skipped_flops: float = 0.0
     unread_flops: float = 0.0
+    head_flops: float = 0.0
     probe_flops: float = 0.0
     probes: int = 0
     fill_flops: float = 0.0
@@ -130,6 +132,7 @@ class Ledger:
         self.dx_truncated_flops += full.dx - planned.dx
         self.dw_skipped_flops += full.dw - planned.dw
         self.unread_flops += planned.total - spent.total
+        self.head_flops += spent.head
 
     def end_step(self, *, seconds: float, updated: Mapping[str, int]) -> None:
         """Books the end of an optimizer step.
@@ -238,6 +241,7 @@ class Ledger:
                 "same_batches_in_full": self.reference_flops,
                 "fraction_of_same_batches": self.spent_flops / self.reference_flops if self.reference_flops else None,
                 "forward": self.forward_flops, "dx": self.dx_flops, "dw": self.dw_flops,
+                "head_at_targets": self.head_flops,
                 "probes": self.probe_flops, "cache_filling": self.fill_flops, "search": self.search_flops,
                 "scoring_fraction": self.probe_flops / self.spent_flops if self.spent_flops else None,
                 "saved": {

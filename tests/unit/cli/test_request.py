@@ -47,7 +47,8 @@ def test_problems_of_all_sources_are_reported_at_once(tmp_path: Path) -> None:
     for expected in (
         "model: expected a value, found none; give --model", "data: expected a value",
         "learnrate: there is no such setting", "batch_size: expected a number greater than or equal to 1, found 0",
-        "lr: expected a number > 0, several of them, each once, or 'auto', found -1.0", "budget: is a setting of the section 'rgft'",
+        "lr: expected a number > 0, several of them, each once, or 'auto', found -1.0",
+        "budget: is a setting of the section 'rgft'",
         "rgft.seed: the seed of a run stands outside", "rgft.prob: there is no such setting",
         "did you mean 'probe'?", "did you mean 'energy'?", "rgft.budget.flops: expected a share",
         "'nonsense': expected",

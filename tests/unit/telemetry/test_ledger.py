@@ -13,7 +13,7 @@ from rgft.telemetry import ledger as module
 from rgft.telemetry.ledger import Ledger
 
 FULL = StepCost(forward=100.0, dx=90.0, dw=100.0)
-HALF = StepCost(forward=40.0, dx=30.0, dw=20.0)
+HALF = StepCost(forward=40.0, dx=30.0, dw=20.0, head=12.0)
 
 
 def small() -> Ledger:
@@ -42,8 +42,8 @@ def test_every_figure_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         "flops": {
             "spent": 290 + 90 + 90 + 60 + 7 + 5, "full": 10_000.0, "fraction_of_full": 0.0542,
             "same_batches_in_full": 870.0, "fraction_of_same_batches": 542 / 870,
-            "forward": 180.0, "dx": 150.0, "dw": 140.0, "probes": 60.0, "cache_filling": 7.0,
-                "search": 5.0,
+            "forward": 180.0, "dx": 150.0, "dw": 140.0, "head_at_targets": 24.0, "probes": 60.0, "cache_filling": 7.0,
+            "search": 5.0,
             "scoring_fraction": 60 / 542,
             "saved": {
                 "dw_skipped": 160.0, "dx_truncated": 120.0, "forward_cached": 120.0, "unread_positions": 0.0,
@@ -52,8 +52,9 @@ def test_every_figure_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
             "evaluation": 1000.0,
         },
         "audit": {"audits": 1, "counted": 200.0, "modelled": 201.0, "error": pytest.approx(0.005)},
-        "seconds": {"step": 3.0, "probe": 0.625, "fill": 0.25, "search": 0.125, "data": 0.5, "evaluation": 9.0,
-                    "total": 4.5},
+        "seconds": {
+            "step": 3.0, "probe": 0.625, "fill": 0.25, "search": 0.125, "data": 0.5, "evaluation": 9.0, "total": 4.5,
+        },
         "memory": {"peak_bytes": 1234, "peak_accelerator_bytes": small().peak_accelerator_bytes or None},
         "data": {"passes": 3, "examples": 10, "tokens": 96, "padding_tokens": 16},
         "parameters": {

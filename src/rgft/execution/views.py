@@ -110,6 +110,7 @@ def _binding(
         found = problems() if any(True for _ in bound_modules()) else []
         for module in list(bound_modules()):
             uninstall(module)
+        split_of.clear()
         for split in splits.values():
             split.lay_back()
         if found:

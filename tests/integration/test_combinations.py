@@ -24,6 +24,8 @@ from tests.integration.policies import Scripted, steer
 
 LR, DECAY, CLIP = 1e-3, 0.1, 0.05
 Batch = dict[str, Tensor]
+#: Heads own rows and columns, blocks of neurons too.
+FFN_BLOCKS = {"head": {"ffn_blocks": 2}}
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
@@ -59,7 +61,7 @@ def guided(
     loss = loss_under(precision)
     config = Config(
         granularity=granularity, execution={"cache": cache}, update={"average_last": 0.0},
-        classifier_lr_multiplier=1.0, probe={"interval": 0},
+        classifier_lr_multiplier=1.0, probe={"interval": 0}, **FFN_BLOCKS.get(granularity, {}),
     )  # fmt: skip
     guide = Guide(model, config, loss=loss)
     steer(guide, Scripted(lambda s: is_on(guide.partition, s.step)))
@@ -89,7 +91,7 @@ def referred(
 ) -> nn.Module:
     """The same steps by dense gradients, sliced and masked."""
     loss = loss_under(precision)
-    components = partition(model, granularity)
+    components = partition(model, granularity, **FFN_BLOCKS.get(granularity, {}))
     reference = ReferenceUpdate(
         model, components, lambda groups: AdamW(groups, lr=LR, weight_decay=DECAY, foreach=False)
     )
@@ -130,13 +132,11 @@ def checkpoint(model: Any, **options: Any) -> None:
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}
 
 
-@pytest.mark.parametrize("granularity", ["layer", "head"])
+@pytest.mark.parametrize("granularity", ["layer", "block", "head"])
 @pytest.mark.parametrize("cache", ["none", "memory"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_precision_cache_granularity_with_all_of_the_rest(precision: str, cache: str, granularity: Granularity) -> None:
-    # Of fused kernels on column slices see below.
-    kernels = (False,) if granularity == "head" else (False, True)
-    for accumulation, clip, fused in itertools.product((1, 2), (False, True), kernels):
+    for accumulation, clip, fused in itertools.product((1, 2), (False, True), (False, True)):
         model = without_dropout(FAMILIES["bert"].build())
         before, plain = copy.deepcopy(model), copy.deepcopy(model)
         guide, steps = guided(
@@ -153,16 +153,17 @@ def test_precision_cache_granularity_with_all_of_the_rest(precision: str, cache:
 @pytest.mark.parametrize("granularity", ["layer", "head"])
 @pytest.mark.parametrize("cache", ["none", "memory"])
 def test_gradient_checkpointing(cache: str, granularity: Granularity) -> None:
-    model = without_dropout(FAMILIES["bert"].build())
-    before, plain = copy.deepcopy(model), copy.deepcopy(model)
-    checkpoint(model, use_reentrant=False)
-    guide, steps = guided(
-        model, precision="fp32", clip=False, granularity=granularity, accumulation=1, cache=cache, fused=False
-    )
-    if guide.cache is not None:
-        assert guide.cache.hits == 16
-    reference = referred(plain, steps, precision="fp32", clip=False, granularity=granularity)
-    assert_trained_alike(model, reference, before, TOLERANCE["fp32"])
+    for fused in (False, True):
+        model = without_dropout(FAMILIES["bert"].build())
+        before, plain = copy.deepcopy(model), copy.deepcopy(model)
+        checkpoint(model, use_reentrant=False)
+        guide, steps = guided(
+            model, precision="fp32", clip=False, granularity=granularity, accumulation=1, cache=cache, fused=fused
+        )
+        if guide.cache is not None:
+            assert guide.cache.hits == 16
+        reference = referred(plain, steps, precision="fp32", clip=False, granularity=granularity)
+        assert_trained_alike(model, reference, before, TOLERANCE["fp32"])
 
 
 @pytest.mark.parametrize("options", [{"use_reentrant": True}, {"preserve_rng_state": True}])

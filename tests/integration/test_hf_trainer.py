@@ -339,17 +339,22 @@ def test_the_last_evaluation_and_checkpoint_see_the_averaged_weights(tmp_path: P
 # -------------------------------------------------------------------- optimizers
 
 
-def test_fused_default_gives_way_at_head_granularity(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_fused_default_steps_heads(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, dataset=examples(120))
+    model: Any = trainer.model
+    before = [(name, id(p), p.stride()) for name, p in model.named_parameters()]
     assert trainer.args.optim == "adamw_torch_fused"
     guide = enable(trainer, budget=0.4, mask=HALF, granularity="head")
+    output = model.bert.encoder.layer[1].attention.output.dense
     kinds = Watch(lambda: [(group["fused"], group["foreach"]) for group in trainer.optimizer.param_groups])
-    trainer.add_callback(kinds)
-    with caplog.at_level(logging.WARNING, logger="rgft"):
-        trainer.train()
-    assert {kind for seen in kinds.seen for kind in seen} == {(False, True)}
-    assert "fused kernels would write beyond slices" in caplog.text
+    strides = Watch(lambda: {view.stride() for name, view in output.named_parameters() if name.endswith("weight")})
+    for watch in (kinds, strides):
+        trainer.add_callback(watch)
+    trainer.train()
+    assert {kind for seen in kinds.seen for kind in seen} == {(True, None)}
+    assert all(seen == {(1, 32)} for seen in strides.seen)
     assert guide.plan.cut > 0
+    assert [(name, id(p), p.stride()) for name, p in model.named_parameters()] == before
 
 
 @pytest.mark.parametrize(("granularity", "optim"), [("layer", "adafactor"), ("head", "adafactor")])

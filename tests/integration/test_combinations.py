@@ -20,6 +20,7 @@ from rgft.execution.reference import ReferenceUpdate, reference_gradients
 from rgft.partition import partition
 from tests.families import FAMILIES, loss_of
 from tests.integration.loops import Examples, trimmed
+from tests.integration.loops import guided as train
 from tests.integration.policies import Scripted, steer
 
 LR, DECAY, CLIP = 1e-3, 0.1, 0.05
@@ -148,6 +149,31 @@ def test_precision_cache_granularity_with_all_of_the_rest(precision: str, cache:
             assert guide.cache.hits == 16
         reference = referred(plain, steps, precision=precision, clip=clip, granularity=granularity)
         assert_trained_alike(model, reference, before, TOLERANCE[precision])
+
+
+WITH_HEADS = ["distilbert", "gpt2", "gpt_neox", "llama", "mixtral", "t5", "vit", "torch_transformer_encoder"]
+
+
+def is_one_block(tensor: Tensor) -> bool:
+    return tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True)).is_contiguous()
+
+
+@pytest.mark.parametrize("name", WITH_HEADS)
+def test_fused_kernels_step_the_heads_of_every_family(name: str) -> None:
+    family = FAMILIES[name]
+    start = without_dropout(family.build())
+    ends: list[nn.Module] = []
+    for fused in (False, True):
+        torch.manual_seed(0)  # some families keep their dropout
+        model = copy.deepcopy(start)
+        guide = Guide(model, Config(preset="full", granularity="head", ffn_blocks=2))
+        steer(guide, Scripted(lambda s, guide=guide: is_on(guide.partition, s.step)))
+        optimizer = AdamW(guide.param_groups(lr=LR, weight_decay=DECAY), fused=fused, foreach=False)
+        train(guide, optimizer, Examples(family, count=24), steps=6, clip=CLIP)
+        assert all(is_one_block(p) for p in model.parameters()) == fused
+        guide.detach()
+        ends.append(model)
+    assert_trained_alike(ends[1], ends[0], start, TOLERANCE["fp32"])
 
 
 @pytest.mark.parametrize("granularity", ["layer", "head"])

@@ -17,6 +17,7 @@ from rgft.errors import StorageError
 from rgft.execution.binding import Binding
 from rgft.execution.fused_kernels import FusedKernels
 from rgft.execution.views import bind
+from rgft.partition import partition
 from tests.unit.execution.split_toy import HIDDEN, WIDTH, Block, head_partition
 from tests.unit.execution.test_views import one_weight, train
 
@@ -245,3 +246,27 @@ def test_what_a_caller_holds_is_not_written_over() -> None:
     expected = held["down.weight"].clone()
     FusedKernels(fused(model), binding)
     assert torch.equal(held["down.weight"], expected)
+
+
+def test_gpt2_saves_in_its_own_format(tmp_path: Path) -> None:
+    """Its fused q, k, v are split along columns of one [I, O] weight, its projections along rows."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2, n_positions=8, bos_token_id=0, eos_token_id=0)
+    model = GPT2LMHeadModel(config).eval()
+    components = partition(model, "head", ffn_blocks=2)
+    binding = bind(model, components)
+    optimizer = fused(model)
+    FusedKernels(optimizer, binding)
+    x = torch.arange(8).unsqueeze(0)
+    model(x, labels=x).loss.backward()
+    optimizer.step()
+    attention: Any = model.transformer.h[0].attn
+    projections = {name: {p.stride() for p in m.parameters() if p.dim() == 2} for name, m in attention.named_children()}
+    assert (projections["c_attn"], projections["c_proj"]) == ({(1, 8)}, {(8, 1)})
+    model.save_pretrained(tmp_path)
+    loaded = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+    torch.testing.assert_close(loaded(x).logits, model(x).logits)
+    binding.restore()
+    assert torch.equal(loaded(x).logits, model(x).logits)

@@ -63,10 +63,11 @@ class FusedKernels:
 
 def _lay_out_alike(view: nn.Parameter, state: dict[str, Any]) -> None:
     """Gives the gradient and the state of a view its strides."""
-    if view.grad is not None and view.grad.stride() != view.stride():
-        view.grad = _laid_out_as(view, view.grad)
+    strides, gradient = view.stride(), view.grad
+    if gradient is not None and gradient.stride() != strides:
+        view.grad = _laid_out_as(view, gradient)
     for key, value in state.items():
-        if isinstance(value, Tensor) and value.shape == view.shape and value.stride() != view.stride():
+        if isinstance(value, Tensor) and value.stride() != strides and value.shape == view.shape:
             state[key] = _laid_out_as(view, value)
 
 

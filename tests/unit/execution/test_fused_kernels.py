@@ -159,6 +159,20 @@ def test_gradients_of_another_layout_are_taken_over() -> None:
     trained.check()
 
 
+def test_gradients_made_within_the_step() -> None:
+    trained = Trained(MAKERS["adamw"])
+
+    def closure() -> float:
+        activate(trained.binding, *HEADS)
+        loss = loss_of_step(0)(trained.model)
+        loss.backward()
+        return float(loss.detach())
+
+    trained.optimizer.step(closure)
+    trained.reference.step(loss_of_step(0), HEADS)
+    trained.check()
+
+
 def test_accumulation_and_clipping() -> None:
     trained = Trained(MAKERS["adamw"])
     active = ("head.0", "head.2", "rest")

@@ -27,7 +27,7 @@ class AttachError(RGFTError, RuntimeError):
 
 
 class OptimizerError(RGFTError, ValueError):
-    """The optimizer cannot work on this granularity (fused kernels on strided views, blockwise states)."""
+    """The optimizer cannot work on this granularity (states of blocks, kernels that may write beyond slices)."""
 
 
 class StorageError(RGFTError, RuntimeError):

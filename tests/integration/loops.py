@@ -45,8 +45,8 @@ def trimmed(examples: Sequence[Example]) -> Example:
     return {k: v[:, :tokens] if v.dim() == 2 and v.shape[1] == width else v for k, v in batch.items()}
 
 
-def adamw(guide: Guide, lr: float = 1e-2, weight_decay: float = 0.0) -> AdamW:
-    return AdamW(guide.param_groups(lr=lr, weight_decay=weight_decay), lr=lr)
+def adamw(guide: Guide, lr: float = 1e-2, weight_decay: float = 0.0, *, fused: bool | None = None) -> AdamW:
+    return AdamW(guide.param_groups(lr=lr, weight_decay=weight_decay), lr=lr, fused=fused)
 
 
 def plain_adamw(model: nn.Module, lr: float = 1e-2, weight_decay: float = 0.0) -> AdamW:

@@ -20,10 +20,13 @@ from rgft.execution.reference import ReferenceUpdate, reference_gradients
 from rgft.partition import partition
 from tests.families import FAMILIES, loss_of
 from tests.integration.loops import Examples, trimmed
+from tests.integration.loops import guided as train
 from tests.integration.policies import Scripted, steer
 
 LR, DECAY, CLIP = 1e-3, 0.1, 0.05
 Batch = dict[str, Tensor]
+#: Heads own rows and columns, blocks of neurons too.
+FFN_BLOCKS = {"head": {"ffn_blocks": 2}}
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
@@ -59,7 +62,7 @@ def guided(
     loss = loss_under(precision)
     config = Config(
         granularity=granularity, execution={"cache": cache}, update={"average_last": 0.0},
-        classifier_lr_multiplier=1.0, probe={"interval": 0},
+        classifier_lr_multiplier=1.0, probe={"interval": 0}, **FFN_BLOCKS.get(granularity, {}),
     )  # fmt: skip
     guide = Guide(model, config, loss=loss)
     steer(guide, Scripted(lambda s: is_on(guide.partition, s.step)))
@@ -89,7 +92,7 @@ def referred(
 ) -> nn.Module:
     """The same steps by dense gradients, sliced and masked."""
     loss = loss_under(precision)
-    components = partition(model, granularity)
+    components = partition(model, granularity, **FFN_BLOCKS.get(granularity, {}))
     reference = ReferenceUpdate(
         model, components, lambda groups: AdamW(groups, lr=LR, weight_decay=DECAY, foreach=False)
     )
@@ -130,13 +133,11 @@ def checkpoint(model: Any, **options: Any) -> None:
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}
 
 
-@pytest.mark.parametrize("granularity", ["layer", "head"])
+@pytest.mark.parametrize("granularity", ["layer", "block", "head"])
 @pytest.mark.parametrize("cache", ["none", "memory"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_precision_cache_granularity_with_all_of_the_rest(precision: str, cache: str, granularity: Granularity) -> None:
-    # Of fused kernels on column slices see below.
-    kernels = (False,) if granularity == "head" else (False, True)
-    for accumulation, clip, fused in itertools.product((1, 2), (False, True), kernels):
+    for accumulation, clip, fused in itertools.product((1, 2), (False, True), (False, True)):
         model = without_dropout(FAMILIES["bert"].build())
         before, plain = copy.deepcopy(model), copy.deepcopy(model)
         guide, steps = guided(
@@ -150,19 +151,45 @@ def test_precision_cache_granularity_with_all_of_the_rest(precision: str, cache:
         assert_trained_alike(model, reference, before, TOLERANCE[precision])
 
 
+WITH_HEADS = ["distilbert", "gpt2", "gpt_neox", "llama", "mixtral", "t5", "vit", "torch_transformer_encoder"]
+
+
+def is_one_block(tensor: Tensor) -> bool:
+    return tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True)).is_contiguous()
+
+
+@pytest.mark.parametrize("name", WITH_HEADS)
+def test_fused_kernels_step_the_heads_of_every_family(name: str) -> None:
+    family = FAMILIES[name]
+    start = without_dropout(family.build())
+    ends: list[nn.Module] = []
+    for fused in (False, True):
+        torch.manual_seed(0)  # some families keep their dropout
+        model = copy.deepcopy(start)
+        guide = Guide(model, Config(preset="full", granularity="head", ffn_blocks=2))
+        steer(guide, Scripted(lambda s, guide=guide: is_on(guide.partition, s.step)))
+        optimizer = AdamW(guide.param_groups(lr=LR, weight_decay=DECAY), fused=fused, foreach=False)
+        train(guide, optimizer, Examples(family, count=24), steps=6, clip=CLIP)
+        assert all(is_one_block(p) for p in model.parameters()) == fused
+        guide.detach()
+        ends.append(model)
+    assert_trained_alike(ends[1], ends[0], start, TOLERANCE["fp32"])
+
+
 @pytest.mark.parametrize("granularity", ["layer", "head"])
 @pytest.mark.parametrize("cache", ["none", "memory"])
 def test_gradient_checkpointing(cache: str, granularity: Granularity) -> None:
-    model = without_dropout(FAMILIES["bert"].build())
-    before, plain = copy.deepcopy(model), copy.deepcopy(model)
-    checkpoint(model, use_reentrant=False)
-    guide, steps = guided(
-        model, precision="fp32", clip=False, granularity=granularity, accumulation=1, cache=cache, fused=False
-    )
-    if guide.cache is not None:
-        assert guide.cache.hits == 16
-    reference = referred(plain, steps, precision="fp32", clip=False, granularity=granularity)
-    assert_trained_alike(model, reference, before, TOLERANCE["fp32"])
+    for fused in (False, True):
+        model = without_dropout(FAMILIES["bert"].build())
+        before, plain = copy.deepcopy(model), copy.deepcopy(model)
+        checkpoint(model, use_reentrant=False)
+        guide, steps = guided(
+            model, precision="fp32", clip=False, granularity=granularity, accumulation=1, cache=cache, fused=fused
+        )
+        if guide.cache is not None:
+            assert guide.cache.hits == 16
+        reference = referred(plain, steps, precision="fp32", clip=False, granularity=granularity)
+        assert_trained_alike(model, reference, before, TOLERANCE["fp32"])
 
 
 @pytest.mark.parametrize("options", [{"use_reentrant": True}, {"preserve_rng_state": True}])

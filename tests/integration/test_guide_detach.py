@@ -42,14 +42,15 @@ def rgft_with_a_cut(name: str) -> Config:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("fused", [None, True])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_detach_leaves_no_trace(name: str) -> None:
+def test_detach_leaves_no_trace(name: str, fused: bool | None) -> None:
     family = FAMILIES[name]
     model = family.build()
     loss_of(model, family.batch())  # some models keep things from their first forward on
     before, class_attributes = portrait(model), {type(m): set(vars(type(m))) for m in model.modules()}
     guide = Guide(model, rgft_with_a_cut(name))
-    guided(guide, adamw(guide, weight_decay=0.1), Examples(family), batch_size=3, steps=8, epochs=2)
+    guided(guide, adamw(guide, weight_decay=0.1, fused=fused), Examples(family), batch_size=3, steps=8, epochs=2)
     assert guide.plan.cut > 0
     assert portrait(model) != before
     guide.detach()

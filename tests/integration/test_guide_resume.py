@@ -34,11 +34,11 @@ EPOCHS, STEPS = 2.0, 11
 class Session:
     """Everything that a process holds."""
 
-    def __init__(self, settings: dict[str, Any], seed: int = 0) -> None:
+    def __init__(self, settings: dict[str, Any], seed: int = 0, *, fused: bool | None = None) -> None:
         family = FAMILIES["bert"]
         self.model = family.build(seed)
         self.guide = Guide(self.model, Config(**settings))
-        self.optimizer = adamw(self.guide, weight_decay=0.1)
+        self.optimizer = adamw(self.guide, weight_decay=0.1, fused=fused)
         self.scheduler = self.guide.scheduler(self.optimizer)
         self.guide.set_optimizer(self.optimizer)
         self.data = Examples(family)
@@ -95,11 +95,11 @@ def assert_equal(found: Any, expected: Any, path: str = "") -> None:
         assert found == expected, path
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_resumed_equals_uninterrupted(preset: str) -> None:
+@pytest.mark.parametrize(("preset", "fused"), [*((preset, None) for preset in PRESETS), ("rgft with heads", True)])
+def test_resumed_equals_uninterrupted(preset: str, fused: bool | None) -> None:
     settings = PRESETS[preset]
     torch.manual_seed(7)
-    whole = Session(settings)
+    whole = Session(settings, fused=fused)
     whole.run(STEPS)
     expected = whole.end()
     assert whole.guide.step_count >= 8
@@ -110,12 +110,12 @@ def test_resumed_equals_uninterrupted(preset: str) -> None:
         assert whole.guide.cache.hits > 0
     for step in INTERRUPTIONS.get(preset, (1, 4, 7)):
         torch.manual_seed(7)
-        first = Session(settings)
+        first = Session(settings, fused=fused)
         first.run(step)
         saved = first.save()
         first.guide.detach()
         torch.manual_seed(99)  # another process has other random numbers, and a model from elsewhere
-        second = Session(settings, seed=5)
+        second = Session(settings, seed=5, fused=fused)
         second.load(saved)
         second.run(STEPS)
         assert_equal(second.end(), expected, f"after step {step}: ")

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, set_seed
 
 from rgft import Config
@@ -339,17 +340,68 @@ def test_the_last_evaluation_and_checkpoint_see_the_averaged_weights(tmp_path: P
 # -------------------------------------------------------------------- optimizers
 
 
-def test_fused_default_gives_way_at_head_granularity(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_fused_default_steps_heads(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, dataset=examples(120))
+    model: Any = trainer.model
+    before = [(name, id(p), p.stride()) for name, p in model.named_parameters()]
     assert trainer.args.optim == "adamw_torch_fused"
     guide = enable(trainer, budget=0.4, mask=HALF, granularity="head")
+    output = model.bert.encoder.layer[1].attention.output.dense
     kinds = Watch(lambda: [(group["fused"], group["foreach"]) for group in trainer.optimizer.param_groups])
-    trainer.add_callback(kinds)
-    with caplog.at_level(logging.WARNING, logger="rgft"):
-        trainer.train()
-    assert {kind for seen in kinds.seen for kind in seen} == {(False, True)}
-    assert "fused kernels would write beyond slices" in caplog.text
+    strides = Watch(lambda: {view.stride() for name, view in output.named_parameters() if name.endswith("weight")})
+    for watch in (kinds, strides):
+        trainer.add_callback(watch)
+    trainer.train()
+    assert {kind for seen in kinds.seen for kind in seen} == {(True, None)}
+    assert all(seen == {(1, 32)} for seen in strides.seen)
     assert guide.plan.cut > 0
+    assert [(name, id(p), p.stride()) for name, p in model.named_parameters()] == before
+
+
+def test_fused_and_unfused_steps_of_heads_are_alike(tmp_path: Path) -> None:
+    ends: list[dict[str, Tensor]] = []
+    start: dict[str, Tensor] = {}
+    for optim in ("adamw_torch", "adamw_torch_fused"):
+        set_seed(0)
+        trainer = make_trainer(
+            tmp_path, dataset=examples(120), optim=optim, weight_decay=0.1, max_steps=12,
+            gradient_accumulation_steps=2, max_grad_norm=0.1,
+        )  # fmt: skip
+        start = weights(trainer.model)
+        guide = enable(trainer, budget=0.5, mask=HALF, granularity="head", ffn_blocks=2)
+        trainer.train()
+        assert guide.plan.cut > 0
+        ends.append(weights(trainer.model))
+    floating = [name for name, value in start.items() if value.is_floating_point()]
+    moved, apart = (
+        sum(float((ends[0][name] - other[name]).square().sum()) for name in floating) ** 0.5
+        for other in (start, ends[1])
+    )
+    assert 0.0 < apart < 1e-3 * moved
+
+
+class Wrapped(nn.Module):
+    """A model that is no PreTrainedModel: the Trainer gives its state to safetensors as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = FAMILIES["bert"].build()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Any:
+        return self.inner(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+
+def test_checkpoints_of_any_module_while_a_fused_optimizer_steps_heads(tmp_path: Path) -> None:
+    model = Wrapped()
+    trainer = make_trainer(tmp_path, model=model, dataset=examples(120), save_strategy="steps", save_steps=5)
+    enable(trainer, budget=0.5, mask=HALF, granularity="head")
+    output = model.inner.get_submodule("bert.encoder.layer.1.attention.output.dense")
+    seen = Watch(lambda: ({p.stride() for p in output.parameters() if p.dim() == 2}, weights(model)))
+    trainer.add_callback(seen)
+    trainer.train()
+    strides, at_five = seen.seen[4]
+    assert strides == {(1, 32)}
+    assert_equal(load_file(tmp_path / "checkpoint-5" / "model.safetensors"), at_five)
 
 
 @pytest.mark.parametrize(("granularity", "optim"), [("layer", "adafactor"), ("head", "adafactor")])

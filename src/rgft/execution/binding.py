@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -25,6 +25,7 @@ class Binding:
         restore: puts the model back as it was; no trace is left.
         check: raises StorageError when a view no longer shares its weight's memory.
         plain: a context in which the model shows whole parameters, as before binding.
+        make_dense: stores the weights of these parameters such that each slice is one block of memory, until `restore`.
     """
 
     partition: Partition
@@ -33,6 +34,7 @@ class Binding:
     restore: Callable[[], None]
     check: Callable[[], None]
     plain: Callable[[], AbstractContextManager[None]] = nullcontext
+    make_dense: Callable[[Iterable[nn.Parameter]], None] = lambda _: None
     _owners: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

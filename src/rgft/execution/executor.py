@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from rgft.errors import AttachError
 from rgft.execution.activation_cache import ActivationCache
 from rgft.execution.binding import Binding
+from rgft.execution.fused_kernels import FusedKernels
 from rgft.execution.moments import MomentMode, Moments
 from rgft.execution.multipliers import Multipliers
 from rgft.execution.read_positions import ReadPositions
@@ -43,6 +44,7 @@ class Executor:
         self._switch = Switch(model, binding)
         self._multipliers: Multipliers | None = None
         self._moments: Moments | None = None
+        self._kernels: FusedKernels | None = None
         self.optimizer: Optimizer | None = None
         self.cache = cache
         self.positions: ReadPositions | None = None
@@ -73,6 +75,7 @@ class Executor:
         self.optimizer = optimizer
         self._multipliers = Multipliers(optimizer, self._binding)
         self._moments = Moments(optimizer, self._binding, self._mode)
+        self._kernels = FusedKernels(optimizer, self._binding)
 
     def apply(self, plan: UpdatePlan, step: int) -> None:
         """Puts the plan into force for `step`."""
@@ -161,6 +164,8 @@ class Executor:
         """Takes hooks, wrappers and views back; the trained weights stay."""
         if self._multipliers is not None:
             self._multipliers.detach()
+        if self._kernels is not None:
+            self._kernels.detach()
         if self.cache is not None:
             self.cache.detach()
         if self.positions is not None:

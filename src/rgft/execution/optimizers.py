@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Container
 
 from torch import nn, optim
 from torch.optim import Optimizer
@@ -17,9 +18,13 @@ ELEMENTWISE = (
     optim.RMSprop, optim.Rprop, optim.ASGD,
 )  # fmt: skip
 
+#: Those of them whose fused kernels were found to write where their tensors are, when these are dense and alike.
+WITH_FUSED_KERNELS = (optim.SGD, optim.Adam, optim.AdamW, optim.Adagrad)
+
 #: Words in a class's or module's name, and why such an optimizer means something else on a slice.
 _REASONS = {
     r"bitsandbytes|8bit|4bit|fp8|blockwise|paged": "writes through raw pointers or quantises its state in blocks",
+    r"apex|deepspeed|fused": "writes through raw pointers",
     r"adafactor|came\b|sm3|adam_?mini": "keeps one statistic per row, column or block of the weight",
     r"muon|shampoo|soap|psgd|kfac": "preconditions the weight as a matrix",
     r"galore|apollo|fira|q_?galore": "projects the gradient of the whole matrix",
@@ -39,19 +44,19 @@ def check_optimizer(optimizer: Optimizer, binding: Binding) -> None:
         binding: what it is to train.
 
     Raises:
-        OptimizerError: `fused=True` on views that are not dense (it would write into their frozen neighbours); an
-            optimizer whose step depends on more than the element; an optimizer made before the binding, which holds
-            whole weights. All problems are in one message.
+        OptimizerError: `fused=True` of another optimizer than torch's own (`FusedKernels` prepares slices for those);
+            one that writes by pointer, or whose step depends on more than the element; one made before the binding,
+            which holds whole weights. All problems are in one message.
 
     Warns:
         RGFTWarning: the optimizer is not known to be elementwise.
     """
-    optimizer = _unwrapped(optimizer)
-    views = _views(binding)
+    optimizer = unwrapped(optimizer)
+    views = sliced(binding)
     if not views:
         return
     problems = _stale_parameters(optimizer, views)
-    problems += _fused_on_strided(optimizer, views)
+    problems += unknown_kernels(optimizer, views)
     kind = type(optimizer)
     described = " ".join(f"{base.__module__.partition('.')[0]}.{base.__qualname__}" for base in kind.__mro__).lower()
     reasons = [reason for pattern, reason in _REASONS.items() if re.search(pattern, described)]
@@ -61,7 +66,7 @@ def check_optimizer(optimizer: Optimizer, binding: Binding) -> None:
         raise OptimizerError(
             f"the optimizer cannot train slices of weights (there are {len(views)}, e.g. {example!r}):\n  "
             + "\n  ".join(problems)
-            + "\nuse AdamW(foreach=True) or another elementwise optimizer of torch.optim, or granularity='layer'"
+            + "\nuse torch's AdamW or another elementwise optimizer of torch.optim, or granularity='layer'"
         )
     if not isinstance(optimizer, ELEMENTWISE):
         warnings.warn(
@@ -72,13 +77,14 @@ def check_optimizer(optimizer: Optimizer, binding: Binding) -> None:
         )
 
 
-def _unwrapped(optimizer: Optimizer) -> Optimizer:
+def unwrapped(optimizer: Optimizer) -> Optimizer:
+    """The optimizer inside its wrappers."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
     return optimizer
 
 
-def _views(binding: Binding) -> dict[nn.Parameter, str]:
+def sliced(binding: Binding) -> dict[nn.Parameter, str]:
     """Parameters that are less than a whole weight, and their names."""
     return {
         parameter: name
@@ -100,17 +106,15 @@ def _stale_parameters(optimizer: Optimizer, views: dict[nn.Parameter, str]) -> l
     ]
 
 
-def _fused_on_strided(optimizer: Optimizer, views: dict[nn.Parameter, str]) -> list[str]:
-    strided = [
-        views[p]
-        for group in optimizer.param_groups
-        if group.get("fused")
-        for p in group["params"]
-        if p in views and not p.is_contiguous()
-    ]
-    if not strided:
+def unknown_kernels(optimizer: Optimizer, views: Container[nn.Parameter]) -> list[str]:
+    """What is wrong with fused groups that hold slices, when it is not known where their kernel would write."""
+    if isinstance(optimizer, WITH_FUSED_KERNELS):
         return []
+    held = [p for group in optimizer.param_groups if group.get("fused") for p in group["params"] if p in views]
+    if not held:
+        return []
+    known = ", ".join(kind.__name__ for kind in WITH_FUSED_KERNELS)
     return [
-        f"fused=True takes memory to be dense and would write beyond {len(strided)} column slices "
-        f"(e.g. {strided[0]!r}) into their neighbours. Pass fused=False (in the Trainer: optim='adamw_torch')"
+        f"{type(optimizer).__name__} has fused=True for {len(held)} slices, and may take them for whole weights in "
+        f"memory; this is known of torch's {known} only. Pass fused=False"
     ]

@@ -87,6 +87,9 @@ class SplitModule(nn.Module):
         self._refuse_stale("saving the module")
         with self._plain_layout():
             super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, split in self._splits.weights.items():
+            if split.is_laid_out_anew and not keep_vars:
+                destination[prefix + name] = split.in_own_layout()  # formats such as safetensors take no other
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         with self._plain_layout():
@@ -98,7 +101,8 @@ class SplitModule(nn.Module):
         splits = self._splits
         state = dict(_state_of(self))
         del state[_KEY]
-        state["_parameters"] = plain_parameters(self._parameters, splits.weights, splits.views)
+        plain = plain_parameters(self._parameters, splits.weights, splits.views)
+        state["_parameters"] = plain | {name: split.to_pickle() for name, split in splits.weights.items()}
         # The standard library's own constructor: __newobj__ insists on the class that the object has now.
         return copyreg._reconstructor, (splits.plain, object, None), state  # type: ignore[attr-defined]
 

@@ -3,11 +3,15 @@
 The fused parameter is the model's own and is never replaced; each view is an `nn.Parameter` over a range of it along
 one dimension, sharing its memory and its version counter. Views are what optimizers, clipping and accumulation see; the
 fused tensor is what the forward multiplies with.
+
+The weight keeps the memory layout that the model gave it, unless something needs every slice as one block of memory
+(`make_slices_dense`, for fused optimizer kernels). Shapes and values are the same in both, and `lay_back` undoes it.
 """
 
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -59,6 +63,8 @@ class SplitWeight:
         self.ranges = ranges
         self.data: Tensor = fused.detach()
         self.views = [nn.Parameter(self._part(r), requires_grad=fused.requires_grad) for r in ranges]
+        self._own_stride: tuple[int, ...] | None = None
+        self._pickled: weakref.ref[nn.Parameter] | None = None
 
     def _part(self, span: Range) -> Tensor:
         return self.data.narrow(self.dim, span[0], span[1] - span[0])
@@ -81,6 +87,52 @@ class SplitWeight:
             view.data = self._part(span)
             if gradient is not None:
                 view.grad = gradient if convert is None else convert(gradient)
+
+    @property
+    def is_laid_out_anew(self) -> bool:
+        """Whether the weight is stored otherwise than the model had it."""
+        return self._own_stride is not None and self.fused.stride() != self._own_stride
+
+    def make_slices_dense(self) -> None:
+        """Stores the weight anew, so that each view is one block of memory; it stays the same parameter."""
+        if self.data.movedim(self.dim, 0).is_contiguous():
+            return
+        self._own_stride = self.fused.stride()
+        # New memory: whoever holds the old one (a graph, a state_dict) still reads there what it read.
+        self.fused.data = self.data.movedim(self.dim, 0).contiguous().movedim(0, self.dim)
+        self.realias(self.fused)
+
+    def lay_back(self) -> None:
+        """Stores the weight as the model had it. The views stay on the memory they have, which is nobody's then.
+
+        A fused optimizer that goes on stepping them harms nothing.
+        """
+        if self.is_laid_out_anew:
+            self.fused.data = self.in_own_layout()
+            self.data = self.fused.detach()
+
+    def in_own_layout(self) -> Tensor:
+        """The values as the model stored them: an alias, or a copy where slices were made dense."""
+        if not self.is_laid_out_anew:
+            return self.data
+        assert self._own_stride is not None
+        own = torch.empty_strided(
+            self.data.size(), self._own_stride, dtype=self.data.dtype, device=self.data.device
+        )  # fmt: skip
+        return own.copy_(self.data)
+
+    def to_pickle(self) -> nn.Parameter:
+        """The parameter that stands for the fused one in a pickle: itself, or a copy where slices were made dense.
+
+        Modules that share the weight get the same copy while one of them holds it.
+        """
+        if not self.is_laid_out_anew:
+            return self.fused
+        known = self._pickled() if self._pickled is not None else None
+        if known is None or known.device != self.data.device or not torch.equal(known, self.data):
+            known = nn.Parameter(self.in_own_layout(), requires_grad=self.fused.requires_grad)
+            self._pickled = weakref.ref(known)
+        return known
 
     def problems(self) -> list[str]:
         """What is wrong with the views' memory; empty when all of them alias the fused weight."""
@@ -106,5 +158,7 @@ class SplitWeight:
         twin.name, twin.dim, twin.ranges = self.name, self.dim, self.ranges
         # A module's views were copied with its `_parameters`; the memo hands out those same copies.
         twin.views = [copy.deepcopy(view, memo) for view in self.views]
+        # The layout is copied too (an optimizer copied along may need it) and is the copy's own: nothing undoes it.
+        twin._own_stride = twin._pickled = None
         twin.realias(copy.deepcopy(self.fused, memo))
         return twin

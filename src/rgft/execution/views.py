@@ -8,7 +8,7 @@ them as they treat the whole: an optimizer, clipping, decay groups and accumulat
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -100,10 +100,19 @@ def _binding(
                 "not parameter by parameter, or attach afterwards"
             )  # fmt: skip
 
+    split_of = {id(view): split for split in splits.values() for view in split.views}
+
+    def make_dense(parameters: Iterable[nn.Parameter]) -> None:
+        for split in {id(s): s for p in parameters if (s := split_of.get(id(p))) is not None}.values():
+            split.make_slices_dense()
+
     def restore() -> None:
         found = problems() if any(True for _ in bound_modules()) else []
         for module in list(bound_modules()):
             uninstall(module)
+        split_of.clear()
+        for split in splits.values():
+            split.lay_back()
         if found:
             raise StorageError("detached, but these slices were trained apart from the model:\n  " + "\n  ".join(found))
 
@@ -114,6 +123,7 @@ def _binding(
         restore=restore,
         check=check,
         plain=lambda: shown_plain(bound_modules()),
+        make_dense=make_dense,
     )
 
 

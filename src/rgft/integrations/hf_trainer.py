@@ -215,12 +215,6 @@ class _Engagement:
         kind, kwargs = made[0], dict(made[1])
         if is_optimizer_factory(kind) or {"params", "model", "optimizer_dict"} & kwargs.keys():
             return None
-        if kwargs.get("fused") and not all(p.is_contiguous() for p in model.parameters()):
-            log.warning(
-                "optim=%r: fused kernels would write beyond slices of weights (granularity %r); foreach is used",
-                str(getattr(args.optim, "value", args.optim)), self.guide.config.granularity,
-            )  # fmt: skip
-            kwargs |= {"fused": False, "foreach": True}
         groups = self.guide.param_groups(
             args.learning_rate, weight_decay=args.weight_decay,
             decays=frozenset(trainer.get_decay_parameter_names(model)),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from rgft.batches import BatchStream
-from rgft.bench.experiment import Cell, Experiment, Results
+from rgft.bench.experiment import Cell, Contender, Experiment, Results
 from rgft.bench.methods import method
 from rgft.bench.tasks import bench_task
 from rgft.cost import trace_costs
@@ -56,7 +56,7 @@ def run_cell(experiment: Experiment, cell: Cell) -> dict[str, Any]:
     contender = cell.contender
     chosen = method(contender.method)
     task = bench_task(experiment.task, seed=cell.seed)
-    settings = Settings(**{**experiment.run, "lr": cell.lr})
+    settings = Settings(**{**experiment.run, "lr": _searched(contender) or cell.lr})
     config = chosen.configuration(
         budget=contender.budget, seed=cell.seed, settings={**contender.settings, "config": {
             **experiment.config, **contender.settings.get("config", {})}},
@@ -93,6 +93,7 @@ def run_cell(experiment: Experiment, cell: Cell) -> dict[str, Any]:
         "config": config.to_dict(),
         "metrics": metrics,
         "steps": result.steps,
+        "search": None if run.search is None else run.search.to_dict(),
         "seconds": seconds,
         "median_step_seconds": median(result.step_seconds),
         "trainable_parameters": trainable,
@@ -102,6 +103,12 @@ def run_cell(experiment: Experiment, cell: Cell) -> dict[str, Any]:
         "map_history": map_history,
         "environment": environment(),
     }
+
+
+def _searched(contender: Contender) -> tuple[float, ...] | str | None:
+    """What the contender searches a learning rate among, inside its own budget."""
+    rates = contender.settings.get("lr")
+    return tuple(rates) if isinstance(rates, list) else rates
 
 
 def full_fine_tuning_flops(task: Task, settings: Settings, *, seed: int) -> float:

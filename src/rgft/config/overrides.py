@@ -39,7 +39,7 @@ def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[s
             elif index == 0 and key in STAGES and isinstance(below, str):
                 below = {"name": below}
             elif index == 0 and key == "budget" and isinstance(below, (int, float)):
-                below = {}
+                below = {"flops": below} if keys[1:] == ["memory"] else {}  # a limit beside what is spent
             if not isinstance(below, dict):
                 problems.append(
                     f"{path}: expected a group of settings at {'.'.join(keys[: index + 1])!r}, found {below!r}"

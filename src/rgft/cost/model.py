@@ -37,15 +37,16 @@ def evaluate(coefficients: Coefficients, rows: int, tokens: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class StepCost:
-    """FLOPs of one pass, by axis."""
+    """FLOPs of one pass, by axis; `recomputed` is forward work done again by gradient checkpointing."""
 
     forward: float
     dx: float
     dw: float
+    recomputed: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.forward + self.dx + self.dw
+        return self.forward + self.dx + self.dw + self.recomputed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +104,8 @@ class CostModel:
         probing: operations in eval mode, as probes and cache filling run (without dropout, attention may be fused).
         plain: where training steps skip work that no plan needs (`ReadPositions`), the costs without that.
         skips_to: depth of the last layer; plans with a cut above it, whose layers only fill caches, skip nothing.
+        recomputes_to: depth of the last layer where training steps compute the layers above the cut twice (gradient
+            checkpointing); 0: they do not. An upper bound: what nothing in backward reads is not computed again.
     """
 
     names: tuple[str, ...]
@@ -111,7 +114,8 @@ class CostModel:
     probing: tuple[Operation, ...]
     plain: CostModel | None = None
     skips_to: int = 0
-    _memo: dict[Any, tuple[Coefficients, Coefficients, Coefficients]] = field(
+    recomputes_to: int = 0
+    _memo: dict[Any, tuple[Coefficients, Coefficients, Coefficients, Coefficients]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -140,14 +144,12 @@ class CostModel:
             if len(self._memo) >= _MEMO_LIMIT:
                 self._memo.clear()
             plan = self._memo[key] = self._plan(*key)
-        forward, dx, dw = plan
-        return StepCost(
-            forward=evaluate(forward, rows, tokens), dx=evaluate(dx, rows, tokens), dw=evaluate(dw, rows, tokens)
-        )
+        forward, dx, dw, recomputed = (evaluate(coefficients, rows, tokens) for coefficients in plan)
+        return StepCost(forward=forward, dx=dx, dw=dw, recomputed=recomputed)
 
     def full_step(self, rows: int, tokens: int) -> StepCost:
-        """FLOPs of a step of full fine-tuning: all components active, nothing cached, nothing skipped."""
-        return self.without_skipping.step_flops(self._all, rows=rows, tokens=tokens)
+        """FLOPs of a step of full fine-tuning: all components active, nothing cached, skipped or computed twice."""
+        return replace(self.without_skipping.step_flops(self._all, rows=rows, tokens=tokens), recomputed=0.0)
 
     @property
     def without_skipping(self) -> CostModel:
@@ -157,6 +159,11 @@ class CostModel:
     def with_skipping(self, skipping: CostModel, *, last_layer: int) -> CostModel:
         """These costs, but for training steps that train the last layer or below: they cost what `skipping` says."""
         return replace(self, training=skipping.training, plain=self, skips_to=last_layer)
+
+    def with_recomputation(self, *, last_layer: int) -> CostModel:
+        """These costs with gradient checkpointing of the layers."""
+        plain = self.plain and replace(self.plain, recomputes_to=last_layer)
+        return replace(self, plain=plain, recomputes_to=last_layer)
 
     def forward_flops(self, rows: int, tokens: int, below: int | None = None) -> float:
         """FLOPs of a forward pass in eval mode: all of it, or (filling a cache) what lies below a cut."""
@@ -200,6 +207,7 @@ class CostModel:
             "names": list(self.names), "depths": list(self.depths),
             "training": [asdict(op) for op in self.training], "probing": [asdict(op) for op in self.probing],
             "plain": None if self.plain is None else self.plain.to_dict(), "skips_to": self.skips_to,
+            "recomputes_to": self.recomputes_to,
         }  # fmt: skip
 
     @classmethod
@@ -209,6 +217,7 @@ class CostModel:
             training=tuple(_operation(op) for op in data["training"]),
             probing=tuple(_operation(op) for op in data["probing"]),
             plain=None if data["plain"] is None else cls.from_dict(data["plain"]), skips_to=data["skips_to"],
+            recomputes_to=data["recomputes_to"],
         )  # fmt: skip
 
     @cached_property
@@ -217,7 +226,7 @@ class CostModel:
 
     def _plan(
         self, active: frozenset[str], cached_below: int, training: bool
-    ) -> tuple[Coefficients, Coefficients, Coefficients]:
+    ) -> tuple[Coefficients, Coefficients, Coefficients, Coefficients]:
         unknown = sorted(active - self._all)
         if unknown:
             raise RGFTError(f"the cost model knows no component named {', '.join(map(repr, unknown))}")
@@ -232,10 +241,14 @@ class CostModel:
         if self.plain is not None and all(self.depths[self.names.index(name)] > self.skips_to for name in active):
             return self.plain._plan(active, cached_below, training)
         mask = sum(self._bits[name] for name in active)
-        forward = dx = dw = _ZERO
+        lowest = min((depth for depth, is_on in zip(self.depths, on, strict=True) if is_on), default=0)
+        twice = range(max(1, lowest), self.recomputes_to + 1 if training and active else 0)
+        forward = dx = dw = recomputed = _ZERO
         for op in self.training if training else self.probing:
             if op.depth >= cached_below or op.depth == 0:
                 forward = add(forward, op.flops)
+            if op.depth in twice:
+                recomputed = add(recomputed, op.flops)
             for product in op.products_for(mask):
                 if not product.upstream & mask:
                     continue
@@ -245,7 +258,7 @@ class CostModel:
                     counts_all = product.is_whole  # some owner is active, or the product would not be needed
                     share = sum(share for index, share in product.shares if counts_all or on[index])
                     dw = add(dw, product.flops, share)
-        return forward, dx, dw
+        return forward, dx, dw, recomputed
 
 
 def _product(data: Mapping[str, Any]) -> Product:

@@ -34,7 +34,7 @@ def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[s
         node: dict[str, Any] = result
         for index, key in enumerate(keys[:-1]):
             below: Any = node.get(key)
-            if below is None:
+            if below is None or (key == "budget" and below == "none"):
                 below = {}
             elif index == 0 and key in STAGES and isinstance(below, str):
                 below = {"name": below}

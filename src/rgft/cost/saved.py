@@ -19,11 +19,13 @@ class SavedActivations:
         by_last_use: bytes by the highest depth that needs them: what a cut there or below still has to save.
         by_layer: bytes first saved in each layer: what checkpointing computes again, a layer at a time.
         largest: of a single tensor.
+        hidden: of the last layer's output.
     """
 
     by_last_use: tuple[int, ...]
     by_layer: tuple[int, ...]
     largest: int
+    hidden: int = 0
 
     def above(self, cut: int) -> int:
         """Bytes saved when backward stops at the depth `cut`."""
@@ -58,7 +60,7 @@ def saved_activations(
 
 class _Count:
     def __init__(self, model: nn.Module, layers: int) -> None:
-        self._depth, self._layers = 0, layers
+        self._depth, self._layers, self._hidden = 0, layers, 0
         # A weak reference keeps an address from being given to another storage.
         self._references: list[StorageWeakRef] = []
         self._weights = self._known([*model.parameters(), *model.buffers()])
@@ -77,6 +79,8 @@ class _Count:
 
     def leaves(self, module: nn.Module, args: Any, output: Any) -> None:
         self._depth = self._layers + 1
+        hidden = output[0] if isinstance(output, tuple) else output
+        self._hidden = hidden.nbytes if isinstance(hidden, Tensor) else 0
 
     def pack(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -94,7 +98,10 @@ class _Count:
             last[self._last[identity]] += size
             first[self._first[identity]] += size
         return SavedActivations(
-            by_last_use=tuple(last), by_layer=tuple(first[1:-1]), largest=max(self._sizes.values(), default=0)
+            by_last_use=tuple(last),
+            by_layer=tuple(first[1:-1]),
+            largest=max(self._sizes.values(), default=0),
+            hidden=self._hidden,
         )
 
 

@@ -92,7 +92,12 @@ class MemoryForecast:
             for size in (part.fraction * p.nbytes,)
         ]  # fmt: skip
         self._saved: dict[tuple[int, int, bool], SavedActivations] = {}
-        self.is_checkpointing = any(checkpointed_modules(model))
+        self._checkpointed = list(checkpointed_modules(model))
+
+    @property
+    def is_checkpointing(self) -> bool:
+        """Whether the model came with it."""
+        return bool(self._checkpointed)
 
     @property
     def cuts(self) -> list[int]:
@@ -148,6 +153,10 @@ class MemoryForecast:
         parts = self._with_margin({"weights": self.weights, "activations": saved.above(0) + 2 * saved.largest})
         return sum(parts.values())
 
+    def cached(self, examples: int) -> int:
+        """Bytes of so many examples' states at a cut, at most: as computed, and none shorter than the longest."""
+        return math.ceil(examples * self._saved_by(self.rows, self.tokens, False).hidden / self.rows)
+
     def probe(self, examples: int, *, lowest_cut: int) -> int:
         """Bytes of a probe of so many examples: everything on, nothing checkpointed.
 
@@ -168,6 +177,22 @@ class MemoryForecast:
             "gradients": 2 * max(size for _, size, _ in self._slices),
         }).values())  # fmt: skip
 
+    @contextmanager
+    def _with_checkpointing(self, on: bool) -> Iterator[None]:
+        """Inside, layers are checkpointed (or not); afterwards none is, and a model's own way of doing it is kept."""
+        model: Any = self._model
+        if on and not self._checkpointed:
+            enable_checkpointing(model)
+        for module in self._checkpointed if on else ():
+            setattr(module, "gradient_checkpointing", True)  # noqa: B010
+        try:
+            yield
+        finally:
+            if on and not self._checkpointed:
+                model.gradient_checkpointing_disable()
+            for module in self._checkpointed:
+                setattr(module, "gradient_checkpointing", False)  # noqa: B010
+
     def _with_margin(self, parts: dict[str, int]) -> dict[str, int]:
         return {**parts, "margin": math.ceil(MARGIN * sum(parts.values()))}
 
@@ -175,7 +200,7 @@ class MemoryForecast:
         key = (rows, tokens, checkpointing)
         if key not in self._saved:
             batch = resized(self._batch, rows=rows, tokens=tokens, is_padded=self._is_padded)
-            with _as_in_training(self._model), checkpointed(self._model, checkpointing):
+            with _as_in_training(self._model), self._with_checkpointing(checkpointing):
                 self._saved[key] = saved_activations(
                     self._model, self.partition.layers, lambda: self._loss(self._model, batch)
                 )
@@ -207,19 +232,6 @@ def _as_in_training(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
         model.train()
         yield
-
-
-@contextmanager
-def checkpointed(model: Any, on: bool) -> Iterator[None]:
-    """Inside, layers are checkpointed, without reentrance; afterwards none is."""
-    if not on:
-        yield
-        return
-    enable_checkpointing(model)
-    try:
-        yield
-    finally:
-        model.gradient_checkpointing_disable()
 
 
 def enable_checkpointing(model: Any) -> None:

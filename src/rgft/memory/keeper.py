@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from rgft.allocation import Policy
 from rgft.allocation.budget import BudgetMask
 from rgft.allocation.compose import Composed
-from rgft.batches import BatchStream, is_uniform
+from rgft.batches import BatchStream, is_uniform, number_of_variants
 from rgft.config import Config
 from rgft.cost import CostModel
 from rgft.errors import BudgetError
@@ -97,7 +97,8 @@ class MemoryKeeper:
         if self._is_restored and self.plan is not None:
             return self.plan
         forecast = self._forecast(stream, workload, batch, loss, moments_of(optimizer))
-        wish = self._wish(forecast, may_split=may_split and not self._normalises_over_batch)
+        examples = len(stream.dataset) * number_of_variants(stream.dataset)
+        wish = self._wish(forecast, examples, may_split=may_split and not self._normalises_over_batch)
         plan = choose(forecast, self._limit, wish)
         if plan.lowest_cut > wish.lowest_cut:
             self._require_cut(forecast, plan)
@@ -128,7 +129,7 @@ class MemoryKeeper:
         on_cpu = next(iter(parameters.values())).device.type == "cpu"
         return self._config.update.moments in (("keep", "decay", "offload") if on_cpu else ("keep", "decay"))
 
-    def _wish(self, forecast: MemoryForecast, *, may_split: bool) -> Wish:
+    def _wish(self, forecast: MemoryForecast, examples: int, *, may_split: bool) -> Wish:
         settings, probe = self._config.execution, self._config.probe
         # States are kept in the CPU's memory, wherever the model is.
         on_cpu = next(self._model.parameters()).device.type == "cpu"
@@ -137,7 +138,7 @@ class MemoryKeeper:
         return Wish(
             lowest_cut=self._fixed_cut(len(forecast.partition.layers)), may_split=may_split,
             probe_size=(MAX_PROBE_SIZE if isinstance(probe.size, str) else probe.size) if probes else 0,
-            cache_bytes=settings.cache_max_bytes if in_memory else 0,
+            cache_bytes=min(settings.cache_max_bytes, forecast.cached(examples)) if in_memory else 0,
         )  # fmt: skip
 
     def _fixed_cut(self, layers: int) -> int:

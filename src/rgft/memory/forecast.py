@@ -109,8 +109,7 @@ class MemoryForecast:
         """Whether layers may be checkpointed: as it is, then what the model offers beside."""
         if self.is_checkpointing:
             return (True,)
-        offers = hasattr(self._model, "gradient_checkpointing_enable")
-        return (False, True) if offers and getattr(self._model, "supports_gradient_checkpointing", True) else (False,)
+        return (False, True) if offers_checkpointing(self._model) else (False,)
 
     def parts(self, cut: int, *, rows: int, checkpointing: bool, moments_from: int | None = None) -> dict[str, int]:
         """Bytes of a step by what holds them; they add up to what is needed.
@@ -180,16 +179,15 @@ class MemoryForecast:
     @contextmanager
     def _with_checkpointing(self, on: bool) -> Iterator[None]:
         """Inside, layers are checkpointed (or not); afterwards none is, and a model's own way of doing it is kept."""
-        model: Any = self._model
         if on and not self._checkpointed:
-            enable_checkpointing(model)
+            enable_checkpointing(self._model)
         for module in self._checkpointed if on else ():
             setattr(module, "gradient_checkpointing", True)  # noqa: B010
         try:
             yield
         finally:
             if on and not self._checkpointed:
-                model.gradient_checkpointing_disable()
+                disable_checkpointing(self._model)
             for module in self._checkpointed:
                 setattr(module, "gradient_checkpointing", False)  # noqa: B010
 
@@ -234,9 +232,25 @@ def _as_in_training(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def offers_checkpointing(model: nn.Module) -> bool:
+    """Whether the model can be told to checkpoint its layers (Transformers' convention)."""
+    return hasattr(model, "gradient_checkpointing_enable") and getattr(model, "supports_gradient_checkpointing", True)
+
+
 def enable_checkpointing(model: Any) -> None:
     """Turns it on, in the kind that gives gradients above a cut."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if hasattr(model, "activation_checkpointing_enable"):  # the newer name
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def disable_checkpointing(model: Any) -> None:
+    """Takes it back."""
+    if hasattr(model, "activation_checkpointing_disable"):
+        model.activation_checkpointing_disable()
+    else:
+        model.gradient_checkpointing_disable()
 
 
 def checkpointed_modules(model: nn.Module) -> Iterator[nn.Module]:

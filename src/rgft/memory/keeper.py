@@ -28,6 +28,7 @@ from rgft.memory.forecast import (
     MemoryForecast,
     Setup,
     checkpointed_modules,
+    disable_checkpointing,
     enable_checkpointing,
     moments_of,
     resized,
@@ -220,8 +221,7 @@ class MemoryKeeper:
     def leave(self) -> None:
         """Takes checkpointing back."""
         if self._checkpoints:
-            model: Any = self._model
-            model.gradient_checkpointing_disable()
+            disable_checkpointing(self._model)
         self._checkpoints = False
 
 

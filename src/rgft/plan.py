@@ -76,13 +76,14 @@ class MemoryPlan:
 
     Attributes:
         limit: of the budget.
-        needed: at the height of a step, with everything on above `lowest_cut`; the margin included.
-        parts: what `needed` is made of.
+        needed: at the height of a step, with everything on above `lowest_cut`, or while costs are traced, whichever is
+            more; a margin included.
+        parts: of that step, by what holds them.
         rows, tokens: of the largest batch that the run may see.
         rows_per_pass: rows that go through the model at once; fewer than `rows`: gradients are accumulated.
         checkpointing: whether gradient checkpointing is on.
         lowest_cut: nothing below it is ever trained.
-        by_cut: (cut, needed) of every cut that may be decided.
+        by_cut: (cut, bytes of a step) of every cut that may be decided.
         probe_size: examples per probe; 0: none.
         probes: needed by a probe.
         holds_cache: whether activations cached in memory take from the same limit (on the CPU they do).

@@ -249,9 +249,13 @@ class Run:
 
     @property
     def _is_audited(self) -> bool:
-        """Counting makes a pass slower: the first pass, and one under each of the first new plans."""
+        """Counting makes a pass slower: the first pass, and one under each of the first new plans.
+
+        It also holds on to what checkpointing would free, and so is left out where memory asked for that.
+        """
         guide = self.guide
-        if guide.ledger.audits >= MAX_AUDITS:
+        memory = guide.run_plan.memory if guide.run_plan is not None else None
+        if guide.ledger.audits >= MAX_AUDITS or (memory is not None and memory.checkpointing):
             return False
         is_under_new_plan = bool(guide.plans) and guide.plans[-1].step == guide.step_count - 1
         return guide.ledger.audits == 0 or is_under_new_plan

@@ -56,17 +56,17 @@ def choose(forecast: MemoryForecast, limit: int, wish: Wish) -> MemoryPlan:
     chosen = _first(forecast, limit, wish, may_split=wish.may_split)
     if chosen is None:
         raise BudgetError(_nothing_fits(forecast, limit, wish))
-    by_cut = tuple(
-        (cut, forecast.needed(
-            cut, rows=chosen.rows, checkpointing=chosen.checkpointing, moments_from=chosen.cut
-        ))
-        for cut in forecast.cuts if cut >= chosen.cut
-    )  # fmt: skip
+    by_cut = {
+        cut: forecast.parts(cut, rows=chosen.rows, checkpointing=chosen.checkpointing, moments_from=chosen.cut)
+        for cut in forecast.cuts
+        if cut >= chosen.cut
+    }
     probe_size = _probe_size(forecast, limit, wish.probe_size, chosen)
     plan = MemoryPlan(
         limit=limit, needed=chosen.needed, rows=forecast.rows, tokens=forecast.tokens, rows_per_pass=chosen.rows,
-        parts=forecast.parts(chosen.cut, rows=chosen.rows, checkpointing=chosen.checkpointing),
-        checkpointing=chosen.checkpointing, lowest_cut=chosen.cut, by_cut=by_cut, probe_size=probe_size,
+        parts=by_cut[chosen.cut],
+        checkpointing=chosen.checkpointing, lowest_cut=chosen.cut,
+        by_cut=tuple((cut, sum(parts.values())) for cut, parts in by_cut.items()), probe_size=probe_size,
         probes=forecast.probe(probe_size, lowest_cut=chosen.cut) if probe_size else 0,
         holds_cache=wish.cache_bytes > 0, choices=(),
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """What steps of a run will hold on the training device, from forward passes that keep nothing.
 
     needed = (weights + gradients + moments + averages + max(activations + temporaries of backward,
-              temporaries of the optimizer)) · (1 + margin)
+              temporaries of the optimizer, a frozen layer's forward pass)) · (1 + margin)
 
 Gradients and activations are added up although backward frees one as it makes the other: with accumulation both exist
 at once, and without it the difference pays for what the margin does not. The largest batch of the run counts.
@@ -130,6 +130,8 @@ class MemoryForecast:
         activations = saved.above(cut) + again
         of_backward = BACKWARD_TEMPORARIES * max(plain.largest, saved.largest) + largest
         of_optimizer = gradients if self._is_accelerated else 2 * largest
+        # A layer that is off holds at once no more than it would save if it were on.
+        of_prefix = max(plain.by_layer, default=0) + plain.largest
         return self._with_margin({
             "weights": self.weights * (1 + self._setup.copies),
             "gradients": gradients,
@@ -137,13 +139,12 @@ class MemoryForecast:
             "moments": self._setup.moments * sum(stepped) + 4 * len(stepped) * bool(self._setup.moments),
             "averages": (sum(wide for _, wide in on) + self._buffers) * self._setup.averages,
             "activations": activations,
-            "temporaries": max(activations + of_backward, of_optimizer) - activations,
+            "temporaries": max(activations + of_backward, of_optimizer, of_prefix) - activations,
         })  # fmt: skip
 
-    def needed(self, cut: int, *, rows: int, checkpointing: bool, moments_from: int | None = None) -> int:
+    def needed(self, cut: int, *, rows: int, checkpointing: bool) -> int:
         """Bytes of a step, the margin included, or those of tracing its costs where that takes more."""
-        parts = self.parts(cut, rows=rows, checkpointing=checkpointing, moments_from=moments_from)
-        return max(sum(parts.values()), self.tracing)
+        return max(sum(self.parts(cut, rows=rows, checkpointing=checkpointing).values()), self.tracing)
 
     @property
     def tracing(self) -> int:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from rgft import Budget, Config, Guide
 from rgft.batches import BatchStream
 from rgft.cost.memory import step_memory
 from rgft.cost.peak import PeakMemory
 from rgft.errors import BudgetError
+from rgft.integrations import enable
 from rgft.plan import MemoryPlan, RunPlan
 from rgft.run import Run
 from rgft.telemetry.flop_counter import flop_counter
@@ -31,6 +32,7 @@ from tests.integration.limited import (
     without_dropout,
 )
 from tests.integration.loops import Examples, adamw, collate, guided
+from tests.integration.trainers import make_trainer
 
 
 def follow(run: Run, steps: int = 3) -> tuple[int, int]:
@@ -83,9 +85,9 @@ def test_what_steps_hold_stays_below_the_limit(stairs: tuple[str, tuple[MemoryPl
     name, plans = stairs
     for plan in plans:
         run = limited(name, plan.needed, task=FamilyTask(name))
-        assert run.prepare().memory == replace(plan, limit=plan.needed, choices=run.prepare().memory.choices,  # type: ignore[union-attr]
-                                               probe_size=run.prepare().memory.probe_size,  # type: ignore[union-attr]
-                                               probes=run.prepare().memory.probes)  # type: ignore[union-attr]  # fmt: skip
+        again = run.prepare().memory
+        assert again is not None
+        assert (again.parts, again.needed, again.limit) == (plan.parts, plan.needed, plan.needed)
         peak, memory = follow(run)
         run.close()
         assert peak <= plan.needed
@@ -93,8 +95,7 @@ def test_what_steps_hold_stays_below_the_limit(stairs: tuple[str, tuple[MemoryPl
         assert peak >= 0.5 * plan.needed  # a forecast that is far too high would refuse what fits
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2"])
-@pytest.mark.parametrize("budget", [{}, {"flops": 0.3}])
+@pytest.mark.parametrize(("name", "budget"), [("bert", {"flops": 0.3}), ("gpt2", {})])
 def test_whole_runs_stay_below_the_limit(name: str, budget: dict[str, Any]) -> None:
     """Measuring, probes, decisions, the cache and the mean of the last iterates included."""
     plans = staircase(name)
@@ -348,3 +349,32 @@ def test_a_budget_of_memory_alone_changes_nothing_where_everything_fits() -> Non
         states.append({n: p.detach().clone() for n, p in guide.model.named_parameters()})
         guide.detach()
     assert all(torch.equal(states[0][n], states[1][n]) for n in states[0])
+
+
+def test_a_trainer_keeps_to_it_with_its_own_batches(tmp_path: Path) -> None:
+    def engaged(memory: int | str) -> tuple[Any, Guide, MemoryPlan]:
+        trainer = make_trainer(tmp_path)
+        guide = enable(trainer, budget={"memory": memory, "flops": 0.5})
+        assert guide.run_plan is not None
+        assert guide.run_plan.memory is not None
+        return trainer, guide, guide.run_plan.memory
+
+    def is_checkpointing(model: torch.nn.Module) -> bool:
+        return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+    seen: list[bool] = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.append(is_checkpointing(kwargs["model"]))
+
+    _, _, whole = engaged("1TB")
+    trainer, guide, plan = engaged(int(0.8 * whole.needed))
+    assert (plan.rows, plan.rows_per_pass, plan.checkpointing, plan.lowest_cut) == (8, 8, True, 0)
+    trainer.add_callback(Look())
+    trainer.train()
+    assert len(seen) > 3
+    assert all(seen)
+    assert guide.ledger.recomputed_flops > 0.0
+    assert guide.flops_fraction <= 0.5
+    assert not is_checkpointing(trainer.model)

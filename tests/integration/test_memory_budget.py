@@ -370,7 +370,7 @@ def test_a_trainer_keeps_to_it_with_its_own_batches(tmp_path: Path) -> None:
 
     _, _, whole = engaged("1TB")
     trainer, guide, plan = engaged(int(0.8 * whole.needed))
-    assert (plan.rows, plan.rows_per_pass, plan.checkpointing, plan.lowest_cut) == (8, 8, True, 0)
+    assert (plan.rows, plan.rows_per_pass, plan.checkpointing) == (8, 8, True)
     trainer.add_callback(Look())
     trainer.train()
     assert len(seen) > 3

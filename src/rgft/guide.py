@@ -17,7 +17,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -44,8 +44,9 @@ from rgft.execution.read_positions import ReadPositions
 from rgft.execution.target_positions import TargetLoss
 from rgft.execution.views import bind
 from rgft.measurement import Measurement
+from rgft.memory import MemoryKeeper
 from rgft.partition import partition
-from rgft.plan import RunPlan, UpdatePlan
+from rgft.plan import MemoryPlan, RunPlan, UpdatePlan
 from rgft.probe_schedule import ProbePool, set_aside
 from rgft.prober import Prober
 from rgft.schedule import learning_rate_schedule
@@ -132,6 +133,7 @@ class Guide:
             model, self._binding, signal, self._mean_loss, beta=settings.beta, bias_correction=settings.bias_correction,
             row_stride=self.config.probe.row_stride,
         )  # fmt: skip
+        self._memory = MemoryKeeper.of(model, self._binding, self.config, self._policy, signal)
         self._average = IterateAverage(self._binding, model.buffers())
         self._ends_after_step = False
         self._spending = Spending(self.config.budget, cache)
@@ -213,7 +215,7 @@ class Guide:
 
     def prepare(
         self, stream: BatchStream, *, full_flops: float | None = None, cost_loss: Loss | None = None,
-        own_loss: bool = True,
+        own_loss: bool = True, may_split: bool = False,
     ) -> RunPlan:  # fmt: skip
         """Traces costs on a first batch, scans the workload and fixes the run plan. `batches` calls it.
 
@@ -223,31 +225,54 @@ class Guide:
                 the model is not the one that would be fully fine-tuned (adapters).
             cost_loss: what costs are traced on, where the loss itself cannot be read off the graph (fused kernels).
             own_loss: whether the passes are made by `loss`. Of another's loss it is not known which positions it reads.
+            may_split: whether the loop passes batches in pieces where memory is limited (`MemoryPlan.rows_per_pass`).
 
         Raises:
             BudgetError: no plan fits the budget.
         """
         example = stream.load(next(stream.indices()))
-        costs = self._traced_costs(example, cost_loss or self._mean_loss, proves_loss=own_loss and cost_loss is None)
+        traced = example if self._memory is None else self._memory.traceable(example)
+        costs = self._traced_costs(traced, cost_loss or self._mean_loss, proves_loss=own_loss and cost_loss is None)
         count = None if self._target_loss is None or self._at_targets is None else self._target_loss.count
         workload, spending = Workload.scan(stream, count), self._spending
         costs, spending.count = replace(costs, target_share=workload.target_share), count
+        if self._memory is not None:
+            optimizer = self._executor.optimizer
+            self._hold(self._memory.choose(
+                stream, workload, example, self._mean_loss, optimizer=optimizer, may_split=may_split
+            ))  # fmt: skip
+            costs = self._memory.costs(costs)
         pace = self._machine_pace() if spending.needs_pace else None
         spending.allow(costs, workload, full=full_flops, pace=pace)
         self._cheapest = self._decision_without_means()
         spending.require(self._cheapest.active(0), workload)
         full_step = costs.full_step(*spending.typical).total
         steps = max(1, round(spending.allowed / full_step)) if spending.is_limited else stream.total_batches
+        memory = None if self._memory is None else self._memory.plan
         if self._measurement is not None and self._follows_map:
             self._prober.plan(steps=steps, measuring=self.config.warmup_fraction, examples=len(stream.dataset))
+            if memory is not None:
+                self._prober.limit(memory.probe_size)
         self.run_plan = RunPlan(
             steps=steps, cache="none" if self._executor.cache is None else self._executor.cache.place,
             probes=self._prober.number(steps), probe_size=self._prober.schedule.size, flops=spending.allowed,
             full_flops=spending.full, reason=self.plan.reason,
             position=None if self._executor.positions is None else self._executor.positions.position,
             head_at_targets=self._at_targets is not None,
+            memory=memory,
         )  # fmt: skip
         return self.run_plan
+
+    def _hold(self, plan: MemoryPlan, *, is_restored: bool = False) -> None:
+        """Keeps to a memory budget from here on."""
+        assert self._memory is not None
+        self._memory.put_into_force(plan, is_restored=is_restored)
+        self.plan = self._memory.held(self.plan)
+        self.ledger.limit_memory(limit=plan.limit, forecast=plan.needed)
+        if self.run_plan is not None:
+            self.run_plan = replace(self.run_plan, memory=plan)
+        if self._spending.costs is not None:
+            self._spending.costs = self._memory.costs(self._spending.costs)
 
     def _traced_costs(self, example: Any, loss: Loss, *, proves_loss: bool) -> CostModel:
         """Costs of any plan; finds on the way which positions the last layer, or the head, need not compute."""
@@ -303,7 +328,13 @@ class Guide:
             self.situation(), step=0, error_map=nothing, previous=None, flops_left=0.0,
             flops_allowed=self._spending.allowed,
         )  # fmt: skip
-        return self._policy.decide(situation)
+        return self._decided(situation)
+
+    def _decided(self, situation: Situation) -> UpdatePlan:
+        """What the policy decides, as far as memory holds it."""
+        assert self._policy is not None
+        decided = self._policy.decide(situation)
+        return decided if self._memory is None else self._memory.held(decided)
 
     # ---------------------------------------------------------------- the plain loop
 
@@ -432,6 +463,17 @@ class Guide:
         """
         self._upcoming, self._ids = batch, ids
 
+    def begin_piece(self, ids: Sequence[int] | None) -> None:
+        """Before a pass over some rows of the batch in hand: says which examples they are."""
+        if not self._in_step:
+            self.begin_step()  # which looks at what the whole batch costs
+        self._ids = ids
+
+    @property
+    def announced_ids(self) -> Sequence[int] | None:
+        """Which examples the rows of the batch in hand are; None: unknown."""
+        return self._ids
+
     @property
     def affords_upcoming(self) -> bool:
         """Whether the budget pays for a step on the batch announced last, under the cheapest plan it may get."""
@@ -441,6 +483,8 @@ class Guide:
         """Probes when due, decides, and puts the plan in force. Uses nothing of the batch that follows."""
         if self._policy is not None and not self._holds_plan:
             self._measure_and_decide()
+        if self._memory is not None:
+            self._memory.bound_cache(self.cache, self.plan.cut)
         self._executor.apply(self.plan, self.step_count)
         self._average.before_step(self._executor.active)
         self._in_step, self._passes = True, 0
@@ -520,8 +564,7 @@ class Guide:
             if is_over or not self._pays_for(self.plan):
                 self.is_measuring, fresh = False, True
         if fresh and not self.is_measuring:
-            assert self._policy is not None
-            decided = self._policy.decide(self.situation())
+            decided = self._decided(self.situation())
             if not self._pays_for(decided):
                 kept = self.plan if self._has_decided and self._pays_for(self.plan) else self._cheapest
                 decided = kept or decided
@@ -559,6 +602,7 @@ class Guide:
             flops_allowed=None if self.run_plan is None else self._spending.allowed,
             batches=self._stream.total_batches if self._stream else None,
             batches_per_epoch=self._stream.batches_per_epoch if self._stream else None, rows=rows, tokens=tokens,
+            lowest_cut=0 if self._memory is None else self._memory.lowest_cut,
         )  # fmt: skip
 
     def _check_finite(self) -> None:
@@ -690,6 +734,18 @@ class Guide:
         return self._prober.history
 
     @property
+    def is_averaging(self) -> bool:
+        """Whether means of the weights are kept by now."""
+        return self._average.count > 0
+
+    def kept_tensors(self) -> list[Tensor]:
+        """All that exists between steps: weights, buffers, optimizer state, means."""
+        optimizer = self._executor.optimizer
+        state = optimizer.state.values() if optimizer is not None else ()
+        moments = [value for values in state for value in values.values() if isinstance(value, Tensor)]
+        return [*self.model.parameters(), *self.model.buffers(), *moments, *self._average.tensors()]
+
+    @property
     def cache(self) -> ActivationCache | None:
         """The activation cache, or None."""
         return self._executor.cache
@@ -759,6 +815,7 @@ class Guide:
             "measurement": self._measurement.state_dict() if self._measurement else None,
             "executor": self._executor.state_dict(cache=cache),
             "average": self._average.state_dict(),
+            "memory": asdict(self._memory.plan) if self._memory and self._memory.plan else None,
             "spending": self._spending.state_dict(),
             "prober": self._prober.state_dict(),
             "position": self._stream.position if self._stream else 0,
@@ -787,6 +844,8 @@ class Guide:
         self._executor.load_state_dict(state["executor"])
         self._average.load_state_dict(state["average"])
         self._spending.load_state_dict(state["spending"])
+        if state["memory"] is not None:
+            self._hold(MemoryPlan.from_dict(state["memory"]), is_restored=True)
         if self._stream is None:
             self._restored = state
         else:
@@ -824,6 +883,8 @@ class Guide:
         for handle in self._handles:
             handle.remove()
         self._executor.detach()
+        if self._memory is not None:
+            self._memory.leave()
         self.model.__dict__.pop("_rgft_guide", None)
 
     def __enter__(self) -> Self:

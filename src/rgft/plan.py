@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from rgft.errors import ConfigError
+from rgft.sizes import parsed_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,51 @@ class UpdatePlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """How a run keeps to a memory budget: what was chosen, and what it is forecast to need. All amounts in bytes.
+
+    Attributes:
+        limit: of the budget.
+        needed: at the height of a step, with everything on above `lowest_cut`, or while costs are traced, whichever is
+            more; a margin included.
+        parts: of that step, by what holds them.
+        rows, tokens: of the largest batch that the run may see.
+        rows_per_pass: rows that go through the model at once; fewer than `rows`: gradients are accumulated.
+        checkpointing: whether gradient checkpointing is on.
+        lowest_cut: nothing below it is ever trained.
+        by_cut: (cut, bytes of a step) of every cut that may be decided.
+        probe_size: examples per probe; 0: none.
+        probes: needed by a probe.
+        holds_cache: whether activations cached in memory take from the same limit (on the CPU they do).
+        choices: what was done to fit, in words, in the order in which it was tried.
+    """
+
+    limit: int
+    needed: int
+    parts: Mapping[str, int]
+    rows: int
+    tokens: int
+    rows_per_pass: int
+    checkpointing: bool
+    lowest_cut: int
+    by_cut: tuple[tuple[int, int], ...]
+    probe_size: int
+    probes: int
+    holds_cache: bool
+    choices: tuple[str, ...]
+
+    def room(self, cut: int) -> int:
+        """Bytes left for cached activations, at that cut."""
+        needed = next((needed for depth, needed in self.by_cut if depth >= cut), self.needed)
+        return max(0, self.limit - max(needed, self.probes))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> MemoryPlan:
+        by_cut = tuple((int(cut), int(needed)) for cut, needed in data["by_cut"])
+        return cls(**{**data, "by_cut": by_cut, "choices": tuple(data["choices"])})
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunPlan:
     """What is fixed for longer than a step.
 
@@ -84,6 +130,7 @@ class RunPlan:
         position: the only one that training steps compute in the last layer, past its attention; None: all of them.
         head_at_targets: whether training steps compute a language model's head only where a token is to be learnt.
         reason: why this plan, in a few words.
+        memory: how it keeps to a memory budget; None: without one.
     """
 
     steps: int
@@ -96,37 +143,57 @@ class RunPlan:
     position: int | None = None
     head_at_targets: bool = False
     reason: str = ""
+    memory: MemoryPlan | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RunPlan:
-        return cls(**data)
+        memory = data.get("memory")
+        return cls(**{**data, "memory": None if memory is None else MemoryPlan.from_dict(memory)})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
     """What a whole run may spend, scoring and cache filling included, evaluation excluded; where several are given,
-    whichever is spent first ends it.
+    whichever is spent first ends it. Memory is not spent: it bounds every step, and ends nothing.
 
     Attributes:
         flops: share of the FLOPs of full fine-tuning on the same data, epochs, collator and padding, in (0, 1].
         seconds: wall-clock of steps, scoring, filling and loading.
+        memory: bytes that tensors of training may hold at once on the training device; text such as "8GB" or "7.5GiB"
+            is turned into bytes.
     """
 
     flops: float | None = None
     seconds: float | None = None
+    memory: int | str | None = None
 
     def __post_init__(self) -> None:
         problems: list[str] = []
-        if self.flops is None and self.seconds is None:
-            problems.append("budget: expected flops, seconds or both, found none")
+        if self.flops is None and self.seconds is None and self.memory is None:
+            problems.append("budget: expected flops, seconds, memory or several of them, found none")
         if self.flops is not None and not 0.0 < self.flops <= 1.0:
             problems.append(
                 f"budget.flops: expected a share of full fine-tuning's FLOPs, 0 < flops <= 1, found {self.flops}"
             )
         if self.seconds is not None and not 0.0 < self.seconds < float("inf"):
             problems.append(f"budget.seconds: expected a number of seconds > 0, found {self.seconds}")
+        if self.memory is not None:
+            try:
+                object.__setattr__(self, "memory", parsed_bytes(self.memory, setting="budget.memory"))
+            except ConfigError as error:
+                problems += error.problems
         if problems:
             raise ConfigError(problems)
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether it ends the run: memory alone does not."""
+        return self.flops is not None or self.seconds is not None
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """The limit of memory in bytes."""
+        return None if self.memory is None else int(self.memory)

@@ -76,6 +76,13 @@ class Prober:
             )  # fmt: skip
             self.schedule = replace(self.schedule, size=self._spare) if enough else ProbeSchedule()
 
+    def limit(self, size: int) -> None:
+        """Makes probes of more examples smaller; below two there are none."""
+        if size < MIN_EXAMPLES:
+            self.schedule = ProbeSchedule()
+        elif self.schedule.size > size:
+            self.schedule = replace(self.schedule, size=size)
+
     @property
     def examples(self) -> int:
         """How many examples should be set aside; 0: none."""

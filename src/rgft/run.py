@@ -23,7 +23,9 @@ from rgft.errors import ConfigError
 from rgft.evaluation import Evaluated, evaluate
 from rgft.execution.agreement import Loss
 from rgft.execution.target_positions import TargetLoss
+from rgft.following import StepsFollowed
 from rgft.guide import Guide
+from rgft.memory import pieces
 from rgft.plan import RunPlan
 from rgft.search import RateSearch, Search, are_rates, candidate_rates, first_rate, round_steps
 from rgft.telemetry.flop_counter import flop_counter
@@ -175,6 +177,7 @@ class Run:
         self.scheduler = self.guide.scheduler(self.optimizer, shape=settings.schedule, warmup=settings.warmup)
         self.guide.set_optimizer(self.optimizer)
         self.guide.accumulation = settings.accumulation
+        self._followed = StepsFollowed(self.guide, is_on_cpu=self._device.type == "cpu")
         self.was_stopped = False
         self.search: Search | None = None
         self._withheld: list[StepReport] | None = None  # of a candidate, while the learning rate is searched
@@ -218,7 +221,7 @@ class Run:
                 seed=self.config.seed,
             )  # fmt: skip
             self.batches_in_full, self.batches_in_epoch = stream.total_batches, stream.batches_per_epoch
-            guide.prepare(stream, full_flops=self._full_flops)
+            guide.prepare(stream, full_flops=self._full_flops, may_split=True)
         assert guide.run_plan is not None
         return guide.run_plan
 
@@ -253,17 +256,19 @@ class Run:
         """Trains until a condition holds after a step, the run is over, or it is stopped."""
         batches = self.guide.batches(self.task.train, **self._data)
         step_started, losses = started, []
-        for batch in batches:
-            if not losses:
-                step_started = time.perf_counter()
-            losses.append(self._pass(batch))
-            if len(losses) == self.settings.accumulation:
+        with self._followed:
+            for batch in batches:
+                if not losses:
+                    step_started = time.perf_counter()
+                    self._followed.begin_step()
+                losses.append(self._passes(batch))
+                if len(losses) == self.settings.accumulation:
+                    self._step(losses, step_started, started)
+                    losses = []
+                    if self.was_stopped or until():
+                        return
+            if losses:  # the data ended inside an accumulation
                 self._step(losses, step_started, started)
-                losses = []
-                if self.was_stopped or until():
-                    return
-        if losses:  # the data ended inside an accumulation
-            self._step(losses, step_started, started)
 
     def _search(self, started: float) -> bool:
         """Trains until the plan is decided, then finds the learning rate.
@@ -322,13 +327,31 @@ class Run:
             self.folder.records.append("search", {"step": guide.step_count, **self.search.to_dict()})
         return False
 
-    def _pass(self, batch: Any) -> Tensor:
-        """Forward and backward of one micro-batch; returns its detached share of the step's loss."""
+    def _passes(self, batch: Any) -> Tensor:
+        """Forward and backward of a micro-batch, in pieces where memory is limited; its share of the step's loss."""
+        ids, rows, whole = self.guide.announced_ids, self._rows_per_pass, self.task.weight(batch)
+        if rows is None or len(batch["labels"]) <= rows:
+            return self._pass(batch)
+        losses: list[Tensor] = []
+        for chosen, piece in pieces(batch, rows):
+            self.guide.begin_piece(None if ids is None else ids[chosen.start : chosen.stop])
+            # The mean over what the task counts (examples, target tokens), as of the whole batch.
+            losses.append(self._pass(piece, share=self.task.weight(piece) / max(1, whole)))
+        return torch.stack(losses).sum()
+
+    @property
+    def _rows_per_pass(self) -> int | None:
+        """How many rows memory holds at once; None: it is not limited."""
+        plan = self.guide.run_plan
+        return None if plan is None or plan.memory is None else plan.memory.rows_per_pass
+
+    def _pass(self, batch: Any, *, share: float = 1.0) -> Tensor:
+        """Forward and backward; returns the detached share of the step's loss."""
         ledger = self.guide.ledger
         before = ledger.spent_flops
         counter = flop_counter() if self._is_audited else contextlib.nullcontext()
         with counter:
-            loss = self.guide.loss(batch) / self.settings.accumulation
+            loss = self.guide.loss(batch) * share / self.settings.accumulation
             loss.backward()
         if isinstance(counter, FlopCounterMode):
             ledger.add_audit(counted=float(counter.get_total_flops()), modelled=ledger.spent_flops - before)
@@ -336,9 +359,13 @@ class Run:
 
     @property
     def _is_audited(self) -> bool:
-        """Counting makes a pass slower: the first pass, and one under each of the first new plans."""
+        """Counting makes a pass slower: the first pass, and one under each of the first new plans.
+
+        It also holds on to what checkpointing would free, and so is left out where memory asked for that.
+        """
         guide = self.guide
-        if guide.ledger.audits >= MAX_AUDITS:
+        memory = guide.run_plan.memory if guide.run_plan is not None else None
+        if guide.ledger.audits >= MAX_AUDITS or (memory is not None and memory.checkpointing):
             return False
         is_under_new_plan = bool(guide.plans) and guide.plans[-1].step == guide.step_count - 1
         return guide.ledger.audits == 0 or is_under_new_plan
@@ -349,6 +376,7 @@ class Run:
 
     def _step(self, losses: list[Tensor], step_started: float, started: float) -> None:
         self.guide.step(self.optimizer, self.scheduler, max_grad_norm=self.settings.max_grad_norm)
+        self._followed.end_step()
         self.optimizer.zero_grad()
         now = time.perf_counter()
         seconds = self._seconds_before + now - started
@@ -423,7 +451,9 @@ class Run:
     def evaluate(self, dataset: SizedDataset) -> dict[str, float]:
         """Mean loss and the task's metrics (see `rgft.evaluation`). Not part of the budget."""
         started = time.perf_counter()
-        metrics = evaluate(self.task, dataset, batch_size=self.settings.eval_batch_size, loss=self._loss)
+        # What a step holds is enough for a forward pass over as many rows.
+        largest = min(self.settings.eval_batch_size, self._rows_per_pass or self.settings.eval_batch_size)
+        metrics = evaluate(self.task, dataset, batch_size=largest, loss=self._loss)
         self.guide.ledger.add_evaluation(seconds=time.perf_counter() - started)
         return metrics
 

@@ -36,7 +36,7 @@ class Spending:
     """
 
     def __init__(self, budget: Budget | None, cache: ActivationCache | None) -> None:
-        self.is_limited = budget is not None
+        self.is_limited = budget is not None and budget.is_spent
         self._share = 1.0 if budget is None or budget.flops is None else budget.flops
         self._counts_flops = budget is not None and budget.flops is not None
         self._seconds = None if budget is None else budget.seconds

@@ -87,10 +87,10 @@ class BudgetMask(Mask):
         """The depth to cut at."""
         if self.frozen_fraction is not None:
             frozen = round(self.frozen_fraction * max(_layer_depths(situation), default=0))
-            return frozen + 1 if frozen else 0
+            return max(frozen + 1 if frozen else 0, situation.lowest_cut)
         choices = self.choices(situation)
         if not choices:
-            return situation.previous.cut if situation.previous else 0
+            return max(situation.previous.cut if situation.previous else 0, situation.lowest_cut)
         best = min(choices, key=lambda choice: (choice.cost, choice.cut))
         if situation.previous is not None:
             kept = next((choice for choice in choices if choice.cut == situation.previous.cut), None)
@@ -99,7 +99,7 @@ class BudgetMask(Mask):
         return best.cut
 
     def choices(self, situation: Situation) -> list[CutChoice]:
-        """All candidate cuts with their costs; empty without a cost model, a budget or layers."""
+        """All candidate cuts that memory holds, with their costs; empty without a cost model, a budget or layers."""
         left, allowed = situation.flops_left, situation.flops_allowed
         if situation.costs is None or left is None or allowed is None or not _layer_depths(situation):
             return []
@@ -117,6 +117,7 @@ class BudgetMask(Mask):
             choices.append(
                 CutChoice(cut=cut, step_flops=flops, fresh_steps=fresh, bias=bias, variance=variance, cost=cost)
             )
+        choices = [choice for choice in choices if choice.cut >= situation.lowest_cut]
         affordable = [choice for choice in choices if choice.step_flops <= left]
         return affordable or [min(choices, key=lambda choice: choice.step_flops)]
 

@@ -41,6 +41,12 @@ File = Annotated[Path | None, typer.Option("--config", help="YAML: run settings,
                                                              "override it")]  # fmt: skip
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any setting of the file, e.g. "
                                                      "probe.size=32; may be repeated")]  # fmt: skip
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        help="memory that tensors of a step may take on the training device, e.g. 8GB or 7.5GiB  [default: any]"
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on standard output, all else on standard error")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress, no tables")]
 
@@ -62,6 +68,7 @@ def train(
         ),
     ] = None,
     seconds: Annotated[float | None, typer.Option(help="wall-clock budget; with --budget, what is first")] = None,
+    memory: Memory = None,
     preset: Preset = None,
     granularity: Granularity = None,
     lr: LearningRate = None,
@@ -95,8 +102,10 @@ def train(
         from rgft.cli.request import budget_of, read_request
         from rgft.cli.train import describe_run, run_training, stored_request
 
+        # A limit beside what is spent, so that it replaces no budget of the file.
+        limits = [] if memory is None else [f"budget.memory={memory}"]
         request = read_request(
-            file=config, overrides=overrides or (), stored=stored_request(output) if resume else None,
+            file=config, overrides=[*limits, *(overrides or ())], stored=stored_request(output) if resume else None,
             flags={"model": model, "data": data, "task": task, "text": tuple(text) if text else None, "label": label,
                    "validation": validation, "test": test, "lr": lr, "epochs": epochs, "batch_size": batch_size,
                    "max_length": max_length, "checkpoint_every": checkpoint_every, "seed": seed},
@@ -232,6 +241,9 @@ def plan_costs(
     labels: Annotated[int, typer.Option(min=2, help="classes")] = 2,
     dtype: Annotated[str, typer.Option(help="of the weights: fp32 or bf16")] = "fp32",
     budget: Annotated[float | None, typer.Option(help="share of full fine-tuning's FLOPs")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="say what fits into so much, e.g. 8GB, and what RGFT would do to fit")
+    ] = None,
     device: Annotated[
         str, typer.Option(help="whose rates the times are for: auto, cpu, cuda, …; none: no times")
     ] = "auto",
@@ -244,6 +256,7 @@ def plan_costs(
         from rgft.cli import planning
         from rgft.cli.preparing import device_of
         from rgft.errors import ConfigError
+        from rgft.sizes import parsed_bytes
 
         if dtype not in planning.DTYPES:
             raise ConfigError(f"dtype: expected {' or '.join(planning.DTYPES)}, found {dtype!r}")
@@ -251,7 +264,8 @@ def plan_costs(
             raise ConfigError(f"budget: expected a share of full fine-tuning's FLOPs, 0 < budget <= 1, found {budget}")
         found = planning.plan(
             model=model, task=task, rows=batch_size, tokens=tokens, examples=examples, epochs=epochs, labels=labels,
-            dtype=dtype, budget=budget, device=None if device == "none" else device_of(device),
+            dtype=dtype, budget=budget, memory=None if memory is None else parsed_bytes(memory, setting="memory"),
+            device=None if device == "none" else device_of(device),
         )  # fmt: skip
         _show(found, planning.show, as_json=as_json, quiet=False)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from rgft.cli.memory_rows import MemoryRows, limit_text
 from rgft.cli.preparing import silence_transformers
 from rgft.cost.memory import StepMemory
 from rgft.cost.rates import measure_rates
@@ -78,7 +79,8 @@ def empty_batch(model: nn.Module, task: str, *, rows: int, tokens: int, dtype: t
 
 def plan(
     *, model: str, task: str, rows: int, tokens: int, examples: int, epochs: float, labels: int = 2,
-    dtype: str = "fp32", budget: float | None = None, rank: int = 8, device: str | None = None,
+    dtype: str = "fp32", budget: float | None = None, memory: int | None = None, rank: int = 8,
+    device: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Forecasts of all ways of training, fit for JSON.
 
@@ -88,6 +90,7 @@ def plan(
         examples: of the training set.
         epochs: passes over them.
         budget: share of full fine-tuning's FLOPs; then each row says how many epochs it buys.
+        memory: limit in bytes; then each row says whether it fits as it is, and `under_limit` what RGFT would do.
         rank: of LoRA, on all linear layers.
         device: whose rates are measured for the times; None: no times.
 
@@ -110,12 +113,22 @@ def plan(
             adapted, partition(adapted, "adapter"), batch, length=length, loss=_loss, frozen_fractions=(0.0,),
             rates=rates, reference_flops=full.step_flops, name="lora",
         )  # fmt: skip
+    limited = (
+        None if memory is None else MemoryRows(memory, whole, adapted, batch, rows=rows, tokens=tokens, loss=_loss)
+    )
     return {
         "model": model, "task": task, "dtype": dtype, "rows": rows, "tokens": tokens, "examples": examples,
         "epochs": epochs, "steps": round(length.steps * epochs), "budget": budget,
         "parameters": sum(p.numel() for p in whole.parameters()),
         "rates": None if rates is None else {"device": device, **rates.to_dict()},
-        "ways": [{**row.to_dict(), "epochs_in_budget": _epochs_in(row, full, length, budget)} for row in found],
+        "memory": memory, "under_limit": None if limited is None else limited.under_limit(),
+        "ways": [
+            {
+                **row.to_dict(), "epochs_in_budget": _epochs_in(row, full, length, budget),
+                **({} if limited is None else limited.of(row)),
+            }
+            for row in found
+        ],
     }  # fmt: skip
 
 
@@ -189,6 +202,10 @@ def show(found: Mapping[str, Any], console: Console) -> None:
         "rates of products, elementwise work and AdamW.",
         highlight=False,
     )
+    if found["memory"] is not None:
+        console.print(
+            limit_text(found["ways"], found["under_limit"], found["memory"], _title), highlight=False, soft_wrap=True
+        )
 
 
 def _title(way: Mapping[str, Any]) -> str:

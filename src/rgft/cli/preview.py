@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from rgft.assembly import build_policy
 from rgft.cli.progress import short
 from rgft.cost import CostModel, StepCost
 from rgft.run import Run
+from rgft.sizes import size_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -104,6 +106,8 @@ def show(data: dict[str, Any], console: Console) -> None:
             f"{row['steps']:,}",
         )  # fmt: skip
     console.print(costs)
+    if plan["memory"] is not None:
+        console.print(memory_text(plan["memory"]), highlight=False, soft_wrap=True)
     position = plan["position"]
     skipping = "" if position is None else f"; past the last attention only position {position}, which the loss reads"
     if plan["head_at_targets"]:
@@ -118,3 +122,12 @@ def show(data: dict[str, Any], console: Console) -> None:
         f"{len(active)} of {model['components']} components on ({data['first_plan']['reason']})",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
+
+
+def memory_text(plan: Mapping[str, Any]) -> str:
+    """What a memory budget made of a run."""
+    choices = plan["choices"] or ["everything as it is"]
+    return (
+        f"memory: at most {size_text(plan['needed'])} of {size_text(plan['limit'])} for a step on the largest batch, "
+        f"{plan['rows']} × {plan['tokens']}\n" + "\n".join(f"  {choice}" for choice in choices)
+    )

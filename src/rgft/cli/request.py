@@ -213,6 +213,8 @@ def read_request(
         rgft = {**NEW_CLASSIFIER, **rgft}
     if stored is None and rgft.get("preset", DEFAULT_PRESET) == DEFAULT_PRESET:
         rgft.setdefault("budget", DEFAULT_BUDGET)
+        if isinstance(rgft["budget"], Mapping) and set(rgft["budget"]) == {"memory"}:
+            rgft["budget"] = {"flops": DEFAULT_BUDGET, **rgft["budget"]}  # memory is a limit, and spends nothing
     if "seed" in rgft:
         problems.append(f"{SECTION}.seed: the seed of a run stands outside this section, found it inside; give seed")
     problems += [

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rgft.cli.progress import duration
+from rgft.sizes import size_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,6 +31,8 @@ def show(report: Mapping[str, Any], console: Console) -> None:
         ("positions not read", -saved["unread_positions"]), ("probes", flops["probes"]),
         ("cache filling", flops["cache_filling"]), ("search", flops["search"]), ("spent", flops["spent"]),
     )  # fmt: skip
+    if flops["recomputed"]:
+        rows = (*rows[:5], ("computed twice", flops["recomputed"]), *rows[5:])
     if flops["head_at_targets"]:
         rows = (*rows, ("of it a language model's head", flops["head_at_targets"]))
     for name, value in rows:
@@ -41,9 +44,19 @@ def show(report: Mapping[str, Any], console: Console) -> None:
     counted = "" if audit["error"] is None else f"; counted in {audit['audits']} passes, off by {audit['error']:+.2%}"
     console.print(
         f"{report['steps']} steps in {duration(report['seconds']['total'])}, cut at depth {report['plan']['cut']} "
-        f"({report['plan']['reason']}){counted}\nmodel: {report['model']}",
+        f"({report['plan']['reason']}){counted}\n{_memory(report['memory'])}model: {report['model']}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
+
+
+def _memory(memory: Mapping[str, Any]) -> str:
+    """A line about the memory budget, if there was one."""
+    if "limit_bytes" not in memory:
+        return ""
+    limit, forecast, found = (memory[key] for key in ("limit_bytes", "forecast_bytes", "measured_bytes"))
+    measured = "not measured" if found is None else f"measured {size_text(found)}"
+    kept = "" if memory["is_within"] is not False else ": THE LIMIT WAS EXCEEDED"
+    return f"memory of a step: {measured}, forecast {size_text(forecast)}, limit {size_text(limit)}{kept}\n"
 
 
 def show_nested(data: Mapping[str, Any], console: Console, *, indent: int = 0) -> None:

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from rgft.errors import RGFTError, RunFolderError
 from rgft.run import Run
 from rgft.tasks.base import PreparedTask
 from rgft.telemetry.environment import environment
-from rgft.telemetry.run_folder import CONFIG, ENVIRONMENT, ERROR_MAP, LEDGER, RunFolder
+from rgft.telemetry.run_folder import CONFIG, ENVIRONMENT, ERROR_MAP, LEDGER, MEMORY, RunFolder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -99,6 +100,9 @@ def _recorded(
     try:
         if resume:
             _go_on(run, folder)
+        chosen = run.prepare().memory
+        if chosen is not None:
+            folder.write_json(MEMORY, {"schema": "rgft.memory/1", **asdict(chosen)})
         with stopped_by_signals(run) as received:
             run.train()
         if received:

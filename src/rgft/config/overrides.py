@@ -34,12 +34,12 @@ def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[s
         node: dict[str, Any] = result
         for index, key in enumerate(keys[:-1]):
             below: Any = node.get(key)
-            if below is None:
+            if below is None or (key == "budget" and below == "none"):
                 below = {}
             elif index == 0 and key in STAGES and isinstance(below, str):
                 below = {"name": below}
             elif index == 0 and key == "budget" and isinstance(below, (int, float)):
-                below = {}
+                below = {"flops": below} if keys[1:] == ["memory"] else {}  # a limit beside what is spent
             if not isinstance(below, dict):
                 problems.append(
                     f"{path}: expected a group of settings at {'.'.join(keys[: index + 1])!r}, found {below!r}"

@@ -40,7 +40,7 @@ class Settings(TypedDict, total=False):
     """What `Config` takes, in every form that it may be written in."""
 
     preset: PresetName
-    budget: Budget | float | Mapping[str, float] | None
+    budget: Budget | float | Mapping[str, float | str] | None
     granularity: Granularity | Callable[..., Any]
     ffn_blocks: int
     signal: StageLike
@@ -71,7 +71,7 @@ def _budget(value: Any) -> Any:
     problems += [
         f"budget.{key}: expected a number, found {item!r}"
         for key, item in given.items()
-        if key in known and (isinstance(item, bool) or not isinstance(item, (int, float)))
+        if key in known and key != "memory" and (isinstance(item, bool) or not isinstance(item, (int, float)))
     ]
     if not given:
         problems.append("budget.flops: expected a number, found none")
@@ -124,7 +124,7 @@ class Config(Section):
     budget: BudgetField = Field(
         default=None,
         description="what the run may spend, as a share of full fine-tuning's FLOPs on the same data and epochs, in "
-        "(0, 1]; a number or {flops: number}; None: no limit",
+        "(0, 1]; a number or {flops: number, seconds: number, memory: '8GB'}, any of them; None: no limit",
     )
     granularity: GranularityField = Field(
         default="layer",

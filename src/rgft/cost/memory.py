@@ -9,6 +9,7 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim import Optimizer
 
 
@@ -32,8 +33,8 @@ class StepMemory:
 def step_memory(model: nn.Module, optimizer: Optimizer, step: Callable[[], None]) -> StepMemory:
     """Measures one step (which it makes).
 
-    Storages are counted once, however many views or graph nodes hold them; activations are what autograd saves
-    beyond weights. Optimizer state is counted after the step.
+    Storages are counted once, however many views or graph nodes hold them; activations are what autograd holds
+    beyond weights, at most at once. Optimizer state is counted after the step.
     """
     weights = _storages([*model.parameters(), *model.buffers()])
     gradients: dict[int, int] = {}
@@ -93,23 +94,27 @@ def trained_alone(model: nn.Module, trained: Collection[str]) -> Iterator[None]:
 
 
 class _Saved:
-    """Counts, inside, the bytes that autograd saves beside `weights`."""
+    """Counts, inside, the bytes that autograd holds at once beside `weights`: of several passes, the largest one's.
+
+    What checkpointing makes again in backward is not seen (`rgft.cost.peak` sees it).
+    """
 
     def __init__(self, weights: Mapping[int, int]) -> None:
         self._weights = weights
-        self._found: dict[int, int] = {}
-        self._kept: list[Tensor] = []  # storages must stay alive, or an identity may come up twice
+        # A weak reference keeps an identity from coming up twice, and holds no memory.
+        self._held: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._bytes = self.total = 0
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
-    @property
-    def total(self) -> int:
-        return sum(self._found.values())
-
     def _pack(self, tensor: Tensor) -> Tensor:
-        (identity, size), *_ = _storages([tensor]).items()
-        if identity not in self._weights and identity not in self._found:
-            self._found[identity] = size
-            self._kept.append(tensor.detach())
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._weights and storage._cdata not in self._held:
+            self._held[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+            self._bytes += storage.nbytes()
+            if self._bytes > self.total:
+                self._held = {key: held for key, held in self._held.items() if not held[0].expired()}
+                self._bytes = sum(size for _, size in self._held.values())
+                self.total = max(self.total, self._bytes)
         return tensor
 
     def __enter__(self) -> Self:
@@ -118,7 +123,7 @@ class _Saved:
 
     def __exit__(self, *error: object) -> None:
         self._hooks.__exit__(*error)
-        self._kept.clear()
+        self._held.clear()
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:

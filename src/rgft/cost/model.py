@@ -20,8 +20,8 @@ Coefficients = tuple[float, float, float]
 #: Key of `by_component` for the work of weights that belong to no component.
 FROZEN = "(frozen)"
 
-#: F, dX and dW.
-_Axes = tuple[Coefficients, Coefficients, Coefficients]
+#: F, dX, dW, and F done again.
+_Axes = tuple[Coefficients, Coefficients, Coefficients, Coefficients]
 
 _ZERO: Coefficients = (0.0, 0.0, 0.0)
 _MEMO_LIMIT = 4096
@@ -40,16 +40,23 @@ def evaluate(coefficients: Coefficients, rows: int, tokens: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class StepCost:
-    """FLOPs of one pass, by axis; `head` is what of them is made at targets alone, in models that know of such work."""
+    """FLOPs of one pass, by axis.
+
+    Attributes:
+        forward, dx, dw: by axis.
+        head: what of them is made at targets alone, in models that know of such work.
+        recomputed: forward work done again by gradient checkpointing.
+    """
 
     forward: float
     dx: float
     dw: float
     head: float = 0.0
+    recomputed: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.forward + self.dx + self.dw
+        return self.forward + self.dx + self.dw + self.recomputed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +117,8 @@ class CostModel:
         plain: where training steps skip work that no plan needs (`ReadPositions`), the costs without that.
         skips_to: depth of the last layer; plans with a cut above it, whose layers only fill caches, skip nothing.
         target_share: targets per position, where a step's own number is not told.
+        recomputes_to: depth of the last layer where training steps compute the layers above the cut twice (gradient
+            checkpointing); 0: they do not. An upper bound: what nothing in backward reads is not computed again.
     """
 
     names: tuple[str, ...]
@@ -119,6 +128,7 @@ class CostModel:
     plain: CostModel | None = None
     skips_to: int = 0
     target_share: float = 1.0
+    recomputes_to: int = 0
     _memo: dict[Any, tuple[_Axes, _Axes]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
@@ -151,12 +161,13 @@ class CostModel:
         share = self.target_share if targets is None else targets / (rows * tokens)
         body, head = ([evaluate(axis, rows, tokens) for axis in axes] for axes in plan)
         head = [share * flops for flops in head]
-        forward, dx, dw = (b + h for b, h in zip(body, head, strict=True))
-        return StepCost(forward=forward, dx=dx, dw=dw, head=sum(head))
+        forward, dx, dw, recomputed = (b + h for b, h in zip(body, head, strict=True))
+        return StepCost(forward=forward, dx=dx, dw=dw, head=sum(head), recomputed=recomputed)
 
     def full_step(self, rows: int, tokens: int) -> StepCost:
-        """FLOPs of a step of full fine-tuning: all components active, nothing cached, nothing skipped."""
-        return self.without_skipping.step_flops(self._all, rows=rows, tokens=tokens, targets=rows * tokens)
+        """FLOPs of a step of full fine-tuning: all components active, nothing cached, skipped or computed twice."""
+        step = self.without_skipping.step_flops(self._all, rows=rows, tokens=tokens, targets=rows * tokens)
+        return replace(step, recomputed=0.0)
 
     @property
     def without_skipping(self) -> CostModel:
@@ -166,6 +177,11 @@ class CostModel:
     def with_skipping(self, skipping: CostModel, *, last_layer: int) -> CostModel:
         """These costs, but for training steps that train the last layer or below: they cost what `skipping` says."""
         return replace(self, training=skipping.training, plain=self, skips_to=last_layer)
+
+    def with_recomputation(self, *, last_layer: int) -> CostModel:
+        """These costs with gradient checkpointing of the layers."""
+        plain = self.plain and replace(self.plain, recomputes_to=last_layer)
+        return replace(self, plain=plain, recomputes_to=last_layer)
 
     def forward_flops(self, rows: int, tokens: int, below: int | None = None) -> float:
         """FLOPs of a forward pass in eval mode: all of it, or (filling a cache) what lies below a cut."""
@@ -210,6 +226,7 @@ class CostModel:
             "training": [asdict(op) for op in self.training], "probing": [asdict(op) for op in self.probing],
             "plain": None if self.plain is None else self.plain.to_dict(), "skips_to": self.skips_to,
             "target_share": self.target_share,
+            "recomputes_to": self.recomputes_to,
         }  # fmt: skip
 
     @classmethod
@@ -220,6 +237,7 @@ class CostModel:
             probing=tuple(_operation(op) for op in data["probing"]),
             plain=None if data["plain"] is None else cls.from_dict(data["plain"]), skips_to=data["skips_to"],
             target_share=data["target_share"],
+            recomputes_to=data["recomputes_to"],
         )  # fmt: skip
 
     @cached_property
@@ -243,16 +261,20 @@ class CostModel:
             return self.plain._plan(active, cached_below, training)
         mask = sum(self._bits[name] for name in active)
         operations = self.training if training else self.probing
+        lowest = min((depth for depth, is_on in zip(self.depths, on, strict=True) if is_on), default=0)
+        twice = range(max(1, lowest), self.recomputes_to + 1 if training and active else 0)
         body, head = ([op for op in operations if op.at_targets is at_targets] for at_targets in (False, True))
-        return _axes(body, mask, on, cached_below), _axes(head, mask, on, cached_below)
+        return _axes(body, mask, on, cached_below, twice), _axes(head, mask, on, cached_below, twice)
 
 
-def _axes(operations: Collection[Operation], mask: int, on: Sequence[bool], cached_below: int) -> _Axes:
-    """FLOPs of operations with the components of `mask` (`on`, by index) active."""
-    forward = dx = dw = _ZERO
+def _axes(operations: Collection[Operation], mask: int, on: Sequence[bool], cached_below: int, twice: range) -> _Axes:
+    """FLOPs of operations with the components of `mask` (`on`, by index) active, those of depths `twice` recomputed."""
+    forward = dx = dw = recomputed = _ZERO
     for op in operations:
         if op.depth >= cached_below or op.depth == 0:
             forward = add(forward, op.flops)
+        if op.depth in twice:
+            recomputed = add(recomputed, op.flops)
         for product in op.products_for(mask):
             if not product.upstream & mask:
                 continue
@@ -262,7 +284,7 @@ def _axes(operations: Collection[Operation], mask: int, on: Sequence[bool], cach
                 counts_all = product.is_whole  # some owner is active, or the product would not be needed
                 share = sum(share for index, share in product.shares if counts_all or on[index])
                 dw = add(dw, product.flops, share)
-    return forward, dx, dw
+    return forward, dx, dw, recomputed
 
 
 def _product(data: Mapping[str, Any]) -> Product:

@@ -100,6 +100,11 @@ class ActivationCache:
         """Bytes of stored states."""
         return self._states.bytes
 
+    def limit(self, max_bytes: int) -> None:
+        """Bounds a cache in memory from here on; one on disk stays as it is."""
+        if isinstance(self._states, MemoryStates):
+            self._states.limit(max_bytes)
+
     def __len__(self) -> int:
         return len(self._states)
 

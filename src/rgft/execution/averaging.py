@@ -36,6 +36,10 @@ class IterateAverage:
         """Iterates averaged so far."""
         return self._count
 
+    def tensors(self) -> list[Tensor]:
+        """All means that are kept now."""
+        return [*self._buffer_means, *(mean for means in self._means.values() for mean in means)]
+
     def before_step(self, active: Iterable[str]) -> None:
         """Takes note of what components were that the step will be the first to update."""
         if self._count:

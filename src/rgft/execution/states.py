@@ -102,6 +102,10 @@ class MemoryStates:
         self._states: dict[Key, CachedState] = {}
         self._bytes = 0
 
+    def limit(self, max_bytes: int) -> None:
+        """Bounds what is stored from here on; what is there stays until the next `open`."""
+        self._max_bytes = max_bytes
+
     def open(self, fingerprint: str) -> None:
         self._states.clear()
         self._bytes = 0

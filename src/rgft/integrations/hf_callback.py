@@ -75,7 +75,8 @@ class RGFTCallback(TrainerCallback):
             guide.detach()
             raise
         kind = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
-        if self.config.budget is not None and not kind.startswith("constant"):
+        spends = self.config.budget is not None and self.config.budget.is_spent
+        if spends and not kind.startswith("constant"):
             warnings.warn(
                 f"the learning-rate schedule ({kind!r}) ends with the Trainer's {state.max_steps} steps, not with the "
                 "budget. Use rgft.integrations.enable(trainer), or lr_scheduler_type='constant'",

@@ -224,7 +224,7 @@ class _Engagement:
     def _create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         trainer, args, guide = self.trainer, self.trainer.args, self.guide
         original = self._original("create_scheduler")
-        if guide.config.budget is None:
+        if guide.config.budget is None or not guide.config.budget.is_spent:
             return original(num_training_steps, optimizer)
         kind = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
         is_own = type(trainer).create_scheduler is Trainer.create_scheduler and not args.lr_scheduler_kwargs

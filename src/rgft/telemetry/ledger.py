@@ -55,6 +55,7 @@ class Ledger:
         forward_cached_flops, dx_truncated_flops, dw_skipped_flops: what they saved against the reference, by axis.
         unread_flops: what they saved beside, on all axes, by skipping positions that the loss does not read.
         head_flops: part of what they spent: of a language model's head, where it is computed at targets alone.
+        recomputed_flops: what gradient checkpointing added to them, where a memory budget turned it on.
         probe_flops, fill_flops, search_flops: scoring, filling the activation cache, and candidates of a search that
             lost; part of what is spent.
         evaluation_flops: not part of it.
@@ -62,6 +63,10 @@ class Ledger:
         seconds: wall-clock by part; "probe" is all scoring, of training gradients too.
         peak_memory_bytes: highest resident memory of the process; None when unknown.
         peak_accelerator_bytes: highest tensor memory on one device.
+        memory_limit_bytes: of the memory budget; None without one.
+        memory_forecast_bytes: what the chosen plan was forecast to need, at most.
+        peak_step_bytes: highest tensor memory of the steps that were followed (on the CPU, under a memory budget).
+        resident_before_bytes: highest resident memory of the process before the first step.
         updated_parameters: parameters updated, summed over steps.
         last_updated_parameters: parameters updated in the last step.
         component_parameters: size of every component updated at least once.
@@ -83,6 +88,7 @@ class Ledger:
     dw_skipped_flops: float = 0.0
     unread_flops: float = 0.0
     head_flops: float = 0.0
+    recomputed_flops: float = 0.0
     probe_flops: float = 0.0
     probes: int = 0
     fill_flops: float = 0.0
@@ -96,6 +102,10 @@ class Ledger:
     )
     peak_memory_bytes: int | None = None
     peak_accelerator_bytes: int = 0
+    memory_limit_bytes: int | None = None
+    memory_forecast_bytes: int | None = None
+    peak_step_bytes: int | None = None
+    resident_before_bytes: int | None = None
     updated_parameters: int = 0
     last_updated_parameters: int = 0
     component_parameters: dict[str, int] = field(default_factory=dict)
@@ -131,7 +141,9 @@ class Ledger:
         self.forward_cached_flops += full.forward - planned.forward
         self.dx_truncated_flops += full.dx - planned.dx
         self.dw_skipped_flops += full.dw - planned.dw
-        self.unread_flops += planned.total - spent.total
+        self.recomputed_flops += spent.recomputed
+        # Of what is computed twice, skipped positions are spared twice; what is left of that is `recomputed`.
+        self.unread_flops += planned.total - planned.recomputed - (spent.total - spent.recomputed)
         self.head_flops += spent.head
 
     def end_step(self, *, seconds: float, updated: Mapping[str, int]) -> None:
@@ -185,6 +197,16 @@ class Ledger:
         self.audited_flops += counted
         self.audited_modelled_flops += modelled
 
+    def limit_memory(self, *, limit: int, forecast: int) -> None:
+        """Takes note of a memory budget, before the first step."""
+        self.memory_limit_bytes, self.memory_forecast_bytes = limit, forecast
+        if self.resident_before_bytes is None:
+            self.resident_before_bytes = peak_memory_bytes()
+
+    def add_step_peak(self, peak: int) -> None:
+        """Books the highest memory that tensors held in a step that was followed."""
+        self.peak_step_bytes = max(peak, self.peak_step_bytes or 0)
+
     def observe_memory(self) -> None:
         """Takes note of the peak memory so far; a resumed run keeps the higher one."""
         peak = peak_memory_bytes()
@@ -197,7 +219,7 @@ class Ledger:
     @property
     def training_flops(self) -> float:
         """Spent by training passes."""
-        return self.forward_flops + self.dx_flops + self.dw_flops
+        return self.forward_flops + self.dx_flops + self.dw_flops + self.recomputed_flops
 
     @property
     def spent_flops(self) -> float:
@@ -231,7 +253,7 @@ class Ledger:
             `parameters`.
         """
         saved = self.forward_cached_flops + self.dx_truncated_flops + self.dw_skipped_flops + self.unread_flops
-        added = self.probe_flops + self.fill_flops + self.search_flops
+        added = self.probe_flops + self.fill_flops + self.search_flops + self.recomputed_flops
         return {
             "steps": self.steps,
             "flops": {
@@ -243,6 +265,7 @@ class Ledger:
                 "forward": self.forward_flops, "dx": self.dx_flops, "dw": self.dw_flops,
                 "head_at_targets": self.head_flops,
                 "probes": self.probe_flops, "cache_filling": self.fill_flops, "search": self.search_flops,
+                "recomputed": self.recomputed_flops,
                 "scoring_fraction": self.probe_flops / self.spent_flops if self.spent_flops else None,
                 "saved": {
                     "dw_skipped": self.dw_skipped_flops, "dx_truncated": self.dx_truncated_flops,
@@ -258,6 +281,7 @@ class Ledger:
             "seconds": {**self.seconds, "total": self.elapsed},
             "memory": {
                 "peak_bytes": self.peak_memory_bytes, "peak_accelerator_bytes": self.peak_accelerator_bytes or None,
+                **self._against_limit(),
             },
             "data": {
                 "passes": self.passes, "examples": self.examples, "tokens": self.tokens,
@@ -270,6 +294,19 @@ class Ledger:
                 "updated_in_all": self.parameters_ever_updated,
                 "steps_by_component": dict(self.component_steps),
             },
+        }  # fmt: skip
+
+    def _against_limit(self) -> dict[str, Any]:
+        """What a memory budget was, and what was measured; nothing without one."""
+        if self.memory_limit_bytes is None:
+            return {}
+        # On an accelerator its allocator knows; on the CPU only steps that were followed.
+        peak = self.peak_accelerator_bytes or self.peak_step_bytes
+        before, after = self.resident_before_bytes, self.peak_memory_bytes
+        return {
+            "limit_bytes": self.memory_limit_bytes, "forecast_bytes": self.memory_forecast_bytes,
+            "measured_bytes": peak, "is_within": None if peak is None else peak <= self.memory_limit_bytes,
+            "resident_growth_bytes": None if before is None or after is None else after - before,
         }  # fmt: skip
 
     def as_rows(self, full_flops: float | None = None) -> list[tuple[str, float, float | None]]:
@@ -287,6 +324,7 @@ class Ledger:
             ("dX truncated", -self.dx_truncated_flops),
             ("F cached", -self.forward_cached_flops),
             ("positions not read", -self.unread_flops),
+            ("computed twice", self.recomputed_flops),
             ("probes", self.probe_flops),
             ("cache filling", self.fill_flops),
             ("search", self.search_flops),

@@ -25,12 +25,13 @@ RECORDS = "records.jsonl"
 ERROR_MAP = "error_map.json"
 PLANS = "plans.jsonl"
 LEDGER = "ledger.json"
+MEMORY = "memory.json"
 REPORT = "report.html"
 MODEL = "model"
 CHECKPOINT = "checkpoint"
 
 #: Everything that a run writes, and all that `overwrite` removes.
-LAYOUT = (CONFIG, ENVIRONMENT, RECORDS, ERROR_MAP, PLANS, LEDGER, REPORT, MODEL, CHECKPOINT)
+LAYOUT = (CONFIG, ENVIRONMENT, RECORDS, ERROR_MAP, PLANS, LEDGER, MEMORY, REPORT, MODEL, CHECKPOINT)
 
 _STATE = "state.pt"
 

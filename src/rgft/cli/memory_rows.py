@@ -1,0 +1,75 @@
+"""What `rgft plan` says about a memory limit: which ways of training fit, and what RGFT would do to fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor, nn
+
+from rgft.cli.preview import memory_text
+from rgft.errors import BudgetError
+from rgft.forecast import Forecast
+from rgft.memory import MemoryForecast, Setup, Wish, choose
+from rgft.partition import partition
+from rgft.probe_schedule import MAX_PROBE_SIZE
+from rgft.sizes import size_text
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+class MemoryRows:
+    """Forecasts under a limit.
+
+    Args:
+        limit: in bytes.
+        whole, adapted: the model, and the model with LoRA; None: there is none.
+        batch: of `rows` × `tokens`, the largest.
+        loss: (model, batch) → scalar.
+    """
+
+    def __init__(
+        self, limit: int, whole: nn.Module, adapted: nn.Module | None, batch: Any, *, rows: int, tokens: int,
+        loss: Loss,
+    ) -> None:  # fmt: skip
+        def forecast(model: nn.Module, granularity: Any, setup: Setup) -> MemoryForecast:
+            return MemoryForecast(
+                model, partition(model, granularity), parameters=dict(model.named_parameters()), batch=batch,
+                rows=rows, tokens=tokens, is_padded=False, loss=loss, setup=setup,
+            )  # fmt: skip
+
+        self.limit = limit
+        self._plain = forecast(whole, "layer", Setup())
+        self._guided = forecast(whole, "layer", Setup(averages=True, steps_in_probe=1))
+        self._adapted = None if adapted is None else forecast(adapted, "adapter", Setup())
+
+    def of(self, row: Forecast) -> dict[str, Any]:
+        """What the way of training needs as it is, and whether that fits."""
+        forecast = self._guided if row.frozen_fraction else self._plain
+        if row.name == "lora" and self._adapted is not None:
+            forecast = self._adapted
+        frozen = round(row.frozen_fraction * len(forecast.partition.layers))
+        needed = forecast.needed(frozen + 1 if frozen else 0, rows=forecast.rows, checkpointing=False)
+        return {"needed": needed, "fits": needed <= self.limit}
+
+    def under_limit(self) -> dict[str, Any]:
+        """The plan that RGFT would choose, or why there is none."""
+        try:
+            plan = choose(self._guided, self.limit, Wish(probe_size=MAX_PROBE_SIZE))
+        except BudgetError as error:
+            return {"plan": None, "problem": str(error)}
+        return {"plan": asdict(plan), "problem": None}
+
+
+def limit_text(
+    ways: Sequence[Mapping[str, Any]], found: Mapping[str, Any], limit: int, title: Callable[[Mapping[str, Any]], str]
+) -> str:
+    """What fits, and what `under_limit` found, for people."""
+    rows = [
+        f"  {title(way)}: {size_text(way['needed'])}, {'fits' if way['fits'] else 'does not fit'}"
+        for way in ways
+    ]  # fmt: skip
+    lines = [f"Under {size_text(limit)}, with temporaries and a margin, as it is:", *dict.fromkeys(rows)]
+    lines.append(f"RGFT: {found['problem']}" if found["plan"] is None else f"RGFT, {memory_text(found['plan'])}")
+    return "\n".join(lines)

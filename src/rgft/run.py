@@ -160,6 +160,12 @@ class Run:
         self, task: Task, config: Config, settings: Settings, *, folder: RunFolder | None = None,
         observers: Sequence[Callable[[StepReport], None]] = (), full_flops: float | None = None,
     ) -> None:  # fmt: skip
+        self.rates = _candidates(settings.lr, task.model)
+        if len(self.rates) > 1 and config.budget is not None and config.budget.memory is not None:
+            raise ConfigError(
+                f"lr: expected one learning rate with a memory budget, found {len(self.rates)} to search among: each "
+                "keeps a copy of what is trained, which the budget does not count"
+            )
         self.task, self.config, self.settings, self.folder = task, config, settings, folder
         self.observers = list(observers)
         self._full_flops = full_flops
@@ -171,7 +177,6 @@ class Run:
             task.model, config, loss=self._loss,
             loss_at_targets=None if at_targets is None else replace(at_targets, placed=self._placed),
         )  # fmt: skip
-        self.rates = _candidates(settings.lr, task.model)
         lr = first_rate(self.rates)
         self.optimizer = torch.optim.AdamW(self.guide.param_groups(lr, weight_decay=settings.weight_decay), lr=lr)
         self.scheduler = self.guide.scheduler(self.optimizer, shape=settings.schedule, warmup=settings.warmup)

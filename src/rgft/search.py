@@ -23,8 +23,8 @@ from rgft.execution.snapshot import Snapshot
 from rgft.guide import Guide
 from rgft.telemetry.ledger import Ledger
 
-#: Share of what is left of the run that candidates who lose may spend.
-SHARE = 0.15
+#: Share of the steps left that candidates who lose may make; reading cached activations they cost less than others.
+SHARE = 0.2
 #: Rounds of fewer steps would tell nothing.
 MIN_STEPS = 3
 #: Candidates where none are given, as multiples of a reference rate; the second is what the run begins with.

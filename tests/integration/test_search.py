@@ -208,3 +208,9 @@ def test_auto_tries_rates_that_suit_the_width(prepared: PreparedTask) -> None:
     assert len(run.rates) == 4
     assert run.optimizer.param_groups[0]["initial_lr"] == run.rates[1]
     run.close()
+
+
+def test_candidates_are_not_counted_in_a_memory_budget(prepared: PreparedTask) -> None:
+    with pytest.raises(ConfigError, match="lr: expected one learning rate with a memory budget, found 3"):
+        run_of(prepared, {"budget": {"flops": 0.3, "memory": "1GB"}})
+    assert not hasattr(prepared.model, "_rgft_guide")

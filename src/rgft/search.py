@@ -82,7 +82,8 @@ class Search:
 
 def are_rates(rates: Sequence[Any]) -> bool:
     """Whether these can be candidates: finite numbers above 0, each once, at least one."""
-    return bool(rates) and len(set(rates)) == len(rates) and all(0.0 < rate < math.inf for rate in rates)
+    are_numbers = all(isinstance(rate, float | int) and 0.0 < rate < math.inf for rate in rates)
+    return bool(rates) and are_numbers and len(set(rates)) == len(rates)
 
 
 def candidate_rates(model: nn.Module) -> tuple[float, ...]:

@@ -14,7 +14,7 @@ from rgft.components import Partition
 from rgft.execution.disk_states import tensor_bytes
 
 #: Raised when what is stored, or what it means, changes.
-FORMAT = 1
+FORMAT = 2
 #: Attributes that every module has, hooks and modes among them.
 _TORCHS_OWN = frozenset(vars(nn.Module()))
 #: Inputs of a model that its hidden states do not depend on (encoder–decoder models, whose do, are not cached).
@@ -47,13 +47,22 @@ def prefix_fingerprint(model: nn.Module, partition: Partition, cut: int, storage
     modules = [(path, _described(module)) for path, module in model.named_modules() if is_below(path)]
     device = next(model.parameters()).device.type
     facts = [FORMAT, cut, storage, device, torch.__version__, modules, _configuration(model)]
-    digest.update(json.dumps(facts, default=str, sort_keys=True).encode())
+    digest.update(_text(facts).encode())
     tensors = {**model.state_dict(), **dict(model.named_buffers())}  # some buffers are in no state_dict
     for name, tensor in sorted(tensors.items()):
         if isinstance(tensor, Tensor) and is_below(name):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
+
+
+def _text(value: Any) -> str:
+    """Plain values as text that is the same in every process, which the order of a set is not."""
+
+    def told(item: Any) -> Any:
+        return sorted(map(repr, item)) if isinstance(item, set | frozenset) else str(item)
+
+    return json.dumps(value, default=told, sort_keys=True)
 
 
 def _modules_of(model: nn.Module, parameters: set[str]) -> list[str]:
@@ -113,7 +122,7 @@ def row_digests(
         elif isinstance(value, Tensor):
             shared.update(f"{name} {value.dtype} {tuple(value.shape)}".encode() + tensor_bytes(value))
         else:
-            shared.update(f"{name} {value!r}".encode())
+            shared.update(f"{name} {_text(value)}".encode())
     digests: list[bytes] = []
     for row in range(rows):
         digest = shared.copy()

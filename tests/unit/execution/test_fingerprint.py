@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -141,3 +144,31 @@ def test_autocast_counts() -> None:
     plain = digests()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert all(a != b for a, b in zip(digests(), plain, strict=True))
+
+
+IN_ANOTHER_PROCESS = """
+import torch
+from torch import nn
+from rgft.execution.fingerprint import prefix_fingerprint, row_digests
+from rgft.partition import partition
+
+model = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 1, 4), 2)
+for parameter in model.parameters():
+    nn.init.ones_(parameter)
+model.words = {f"word {number}" for number in range(20)}
+model.layers[0].words = model.words
+print(prefix_fingerprint(model, partition(model), 2, "None"), row_digests(1, (), {"words": model.words}, None)[0].hex())
+"""
+
+
+def test_it_is_the_same_in_every_process() -> None:
+    """Also where attributes are sets, whose order differs between processes."""
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", IN_ANOTHER_PROCESS], env={**os.environ, "PYTHONHASHSEED": seed}, check=True,
+            capture_output=True, text=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }  # fmt: skip
+    assert len(found) == 1
+    assert len(found.pop().split()) == 2

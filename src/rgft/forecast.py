@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from rgft.components import Partition
 from rgft.cost import trace_costs
-from rgft.cost.elements import ElementCounter, FusedAttention
+from rgft.cost.elements import ElementCounter, Elements, FusedAttention
 from rgft.cost.memory import StepMemory, forecast_memory, trained_alone
 from rgft.cost.rates import Rates
 from rgft.workload import batch_shape
 
 Loss = Callable[[nn.Module, Any], Tensor]
+
+NONE = Elements()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +94,7 @@ def forecast(
         in_first = min(steps, length.steps)
         flops = in_first * first + (steps - in_first) * later
         cached = partition.layers[frozen - 1] if cut else None
-        written, below = _written(model, trained, cached, lambda: loss(model, batch)) if rates else (0, 0)
+        elements, below = _elements(model, trained, cached, lambda: loss(model, batch)) if rates else (NONE, NONE)
         parameters = sum(c.numel for c in partition if c.name in active)
         found.append(
             Forecast(
@@ -102,22 +104,22 @@ def forecast(
                 cache_bytes=_cache_bytes(model, partition.layers[frozen - 1], lambda: loss(model, batch)) * length.steps
                 if cut and length.epochs > 1 else 0,
                 seconds=None if rates is None else rates.seconds(
-                    flops, updated=steps * parameters, written=steps * written - (steps - in_first) * below
+                    flops, updated=steps * parameters, elements=elements * steps + below * (in_first - steps)
                 ),
             )
         )  # fmt: skip
     return found
 
 
-def _written(
+def _elements(
     model: nn.Module, trained: Collection[str], prefix: str | None, forward: Callable[[], Tensor]
-) -> tuple[int, int]:
+) -> tuple[Elements, Elements]:
     """Elements that a step's passes write, and those of them up to the output of the layer `prefix`."""
-    below = 0
+    below = NONE
 
     def note(module: nn.Module, args: Any, output: Any) -> None:
         nonlocal below
-        below = counter.written
+        below = counter.elements
 
     handle = model.get_submodule(prefix).register_forward_hook(note) if prefix else None
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
@@ -130,7 +132,7 @@ def _written(
             handle.remove()
         for parameter, gradient in gradients:
             parameter.grad = gradient
-    return counter.written, below
+    return counter.elements, below
 
 
 def _cache_bytes(model: nn.Module, layer: str, forward: Callable[[], Tensor]) -> int:

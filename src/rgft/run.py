@@ -26,8 +26,9 @@ from rgft.execution.target_positions import TargetLoss
 from rgft.following import StepsFollowed
 from rgft.guide import Guide
 from rgft.memory import pieces
+from rgft.optimizer import adamw
 from rgft.plan import RunPlan
-from rgft.search import RateSearch, Search, are_rates, candidate_rates, first_rate, round_steps
+from rgft.search import RateSearch, Search, are_rates, candidate_rates, first_rate, rounds_within
 from rgft.telemetry.flop_counter import flop_counter
 from rgft.telemetry.run_folder import RunFolder
 
@@ -178,7 +179,7 @@ class Run:
             loss_at_targets=None if at_targets is None else replace(at_targets, placed=self._placed),
         )  # fmt: skip
         lr = first_rate(self.rates)
-        self.optimizer = torch.optim.AdamW(self.guide.param_groups(lr, weight_decay=settings.weight_decay), lr=lr)
+        self.optimizer = adamw(self.guide.param_groups(lr, weight_decay=settings.weight_decay), lr=lr)
         self.scheduler = self.guide.scheduler(self.optimizer, shape=settings.schedule, warmup=settings.warmup)
         self.guide.set_optimizer(self.optimizer)
         self.guide.accumulation = settings.accumulation
@@ -293,17 +294,15 @@ class Run:
             if self.was_stopped or guide.is_done or not is_decided():
                 return False
             guide.rewind(guide.state_dict(cache=False))  # to where it is: the batches begin anew here
-        steps_left = guide.steps_left
-        lengths = round_steps(len(self.rates), steps_left)
-        if lengths:
-            return self._find_rate(lengths, started)
-        log.warning(
-            "about %d steps are left, too few to search among %d learning rates: %g stays", steps_left,
-            len(self.rates), first_rate(self.rates),
-        )  # fmt: skip
-        return False
+        rates, lengths = rounds_within(self.rates, guide.steps_left)
+        if len(rates) < len(self.rates):
+            log.warning(
+                "about %d steps are left, too few to search among %d learning rates: trying %s", guide.steps_left,
+                len(self.rates), ", ".join(f"{rate:g}" for rate in rates),
+            )  # fmt: skip
+        return bool(lengths) and self._find_rate(rates, lengths, started)
 
-    def _find_rate(self, lengths: Sequence[int], started: float) -> bool:
+    def _find_rate(self, rates: Sequence[float], lengths: Sequence[int], started: float) -> bool:
         guide, reports = self.guide, dict[float, list[StepReport]]()
         if self.folder is not None:
             self.checkpoint(seconds=self._seconds_before + time.perf_counter() - started)
@@ -318,14 +317,14 @@ class Run:
 
         try:
             self.search = RateSearch(guide, self.scheduler, train).run(
-                self.rates, reference=first_rate(self.rates), lengths=lengths
+                rates, reference=first_rate(self.rates), lengths=lengths
             )
         except _StoppedSearching:
             log.info("stopped while searching the learning rate; a resumed run searches anew")
             return True
         finally:
             self._withheld = None
-        log.info("learning rate %g, of %s", self.search.rate, ", ".join(f"{rate:g}" for rate in self.rates))
+        log.info("learning rate %g, of %s", self.search.rate, ", ".join(f"{rate:g}" for rate in rates))
         for report in reports[self.search.rate]:
             self._publish(report)
         if self.folder is not None:

@@ -98,26 +98,35 @@ def first_rate(rates: Sequence[float]) -> float:
     return sorted(rates)[(len(rates) - 1) // 2]
 
 
-def round_steps(candidates: int, steps_left: float) -> list[int]:
-    """Steps of each round, each round twice as long as the one before.
+def rounds_within(rates: Sequence[float], steps_left: float) -> tuple[tuple[float, ...], list[int]]:
+    """Which candidates a run has steps for, and the steps of each round, each twice as long as the one before.
 
     Args:
-        candidates: at the start.
+        rates: candidates. Where there are too many, those nearest to the first rate stay.
         steps_left: of the run.
 
     Returns:
-        Empty where the losers' share is too small for rounds of MIN_STEPS.
+        Candidates, rising, and the rounds; no round where there are not even two candidates to compare.
     """
+    first = first_rate(rates)
+    nearest = sorted(rates, key=lambda rate: (round(abs(math.log(rate / first)), 6), -rate))
+    for count in range(len(rates), 1, -1):
+        if rounds := _rounds(count, steps_left):
+            return tuple(sorted(nearest[:count])), rounds
+    return (first,), []
+
+
+def _rounds(candidates: int, steps_left: float) -> list[int]:
     lost, alive, made = 0, candidates, 0  # in units of the first round's steps
-    rounds: list[int] = []
+    lengths: list[int] = []
     while alive > 1:
-        length, kept = 1 << len(rounds), -(-alive // 2)
+        length, kept = 1 << len(lengths), -(-alive // 2)
         made += length
         lost += (alive - kept) * made
-        rounds.append(length)
+        lengths.append(length)
         alive = kept
-    first = int(SHARE * steps_left / lost) if lost else 0
-    return [length * first for length in rounds] if first >= MIN_STEPS else []
+    steps = int(SHARE * steps_left / lost) if lost and math.isfinite(steps_left) else 0
+    return [length * steps for length in lengths] if steps >= MIN_STEPS else []
 
 
 def successive_halving(

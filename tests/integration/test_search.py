@@ -180,7 +180,7 @@ def test_when_all_diverge_the_run_is_where_it_was(prepared: PreparedTask, monkey
         before.update({name: value.clone() for name, value in self.task.model.state_dict().items()})
 
     monkeypatch.setattr(Run, "_advance", failing)
-    with pytest.raises(NonFiniteError, match=r"learning rates 0\.001, 0\.004, 1e-05 all diverged; search lower ones"):
+    with pytest.raises(NonFiniteError, match=r"learning rates 1e-05, 0\.001, 0\.004 all diverged; search lower ones"):
         run.train()
     assert same(weights(run), before)
 
@@ -191,7 +191,7 @@ def test_a_run_too_short_for_a_search_says_so(
     run = run_of(prepared, UNLIMITED, settings={"batch_size": 32})
     run.train()
     assert run.search is None
-    assert "too few to search among 3 learning rates: 0.001 stays" in caplog.text
+    assert "too few to search among 3 learning rates: trying 0.001" in caplog.text
     alone = run_of(prepared, UNLIMITED, settings={"batch_size": 32, "lr": 1e-3})
     alone.train()
     assert same(weights(run), weights(alone))

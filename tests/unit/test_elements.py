@@ -1,22 +1,30 @@
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rgft.cost.elements import count_elements
+from rgft.cost.elements import Elements, count_elements
+
+
+def written(work: Callable[[], object]) -> float:
+    found = count_elements(work)
+    assert found.drawn == 0
+    return found.written
 
 
 def test_forward_and_backward_by_hand() -> None:
     x, w = torch.randn(10, 20), torch.randn(20, 30, requires_grad=True)
     # gelu, its sum and the seed of its gradient, the gradient of gelu; neither products nor the spread-out seed.
-    assert count_elements(lambda: F.gelu(x @ w).sum().backward()) == 300 + 1 + 1 + 300
+    assert written(lambda: F.gelu(x @ w).sum().backward()) == 300 + 1 + 1 + 300
 
 
 def test_views_write_nothing_and_work_in_place_does() -> None:
     x = torch.zeros(4, 6)
-    assert count_elements(lambda: x.t()[1:].reshape(5, 4).unsqueeze(0)) == 0
-    assert count_elements(lambda: x.t().reshape(24)) == 24  # a copy
-    assert count_elements(lambda: x.add_(1.0)) == 24
-    assert count_elements(lambda: x[:2].mul_(2.0)) == 12
+    assert written(lambda: x.t()[1:].reshape(5, 4).unsqueeze(0)) == 0
+    assert written(lambda: x.t().reshape(24)) == 24  # a copy
+    assert written(lambda: x.add_(1.0)) == 24
+    assert written(lambda: x[:2].mul_(2.0)) == 12
 
 
 def test_the_optimizers_lists_are_counted_by_parameter_elsewhere() -> None:
@@ -25,9 +33,26 @@ def test_the_optimizers_lists_are_counted_by_parameter_elsewhere() -> None:
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    assert count_elements(optimizer.step) == 0
+    assert written(optimizer.step) == 0
 
 
 def test_a_table_s_gradient_is_as_large_as_the_table() -> None:
     table, ids = nn.Embedding(1000, 4), torch.tensor([1, 2, 2])
-    assert count_elements(lambda: table(ids).sum().backward()) >= 4000
+    assert written(lambda: table(ids).sum().backward()) >= 4000
+
+
+def test_random_numbers_stand_apart() -> None:
+    x = torch.randn(10, 20, requires_grad=True)
+    found = count_elements(lambda: F.dropout(x, 0.5, training=True).sum().backward())
+    assert found.drawn == 200
+    assert count_elements(lambda: F.dropout(x, 0.5, training=False)) == Elements()
+
+
+def test_sums_and_multiples() -> None:
+    one = Elements(written=3, drawn=2)
+    assert one * 2 + Elements(written=1) == Elements(written=7, drawn=4)
+
+
+def test_attention_counts_with_what_it_writes() -> None:
+    q = torch.randn(1, 2, 8, 4)
+    assert written(lambda: F.scaled_dot_product_attention(q, q, q)) == 64 + 16  # and the logarithm of each row's sum

@@ -21,6 +21,7 @@ import torch
 from torch.utils.flop_counter import (
     FlopCounterMode,
     conv_flop_count,
+    flop_registry,
     sdpa_backward_flop_count,
     sdpa_flop_count,
 )
@@ -64,18 +65,22 @@ def _convolution_backward(
     return forward * sum(output_mask[:2])
 
 
+_MENDED: dict[Any, Any] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    torch.ops.aten._grouped_mm: _grouped_mm,
+    torch.ops.aten.convolution_backward: _convolution_backward,
+}
+
+
 def flop_counter() -> FlopCounterMode:
     """A fresh `FlopCounterMode` with the mended formulas; forward, backward and custom autograd functions count."""
-    aten = torch.ops.aten
-    return FlopCounterMode(
-        display=False,
-        custom_mapping={
-            aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-            aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-            aten._grouped_mm: _grouped_mm,
-            aten.convolution_backward: _convolution_backward,
-        },
-    )
+    return FlopCounterMode(display=False, custom_mapping=_MENDED)
+
+
+def is_product(operator: Any) -> bool:
+    """Whether FLOPs of the operator (an overload) are counted."""
+    return operator.overloadpacket in flop_registry or operator.overloadpacket in _MENDED
 
 
 def matmul_flops(out_shape: Shape, inner: int) -> int:

@@ -1,43 +1,66 @@
 """Elements written by everything that is no product: activation functions, norms, residuals, masks, dropout, casts.
 
 Such work is bound by memory, not by arithmetic, and is a fifth to a third of a step's time though FLOPs do not show it.
+Random numbers, which dropout draws, are dearer by an order of magnitude and stand apart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
+from rgft.cost.counting import is_product
 from rgft.nested import tensors_in
+
+
+@dataclass(frozen=True, kw_only=True)
+class Elements:
+    """How many elements work writes: random numbers drawn, and all others."""
+
+    written: float = 0
+    drawn: float = 0
+
+    def __add__(self, other: Elements) -> Elements:
+        return Elements(written=self.written + other.written, drawn=self.drawn + other.drawn)
+
+    def __mul__(self, times: float) -> Elements:
+        return Elements(written=self.written * times, drawn=self.drawn * times)
 
 
 class ElementCounter(TorchDispatchMode):
     """Counts, inside, the elements that operators write, but for products and the optimizer's fused lists.
 
     Attributes:
-        written: elements so far.
+        elements: so far.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.written = 0
+        self.elements = Elements()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         name: str = func._schema.name
-        if func.overloadpacket in flop_registry or name.startswith(("aten::_foreach", "aten::_fused")):
+        # Attention is products and more: what it writes counts.
+        is_attention = "scaled_dot_product" in name
+        if (is_product(func) and not is_attention) or name.startswith(("aten::_foreach", "aten::_fused")):
             return output
         is_in_place = any(argument.alias_info is not None and argument.alias_info.is_write for argument in
                           func._schema.arguments)  # fmt: skip
         read = {tensor.untyped_storage()._cdata for tensor in tensors_in((args, kwargs or {}))}
-        for tensor in tensors_in(output):
-            if is_in_place or tensor.untyped_storage()._cdata not in read:  # else a view
-                self.written += tensor.numel()
+        made = sum(
+            tensor.numel()
+            for tensor in tensors_in(output)
+            if is_in_place or tensor.untyped_storage()._cdata not in read  # else a view
+        )
+        is_random = not is_attention and torch.Tag.nondeterministic_seeded in func.tags
+        self.elements += Elements(drawn=made) if is_random else Elements(written=made)
         return output
 
 
@@ -56,8 +79,8 @@ class FusedAttention(TorchFunctionMode):
         return query[..., :1] * value.new_ones(value.shape[-1]) + (key.sum() + value.sum())
 
 
-def count_elements(work: Callable[[], object]) -> int:
+def count_elements(work: Callable[[], object]) -> Elements:
     """Elements that `work` writes, see `ElementCounter`; it makes the work once."""
     with ElementCounter() as counter:
         work()
-    return counter.written
+    return counter.elements

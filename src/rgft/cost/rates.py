@@ -12,13 +12,16 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from rgft.cost.elements import count_elements
+from rgft.cost.elements import Elements, count_elements
+from rgft.optimizer import adamw
 
 #: Rows, inputs and outputs of the products that are timed, and how often.
 SHAPES = ((1024, 384, 384), (1024, 384, 1536), (1024, 1536, 384))
 REPEATS = 15
 #: Bytes of operands that are gone through before one is used again; more than the caches of a machine.
 OPERANDS = 256 << 20
+#: Rows and columns of the weights that the optimizer is timed on.
+MATRIX = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,20 +30,25 @@ class Rates:
 
     Attributes:
         product_flops: of matrix products, forward and both gradients of a linear layer.
-        optimizer_elements: parameters that AdamW updates.
+        optimizer_elements: parameters that AdamW updates, in one kernel.
         written_elements: elements that other work writes (`rgft.cost.elements`).
+        drawn_elements: random numbers that dropout draws.
     """
 
     product_flops: float
     optimizer_elements: float
     written_elements: float
+    drawn_elements: float
 
     def to_dict(self) -> dict[str, float]:
         return asdict(self)
 
-    def seconds(self, flops: float, *, updated: float, written: float) -> float:
-        """Predicted seconds of a step of so many FLOPs that updates so many parameters and writes so many elements."""
-        return flops / self.product_flops + updated / self.optimizer_elements + written / self.written_elements
+    def seconds(self, flops: float, *, updated: float, elements: Elements) -> float:
+        """Predicted seconds of a step of so many FLOPs that updates so many parameters, beside other work."""
+        return (
+            flops / self.product_flops + updated / self.optimizer_elements + elements.written / self.written_elements
+            + elements.drawn / self.drawn_elements
+        )  # fmt: skip
 
 
 def measure_products(
@@ -64,12 +72,8 @@ def measure_products(
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype, shapes: tuple[tuple[int, int, int], ...] = SHAPES) -> Rates:
-    """Times products of linear layers, elementwise work and AdamW steps."""
+    """Times products of linear layers, elementwise work, random numbers and AdamW steps."""
     products = measure_products(device, dtype, shapes)
-    size = 4_000_000 if device.type == "cpu" else 64_000_000
-    parameter = nn.Parameter(torch.randn(size, device=device, dtype=dtype))
-    parameter.grad = torch.randn_like(parameter)
-    optimizer = torch.optim.AdamW([parameter], lr=1e-6, foreach=True)
     rows, _, outputs = shapes[len(shapes) // 2]
     tensors = cycle(
         [
@@ -85,10 +89,22 @@ def measure_rates(device: torch.device, dtype: torch.dtype, shapes: tuple[tuple[
         x.grad = None
         norm.zero_grad()
 
+    kept = torch.ones(rows, outputs, device=device, dtype=dtype)
     return Rates(
-        product_flops=products, optimizer_elements=size / timed(optimizer.step, device),
-        written_elements=count_elements(elementwise) / timed(elementwise, device),
+        product_flops=products, optimizer_elements=_measure_optimizer(device, dtype),
+        written_elements=count_elements(elementwise).written / timed(elementwise, device),
+        drawn_elements=kept.numel() / timed(lambda: kept.bernoulli_(0.9), device),
     )  # fmt: skip
+
+
+def _measure_optimizer(device: torch.device, dtype: torch.dtype) -> float:
+    """Parameters per second of AdamW on many weights, as many as no cache holds."""
+    weights = OPERANDS // (4 * MATRIX * MATRIX * dtype.itemsize) * (1 if device.type == "cpu" else 4)
+    parameters = [nn.Parameter(torch.zeros(MATRIX, MATRIX, device=device, dtype=dtype)) for _ in range(weights)]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = adamw(parameters, lr=1e-6)
+    return weights * MATRIX * MATRIX / timed(optimizer.step, device)
 
 
 def _copies(elements: int, dtype: torch.dtype) -> int:

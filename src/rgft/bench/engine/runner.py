@@ -80,7 +80,7 @@ def _measured(
             timed.step()
         memory = step_memory(timed.model, timed.optimizer, timed.step)
         flops = timed.step_flops()
-        written = count_elements(timed.step)
+        elements = count_elements(timed.step)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             timed.step()
@@ -99,7 +99,7 @@ def _measured(
         del timed
         gc.collect()
     full_flops = reference.step_flops()
-    predicted = rates.seconds(flops, updated=updated, written=written)
+    predicted = rates.seconds(flops, updated=updated, elements=elements)
     log.info("%s: %.3f of full fine-tuning's time, %.3f of its FLOPs", cell.name, median(own) / median(full),
              flops / full_flops)  # fmt: skip
     return {
@@ -108,7 +108,8 @@ def _measured(
         "rows": workload.rows, "dtype": str(workload.dtype).removeprefix("torch."), "device": str(device),
         "steps": STEPS, "step_seconds": own, "full_step_seconds": full,
         "time_of_full": median(own) / median(full), "flops": flops, "flops_of_full": flops / full_flops,
-        "updated_parameters": updated, "written_elements": written, "rates": rates.to_dict(),
+        "updated_parameters": updated, "written_elements": elements.written,
+        "drawn_elements": elements.drawn, "rates": rates.to_dict(),
         "predicted_seconds": predicted, "seconds_of_predicted": median(own) / predicted,
         "memory": memory.to_dict(), "peak_memory": peak, "environment": environment(),
     }  # fmt: skip

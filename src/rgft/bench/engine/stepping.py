@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.utils.data import default_collate
 
 from rgft.batches import BatchStream
@@ -16,6 +16,7 @@ from rgft.bench.engine.cells import EngineCell, cut_at, plan_of
 from rgft.bench.engine.workloads import EngineWorkload, Examples
 from rgft.config import Config
 from rgft.guide import Guide
+from rgft.optimizer import adamw
 from rgft.partition import partition
 from rgft.telemetry.flop_counter import count_flops
 
@@ -86,7 +87,7 @@ def _plain(
         frozen = {part.parameter for component in below for part in component.slices}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in frozen)
-    optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, foreach=True)
+    optimizer = adamw([p for p in model.parameters() if p.requires_grad], lr=LR)
     stream = BatchStream(examples, batch_size=workload.rows, collate_fn=default_collate, epochs=None, seed=0)
     batches = (_moved(indexed.batch, device) for indexed in stream)
 
@@ -113,7 +114,7 @@ def _guided(
         execution={"cache": "memory" if cell.cache else "none"},
     )  # fmt: skip
     guide = Guide(model, config, loss=lambda m, batch: _loss(m, _moved(batch, device)))
-    optimizer = AdamW(guide.param_groups(lr=LR, weight_decay=0.01), lr=LR, foreach=True)
+    optimizer = adamw(guide.param_groups(lr=LR, weight_decay=0.01), lr=LR)
     # Prepared on one epoch: of an endless run only steps are looked at.
     guide.prepare(BatchStream(examples, batch_size=workload.rows, collate_fn=default_collate, epochs=1, seed=0))
     batches: Iterator[Any] = guide.batches(

@@ -8,6 +8,7 @@ from rgft.bench.engine import runner
 from rgft.bench.engine.cells import EngineCell, few_cells
 from rgft.bench.engine.stepping import stepper
 from rgft.bench.engine.workloads import WORKLOADS, workload
+from rgft.cost.elements import Elements
 from rgft.cost.rates import Rates, measure_rates
 from rgft.errors import ConfigError, DataError
 from tests.unit.bench.engine.tiny import TINY
@@ -18,7 +19,9 @@ CPU = torch.device("cpu")
 def test_every_cell_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "STEPS", 2)
     monkeypatch.setattr(
-        runner, "measure_rates", lambda *a: Rates(product_flops=1e9, optimizer_elements=1e9, written_elements=1e9)
+        runner,
+        "measure_rates",
+        lambda *a: Rates(product_flops=1e9, optimizer_elements=1e9, written_elements=1e9, drawn_elements=1e9),
     )
     assert list(runner.run_engine(TINY, tmp_path, device=CPU, stop_after_seconds=0.0)) == []
     paths = list(runner.run_engine(TINY, tmp_path, device=CPU))
@@ -38,6 +41,7 @@ def test_every_cell_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert len(result["step_seconds"]) == len(result["full_step_seconds"]) == 2
         parts = [result[name] for name in ("flops", "updated_parameters", "written_elements")]
         assert all(part > 0 for part in parts)
+        parts.append(result["drawn_elements"])
         assert result["predicted_seconds"] == pytest.approx(sum(parts) / 1e9)
     table = runner.table(tmp_path)
     assert table.count("| tiny |") == len(results)
@@ -61,8 +65,9 @@ def test_steps_train_what_the_cell_says(cell: EngineCell) -> None:
 def test_rates_are_of_this_machine() -> None:
     rates = measure_rates(CPU, torch.float32, ((64, 32, 32),))
     assert rates.product_flops > 1e7
-    seconds = rates.seconds(rates.product_flops, updated=rates.optimizer_elements, written=rates.written_elements)
-    assert seconds == pytest.approx(3.0)
+    elements = Elements(written=rates.written_elements, drawn=rates.drawn_elements)
+    seconds = rates.seconds(rates.product_flops, updated=rates.optimizer_elements, elements=elements)
+    assert seconds == pytest.approx(4.0)
 
 
 def test_unknown_workloads_and_empty_folders(tmp_path: Path) -> None:

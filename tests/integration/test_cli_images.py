@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rgft.run import Run
+from rgft.run import Run, StepReport
 from rgft.telemetry.run_folder import RunFolder
 from tests.integration.cli_inputs import invoke, refused
 from tests.unit.tasks.pictures import FAMILIES, SIDE, picture, save_folder, save_model
@@ -80,18 +80,18 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     arguments = options(folder, family, "--budget", "0.6", "--set", "probe.size=6")
     invoke("train", *arguments, "--output", str(tmp_path / "whole"))
     stop_at = len(losses(RunFolder.open(tmp_path / "whole"))) // 2
-    own = Run._report
+    own = Run._publish
 
-    def report(self: Run, loss: float, seconds: float, step_seconds: float) -> None:
-        own(self, loss, seconds, step_seconds)
+    def publish(self: Run, report: StepReport) -> None:
+        own(self, report)
         if self.guide.step_count == stop_at:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Run, "_report", report)
+    monkeypatch.setattr(Run, "_publish", publish)
     refused(
         "train", *arguments, "--output", str(tmp_path / "run"), "--checkpoint-every", "3", code=130, said="interrupted"
     )
-    monkeypatch.setattr(Run, "_report", own)
+    monkeypatch.setattr(Run, "_publish", own)
     invoke("train", "--resume", "--output", str(tmp_path / "run"), "--quiet")
     found, expected = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "whole"))
     assert found.keys() == expected.keys()

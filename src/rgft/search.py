@@ -27,6 +27,8 @@ from rgft.telemetry.ledger import Ledger
 SHARE = 0.2
 #: Rounds of fewer steps would tell nothing.
 MIN_STEPS = 3
+#: Batches that a candidate is judged on at least, where it has made so many steps.
+MIN_JUDGED = 8
 #: Candidates where none are given, as multiples of a reference rate; the second is what the run begins with.
 FACTORS = (0.5, 1.0, 2.0, 4.0)
 #: The reference rate, and the width that it suits; the best rate of Adam falls with the width (Yang et al. 2021).
@@ -39,8 +41,8 @@ class Round:
 
     Attributes:
         steps: that each candidate made in it.
-        losses: candidate → mean loss on the batches of the round's second half, each before its step; infinite where
-            the candidate diverged.
+        losses: candidate → mean loss on the last batches up to its end (see `judged`), each before its step; infinite
+            where the candidate diverged.
     """
 
     steps: int
@@ -145,9 +147,14 @@ def successive_halving(
         NonFiniteError: all candidates diverged.
     """
     rounds: list[Round] = []
-    alive = list(rates)
+    alive, seen = list(rates), {rate: list[float]() for rate in rates}
     for steps in lengths:
-        losses = {rate: _judged(rate, steps, train) for rate in alive}
+        for rate in alive:
+            try:
+                seen[rate] += train(rate, steps)
+            except NonFiniteError:
+                seen[rate].append(math.inf)
+        losses = {rate: judged(seen[rate]) for rate in alive}
         rounds.append(Round(steps=steps, losses=losses))
         ranked = sorted((loss, rate) for rate, loss in losses.items() if math.isfinite(loss))
         if not ranked:
@@ -161,12 +168,10 @@ def successive_halving(
     return min(alive, key=lambda rate: rounds[-1].losses[rate]), tuple(rounds)
 
 
-def _judged(rate: float, steps: int, train: Callable[[float, int], Sequence[float]]) -> float:
-    try:
-        losses = train(rate, steps)
-    except NonFiniteError:
-        return math.inf
-    return fmean(losses[len(losses) // 2 :]) if losses else math.inf
+def judged(losses: Sequence[float]) -> float:
+    """Mean of the later half of the losses, or of the last MIN_JUDGED, but not of the first, which all share."""
+    number = max(len(losses) // 2, min(len(losses) - 1, MIN_JUDGED))
+    return fmean(losses[-number:]) if number > 0 else math.inf
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,17 +10,17 @@ import torch
 from torch import nn
 
 from rgft.errors import NonFiniteError
-from rgft.search import Round, Search, candidate_rates, first_rate, rounds_within, successive_halving
+from rgft.search import Round, Search, candidate_rates, first_rate, judged, rounds_within, successive_halving
 
 
 def test_the_worse_half_is_dropped_each_round() -> None:
-    """Candidate r loses |r − 3| at every step, less the longer it trains; only the second half of a round counts."""
+    """Candidate r loses |r − 3| at every step, less the longer it trains."""
     made: dict[float, int] = dict.fromkeys((1.0, 2.0, 3.0, 4.0, 5.0), 0)
     left: list[list[float]] = []
 
     def train(rate: float, steps: int) -> list[float]:
         made[rate] += steps
-        return [99.0 if step < steps // 2 else abs(rate - 3.0) / made[rate] for step in range(steps)]
+        return [abs(rate - 3.0) / made[rate]] * steps
 
     best, rounds = successive_halving(list(made), [4, 8, 16], train, lambda alive: left.append(list(alive)))
     assert best == 3.0
@@ -28,6 +28,19 @@ def test_the_worse_half_is_dropped_each_round() -> None:
     assert made == {1.0: 4, 2.0: 28, 3.0: 28, 4.0: 12, 5.0: 4}
     assert [sorted(r.losses) for r in rounds] == [[1, 2, 3, 4, 5], [2, 3, 4], [2, 3]]
     assert rounds[0].losses[1.0] == pytest.approx(2.0 / 4)
+    assert rounds[1].losses[2.0] == pytest.approx(1.0 / 12)  # the last eight of twelve
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ([9.0, 1.0, 2.0], 1.5), ([9.0, *[1.0] * 8], 1.0), ([9.0, 9.0, *[1.0] * 8], 1.0),
+        ([9.0] * 12 + [1.0] * 12, 1.0), ([9.0] * 11 + [1.0] * 13, 1.0), ([5.0], math.inf), ([], math.inf),
+        ([1.0, math.inf], math.inf),
+    ],
+)  # fmt: skip
+def test_what_a_candidate_is_judged_on(losses: list[float], expected: float) -> None:
+    assert judged(losses) == expected
 
 
 def test_candidates_that_diverge_are_dropped_however_many() -> None:

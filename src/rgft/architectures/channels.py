@@ -59,9 +59,10 @@ def _norm_over(convolution: _Convolving, behind: Sequence[tuple[str, nn.Module]]
 
 
 def channel_ranges(convolution: Convolution, blocks: int) -> list[list[Range]]:
-    """Kernels, biases, and weights and biases of the norm, of `blocks` blocks of output channels of (nearly) equal size.
+    """What belongs to each of `blocks` blocks of output channels of (nearly) equal size, along dimension 0.
 
-    There are never more blocks than channels. Where there are as many groups as blocks, blocks are whole groups.
+    That are kernels, biases, and weights and biases of the norm. There are never more blocks than channels. Where there
+    are as many groups as blocks, blocks are whole groups.
     """
     module = convolution.module
     units = module.groups if module.groups >= blocks else module.out_channels

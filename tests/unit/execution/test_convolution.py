@@ -142,11 +142,16 @@ def test_all_active_is_the_plain_module_bit_for_bit(case: str, form: str, autoca
         binding.restore()
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("case", [case for case in CASES if case.startswith("2d")])
-def test_a_weight_in_channels_last(case: str) -> None:
-    model, plain = (in_format(module_of(case), torch.channels_last) for _ in range(2))
+def test_a_weight_in_channels_last(case: str, when: str) -> None:
+    plain, model = in_format(module_of(case), torch.channels_last), module_of(case)
+    if when == "before":
+        in_format(model, torch.channels_last)
     x = FORMATS["channels last"](input_of(plain))
     binding = bind(model, channels(model, CUTS["even"]))
+    in_format(model, torch.channels_last)
+    binding.check()
     for found, expected in zip(passes(model, x), passes(plain, x), strict=True):
         assert torch.equal(found, expected)
         assert found.stride() == expected.stride()

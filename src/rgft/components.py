@@ -21,7 +21,7 @@ Granularity = Literal["layer", "block", "head", "adapter"]
 #: What a component is. A closed list, because presets and baselines select by it.
 Kind = Literal[
     "embedding", "layer", "attention", "ffn", "head", "ffn_block", "rest", "norm", "classifier", "lm_head",
-    "adapter", "expert", "router", "stage", "conv_block", "other",
+    "adapter", "expert", "router", "stage", "conv_block", "channel_block", "other",
 ]  # fmt: skip
 
 
@@ -82,7 +82,7 @@ class Component:
         slices: the parameter slices it owns; no other component owns any element of them.
         depth: position in forward order (see the module's docstring).
         layer: module path of the layer it belongs to, or None outside the layers.
-        index: which head, FFN block or expert of its block it is, or None.
+        index: which head, FFN block, expert or block of channels of its block it is, or None.
     """
 
     name: str

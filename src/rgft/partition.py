@@ -33,8 +33,9 @@ def partition(
       norm, or each child); what lies in none is `<layer>.rest`.
     - `head`: attention heads (with grouped-query attention one key/value group with its query heads), `ffn_blocks`
       neuron blocks per feed-forward block, experts and router; norms, output biases and relative-position tables are
-      `<block>.rest`. PEFT modules stay whole, since heads share their low-rank factors. Layers without attention are
-      split as for `block`.
+      `<block>.rest`. PEFT modules stay whole, since heads share their low-rank factors. Each convolution of a layer is
+      split into `ffn_blocks` blocks of output channels (never more than it has), with their biases and their part of
+      the batch norm that is registered right behind it; the rest of layers without attention is split as for `block`.
     - `adapter`: each PEFT module (for example a LoRA pair) with its trainable parameters.
     - a function: its components, of kind `other`.
 
@@ -45,7 +46,7 @@ def partition(
     Args:
         model: on any device and of any dtype; it is only looked at.
         granularity: a name, or a function from the model to component names and what they own.
-        ffn_blocks: neuron blocks per feed-forward block at head granularity.
+        ffn_blocks: neuron blocks per feed-forward block, and channel blocks per convolution, at head granularity.
 
     Raises:
         PartitionError: nothing is trainable; a block cannot be split; no PEFT module at adapter granularity; a

@@ -9,6 +9,7 @@ from torch import nn
 
 from rgft.architectures.adapters import adapter_of
 from rgft.architectures.blocks import Block, find_blocks, is_transformer, outermost
+from rgft.architectures.channels import channel_ranges, find_convolutions
 from rgft.architectures.layers import join
 from rgft.architectures.patterns import ExpertsPattern, find, unwrapped
 from rgft.architectures.roles import Range, head_ranges, neuron_ranges
@@ -25,7 +26,7 @@ class UnitSplit:
         path, depth: of the unit.
         layer: its path when it is a layer, else None.
         adapters: paths of the model's PEFT modules.
-        ffn_blocks: neuron blocks per feed-forward block at head granularity.
+        ffn_blocks: neuron blocks per feed-forward block, and channel blocks per convolution, at head granularity.
         free: names of parameters that no component owns yet.
         made: components so far, in order.
     """
@@ -113,7 +114,11 @@ class UnitSplit:
             if granularity == "head":
                 self._adapters(lambda name: True)
             for block in outermost(blocks):
-                self._whole(f"{self.path}.{block.name}", cast("Kind", block.kind), self._in(block))
+                is_split = granularity == "head" and self._split_convolutions(block.owns)
+                name, kind = f"{self.path}.{block.name}", cast("Kind", block.kind)
+                self._whole(f"{name}.rest" if is_split else name, "rest" if is_split else kind, self._in(block))
+            if granularity == "head":
+                self._split_convolutions(lambda name: True)  # of a layer that is one
         else:
             for block in blocks:
                 self._split_block(block)
@@ -131,7 +136,7 @@ class UnitSplit:
         if block.experts is not None:
             self._split_experts(name, block.experts)
         elif block.kind == "conv_block":
-            self._whole(name, "conv_block", self._in(block))
+            self._split_convolutions(block.owns)
         elif block.pattern is None:
             self._refuse_unknown(n for n in self._in(block) if adapter_of(n, self.adapters) is None)
         elif block.kind == "attention":
@@ -143,6 +148,22 @@ class UnitSplit:
         if block.experts is not None:
             self._refuse_unknown(self._in(block))
         self._whole(f"{name}.rest", "rest", self._in(block))
+
+    def _split_convolutions(self, within: Callable[[str], bool]) -> bool:
+        """Blocks of output channels of the convolutions that `within` accepts; whether there are any.
+
+        Convolutions of PEFT modules are none, and frozen ones are not split.
+        """
+        made = len(self.made)
+        for convolution in find_convolutions(self._module):
+            weight = join(self.path, convolution.path, "weight")
+            is_free = weight in self.free and adapter_of(weight, self.adapters) is None
+            if is_free and within(self._relative(weight)):
+                path = join(self.path, convolution.path)
+                self._ranges(
+                    f"{path}.channel_block", "channel_block", channel_ranges(convolution, self.ffn_blocks)
+                )  # fmt: skip
+        return len(self.made) > made
 
     def _split_experts(self, name: str, pattern: ExpertsPattern) -> None:
         """One component per expert (index of dimension 0 of fused parameters, or one child each) and one router."""

@@ -35,7 +35,7 @@ def portrait(model: nn.Module) -> dict[str, Any]:
 
 
 def rgft_with_a_cut(name: str) -> Config:
-    granularity = "head" if name not in ("conv_net", "mlp") else "layer"
+    granularity = "head" if name != "mlp" else "layer"
     return Config(
         granularity=granularity, probe={"interval": 2, "size": 2}, warmup_fraction=0.2, mask={"frozen_fraction": 0.5},
         **({"ffn_blocks": 2} if granularity == "head" else {}),

@@ -12,9 +12,10 @@ from tests.integration.loops import Examples, adamw, collate
 GRANULARITIES = {
     "bert": ("layer", "block", "head"), "gpt2": ("layer", "head"), "llama": ("block", "head"),
     "t5": ("layer", "block", "head"),
-    "resnet": ("layer", "block"), "efficientnet": ("layer", "block"), "mixtral": ("layer", "block", "head"),
-    "peft_lora": ("layer", "adapter"), "peft_llama_lora": ("layer", "adapter"), "vit": ("layer", "block", "head"),
-    "torch_transformer_encoder": ("layer", "head"), "conv_net": ("layer",), "mlp": ("layer",),
+    "resnet": ("layer", "block", "head"), "efficientnet": ("layer", "block", "head"),
+    "mixtral": ("layer", "block", "head"), "peft_lora": ("layer", "adapter"), "peft_llama_lora": ("layer", "adapter"),
+    "vit": ("layer", "block", "head"),
+    "torch_transformer_encoder": ("layer", "head"), "conv_net": ("layer", "head"), "mlp": ("layer",),
 }  # fmt: skip
 CASES = [(name, granularity) for name, several in GRANULARITIES.items() for granularity in several]
 

@@ -14,7 +14,7 @@ from rgft.telemetry.flop_counter import count_flops
 from tests.families import FAMILIES
 from tests.integration.loops import Examples, adamw, collate, guided, trimmed
 
-HEADS = {"bert", "gpt2", "llama", "qwen3", "t5", "mixtral", "vit"}
+HEADS = {"bert", "gpt2", "llama", "qwen3", "t5", "mixtral", "vit", "resnet", "efficientnet"}
 TEXT = {"text", "lm"}
 
 
@@ -54,7 +54,9 @@ def test_ledger_equals_the_count(name: str) -> None:
     assert guide.ledger.spent_flops == pytest.approx(counted, rel=0.02)
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "mixtral", "vit", "peft_llama_lora"])
+@pytest.mark.parametrize(
+    "name", ["bert", "gpt2", "llama", "t5", "mixtral", "vit", "resnet", "efficientnet", "peft_llama_lora"]
+)
 def test_ledger_equals_the_count_with_scattered_heads_on(name: str) -> None:
     settings: dict[str, Any] = {
         "granularity": "adapter" if "peft" in name else "head", "probe": {"interval": 2, "size": 2},

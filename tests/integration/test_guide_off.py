@@ -55,7 +55,8 @@ def coupled_sgd(guide: Guide) -> torch.optim.Optimizer:
 @pytest.mark.parametrize(
     ("name", "granularity"),
     [("bert", "layer"), ("bert", "head"), ("gpt2", "head"), ("llama", "head"), ("t5", "block"), ("mixtral", "head"),
-     ("vit", "head"), ("resnet", "block"), ("peft_lora", "adapter"), ("conv_net", "layer")],
+     ("vit", "head"), ("resnet", "block"), ("resnet", "head"), ("efficientnet", "head"), ("peft_lora", "adapter"),
+     ("conv_net", "layer")],
 )  # fmt: skip
 def test_off_components_do_not_move_and_on_ones_do(name: str, granularity: str, optimizer_of: object) -> None:
     guide, moved = run(name, granularity, optimizer_of)

@@ -12,7 +12,7 @@ from rgft import Config, Guide
 from tests.families import FAMILIES
 from tests.integration.loops import Examples, adamw, assert_same_state, guided, plain, plain_adamw
 
-SPLITTABLE = ["bert", "gpt2", "llama", "t5", "mixtral", "vit", "peft_llama_lora", "resnet"]
+SPLITTABLE = ["bert", "gpt2", "llama", "t5", "mixtral", "vit", "peft_llama_lora", "resnet", "efficientnet"]
 
 
 def compare(name: str, settings: dict[str, Any], *, decay: float, accumulation: int, probed: bool) -> None:

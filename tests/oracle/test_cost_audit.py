@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
@@ -9,6 +10,9 @@ from torch import nn
 
 from rgft.components import Component, ParameterSlice, Partition
 from rgft.cost import CostModel, trace_costs
+from rgft.execution.linear import layout_of
+from rgft.execution.views import bind
+from rgft.partition import partition
 from rgft.telemetry.flop_counter import count_flops
 from tests.families import FAMILIES, Family, loss_of
 
@@ -149,8 +153,6 @@ def quartered(partition: Partition) -> Partition:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
 def test_sliced_backward_executes_what_is_modelled(name: str) -> None:
-    from rgft.execution.views import bind
-
     family = FAMILIES[name]
     model = family.build()
     partition = quartered(leaf_partition(model))
@@ -167,3 +169,52 @@ def test_sliced_backward_executes_what_is_modelled(name: str) -> None:
                 parameter.requires_grad_(component.name in active)
         counted = count_flops(lambda: loss_of(model, batch).backward())
         assert costs.step_flops(active, rows=3, tokens=20).total == pytest.approx(counted, rel=1e-6)
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 8])
+@pytest.mark.parametrize("name", ["resnet", "efficientnet", "conv_net"])
+def test_channel_blocks_execute_what_is_modelled(name: str, blocks: int) -> None:
+    family = FAMILIES[name]
+    model = family.build()
+    parts = partition(model, "head", ffn_blocks=blocks)
+    costs = trace_costs(
+        model, parts, family.batch(4), is_sliceable=lambda module: layout_of(module) is not None
+    )  # fmt: skip
+    binding = bind(model, parts)
+    draw = random.Random(1)
+    chosen = [[n for n in parts.names if draw.random() < share] for share in (1.1, 0.5, 0.3, 0.1)]
+    chosen.append([c.name for c in parts if c.depth >= 2 and c.index in (None, 0)])
+    batch = family.batch(3)
+    for active in filter(None, chosen):
+        for component, parameters in binding:
+            for parameter in parameters:
+                parameter.requires_grad_(component.name in active)
+        counted = count_flops(lambda: loss_of(model, batch).backward())
+        assert costs.step_flops(active, rows=3, tokens=1).total == pytest.approx(counted, rel=1e-6)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_kernels_are_sliceable_along_their_outputs(dim: int) -> None:
+    family = FAMILIES["conv_net"]
+    model = family.build()
+    leaves, weight = leaf_partition(model), "network.3.weight"
+    shape = tuple(model.get_parameter(weight).shape)
+
+    def sliced(start: int, stop: int) -> ParameterSlice:
+        return ParameterSlice(parameter=weight, shape=shape, dim=dim, start=start, stop=stop)
+
+    low = Component(name="low", kind="other", depth=2, slices=(sliced(0, 1),))
+    high = Component(name="high", kind="other", depth=2, slices=(sliced(1, shape[dim]),))
+    others = [
+        dataclasses.replace(c, slices=tuple(part for part in c.slices if part.parameter != weight)) for c in leaves
+    ]
+    parts = Partition(components=(*others, low, high), layers=leaves.layers, granularity="custom")
+    costs = trace_costs(
+        model, parts, family.batch(4), is_sliceable=lambda module: layout_of(module) is not None
+    )  # fmt: skip
+    binding = bind(model, parts)
+    for component, parameters in binding:
+        for parameter in parameters:
+            parameter.requires_grad_(component.name == "low")
+    counted = count_flops(lambda: loss_of(model, family.batch(3)).backward())
+    assert costs.step_flops(["low"], rows=3, tokens=1).total == pytest.approx(counted, rel=1e-6)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -595,3 +596,164 @@ def test_single_layer_model_and_single_head():
 def test_bare_layer_has_no_layers():
     split = partition(nn.Linear(3, 2))
     assert (split.names, split.layers, split.numel, split.max_cut) == (("weight", "bias"), (), 8, 0)
+
+
+# ---------------------------------------------------------------- convolutions
+
+
+def parts(component: Component) -> dict[str, tuple[int, int]]:
+    """Last two names of each parameter that the component has a slice of, and the slice."""
+    assert all(part.dim == 0 for part in component.slices)
+    return {".".join(part.parameter.split(".")[-2:]): (part.start, part.stop) for part in component.slices}
+
+
+def layers_of(make: Callable[[], nn.Module]) -> nn.Module:
+    return nn.ModuleDict({"stem": nn.Conv2d(3, 8, 3), "layers": nn.ModuleList(make() for _ in range(2))})
+
+
+class Ordered(nn.Module):
+    """Children by name, in the order given."""
+
+    def __init__(self, **children: nn.Module) -> None:
+        super().__init__()
+        for name, child in children.items():
+            self.add_module(name, child)
+
+
+def test_channel_blocks_hold_kernels_and_their_part_of_the_norm():
+    split = partition(model_of("resnet"), "head", ffn_blocks=4)
+    stage = "resnet.encoder.stages.1.layers.0"
+    assert [c.name for c in split if c.layer == stage and c.kind == "channel_block"] == [
+        f"{stage}.{conv}.convolution.channel_block.{i}"
+        for conv in ("shortcut", "layer.0", "layer.1", "layer.2") for i in range(4)
+    ]  # fmt: skip
+    block = split[f"{stage}.layer.2.convolution.channel_block.3"]
+    assert (block.index, block.depth) == (3, 3)
+    assert parts(block) == dict.fromkeys(("convolution.weight", "normalization.weight", "normalization.bias"), (24, 32))
+    assert owned_by(split, depth=0) == ["resnet.embedder"]
+
+
+def test_channel_blocks_of_an_inverted_bottleneck():
+    split = partition(model_of("efficientnet"), "head", ffn_blocks=4)
+    layer = "efficientnet.encoder.blocks.1"
+    names = [c.name[len(layer) + 1 :] for c in split if c.layer == layer]
+    assert names == [
+        *(f"expansion.expand_conv.channel_block.{i}" for i in range(4)),
+        *(f"depthwise_conv.depthwise_conv.channel_block.{i}" for i in range(4)),
+        *(f"squeeze_excite.reduce.channel_block.{i}" for i in range(2)),  # it has two channels
+        *(f"squeeze_excite.expand.channel_block.{i}" for i in range(4)),
+        *(f"projection.project_conv.channel_block.{i}" for i in range(4)),
+    ]
+    depthwise = split[f"{layer}.depthwise_conv.depthwise_conv.channel_block.1"]
+    assert parts(depthwise) == dict.fromkeys(
+        ("depthwise_conv.weight", "depthwise_norm.weight", "depthwise_norm.bias"), (12, 24)
+    )
+    squeeze = split[f"{layer}.squeeze_excite.expand.channel_block.0"]
+    assert parts(squeeze) == {"expand.weight": (0, 12), "expand.bias": (0, 12)}
+
+
+def test_one_channel_block_is_the_convolution_with_its_norm():
+    split = partition(model_of("conv_net"), "head")
+    assert split.names == (
+        "network.0.channel_block.0",
+        "network.1",
+        "network.3.channel_block.0",
+        "network.4",
+        "network.8",
+    )
+    assert all(part.is_whole for part in split["network.0.channel_block.0"].slices)
+
+
+@pytest.mark.parametrize(
+    ("groups", "blocks", "bounds"),
+    [
+        (1, 5, (0, 4, 9, 14, 19, 24)),
+        (8, 4, (0, 6, 12, 18, 24)),
+        (8, 3, (0, 6, 15, 24)),  # whole groups of three channels
+        (3, 4, (0, 6, 12, 18, 24)),  # more blocks than groups
+        (24, 5, (0, 4, 9, 14, 19, 24)),
+        (1, 50, tuple(range(25))),
+    ],
+)
+def test_bounds_of_channel_blocks(groups: int, blocks: int, bounds: tuple[int, ...]):
+    model = layers_of(lambda: Ordered(conv=nn.Conv2d(24, 24, 3, groups=groups)))
+    found = [parts(c)["conv.weight"] for c in partition(model, "head", ffn_blocks=blocks) if c.depth == 1]
+    assert found == list(pairwise(bounds))
+
+
+@pytest.mark.parametrize(
+    ("children", "owned"),
+    [
+        (["conv1", "bn1", "conv2", "bn2"], {"bn1": "conv1", "bn2": "conv2"}),
+        (["bn1", "conv1", "bn2", "conv2"], {"bn2": "conv1"}),
+        (["conv1", "conv2", "bn1", "bn2"], {}),
+        (["conv1", "conv2", "bn1"], {"bn1": "conv2"}),
+        (["conv1", "ln"], {}),
+        (["conv1", "wide"], {}),
+        (["conv1", "linear", "bn1"], {}),
+    ],
+)
+def test_a_norm_is_split_where_the_order_shows_whose_it_is(children: list[str], owned: dict[str, str]):
+    kinds: dict[str, Callable[[], nn.Module]] = {
+        "conv1": lambda: nn.Conv2d(8, 8, 3), "conv2": lambda: nn.Conv2d(8, 8, 1), "bn1": lambda: nn.BatchNorm2d(8),
+        "bn2": lambda: nn.BatchNorm2d(8), "ln": lambda: nn.GroupNorm(2, 8), "wide": lambda: nn.BatchNorm2d(16),
+        "linear": lambda: nn.Linear(8, 8),
+    }  # fmt: skip
+    model = layers_of(lambda: Ordered(**{name: kinds[name]() for name in children}))
+    split = partition(model, "head", ffn_blocks=2)
+    assert all(bool((count == 1).all()) for count in owners(model, split).values())
+    found = {
+        part.parameter.split(".")[2]: component.name.split(".")[2]
+        for component in split if component.depth == 1 and component.kind == "channel_block"
+        for part in component.slices if part.parameter.split(".")[2] != component.name.split(".")[2]
+    }  # fmt: skip
+    assert found == owned
+
+
+def test_what_is_no_plain_or_trainable_convolution_stays_whole():
+    def layer() -> nn.Module:
+        parametrized = nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3))
+        return Ordered(
+            up=nn.ConvTranspose2d(8, 8, 3), normed=parametrized, frozen=nn.Conv2d(8, 8, 3), on=nn.Conv2d(8, 8, 1)
+        )
+
+    model = layers_of(layer)
+    for path in ("layers.0", "layers.1"):
+        model.get_parameter(f"{path}.frozen.weight").requires_grad_(False)
+    split = partition(model, "head", ffn_blocks=2)
+    assert owned_by(split, depth=1) == [
+        "layers.0.up", "layers.0.normed", "layers.0.frozen",
+        "layers.0.on.channel_block.0", "layers.0.on.channel_block.1",
+    ]  # fmt: skip
+    assert [part.parameter for part in split["layers.0.frozen"].slices] == ["layers.0.frozen.bias"]
+
+
+def test_adapters_of_convolutions_stay_whole():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(FAMILIES["resnet"].build(), LoraConfig(r=2, target_modules=["convolution"]))
+    split = partition(model, "head", ffn_blocks=4)
+    assert {c.kind for c in split} == {"adapter"}
+    model.requires_grad_(True)
+    split = partition(model, "head", ffn_blocks=2)
+    assert all(bool((count == 1).all()) for count in owners(model, split).values())
+    name = "base_model.model.resnet.encoder.stages.0.layers.0.layer.0.convolution"
+    assert split[name].kind == "adapter"
+    assert parts(split[f"{name}.base_layer.channel_block.1"])["base_layer.weight"] == (2, 4)
+
+
+def test_convolutions_beside_attention():
+    def layer() -> nn.Module:
+        module = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
+        module.add_module("conv", nn.Sequential(nn.Conv1d(8, 8, 3), nn.BatchNorm1d(8), nn.Conv1d(8, 8, 1)))
+        return module
+
+    model = layers_of(layer)
+    split = partition(model, "head", ffn_blocks=2)
+    assert all(bool((count == 1).all()) for count in owners(model, split).values())
+    assert owned_by(split, depth=1, kind="channel_block") == [
+        f"layers.0.conv.{i}.channel_block.{j}" for i in (0, 2) for j in (0, 1)
+    ]
+    assert "1.bias" in parts(split["layers.0.conv.0.channel_block.1"])
+    block = partition(model, "block")
+    assert owned_by(block, depth=1, kind="conv_block") == ["layers.0.conv.0", "layers.0.conv.2"]

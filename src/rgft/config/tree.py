@@ -130,7 +130,11 @@ class Config(Section):
         default="layer",
         description="how finely the model is split: layer, block, head, adapter, or a function (see partition)",
     )
-    ffn_blocks: int = Field(default=1, ge=1, description="neuron blocks per feed-forward block, at granularity head")
+    ffn_blocks: int = Field(
+        default=1,
+        ge=1,
+        description="neuron blocks per feed-forward block, and channel blocks per convolution, at granularity head",
+    )
     signal: Signal = Field(default=None, description="what is measured; None: nothing")
     error_map: ErrorMapConfig = Field(default_factory=ErrorMapConfig, description="the running scores")
     scaling: Scaling = Field(default=None, description="learning-rate multipliers from the map; None: 1 everywhere")

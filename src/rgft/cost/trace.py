@@ -49,7 +49,8 @@ def trace_costs(
             and tokens; a batch without 2-D token ids has no token dimension.
         loss: (model, batch) → scalar; by default `model(**batch).loss`.
         elementwise: names (`…Backward`) of custom autograd functions that hold no matrix product.
-        is_sliceable: whether a module's dW is made for its active slices alone; of any other it is made whole.
+        is_sliceable: whether a module's dW is made for its active slices alone (of kernels, which have more than two
+            dimensions, for slices along the first); of any other it is made whole.
 
     Raises:
         PartitionError: a trainable parameter belongs to no component, or a component's parameter is not there.
@@ -213,10 +214,13 @@ def _weights(
 ) -> dict[int, WeightInfo]:  # fmt: skip
     """What the graph walk needs to know of each parameter; all problems are reported together."""
     owners: dict[str, dict[int, float]] = {}
+    across: set[str] = set()
     for index, component in enumerate(partition):
         for part in component.slices:
             shares = owners.setdefault(part.parameter, {})
             shares[index] = shares.get(index, 0.0) + part.fraction
+            if part.dim and len(part.shape) > 2:
+                across.add(part.parameter)
     named = dict(model.named_parameters())
     problems = [f"{name!r} is in the partition, not in the model" for name in owners if name not in named]
     problems += [
@@ -241,6 +245,6 @@ def _weights(
         weights[id(parameter)] = WeightInfo(
             owners=tuple(mine.items()), mask=sum(1 << index for index in mine),
             depth=max(known) if known else (0 if layer is None else layer + 1), in_layer=layer is not None,
-            is_sliceable=is_sliceable(model.get_submodule(name.rpartition(".")[0])),
+            is_sliceable=name not in across and is_sliceable(model.get_submodule(name.rpartition(".")[0])),
         )  # fmt: skip
     return weights

@@ -11,7 +11,6 @@ Shapes: N rows (all leading dimensions folded), I inputs, O outputs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rgft.execution.split_weight import Range, SplitWeight
+from rgft.execution.convolution import Kernel, kernel_of
+from rgft.execution.runs import Run, runs_of, split, without_autocast
+from rgft.execution.split_weight import SplitWeight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,19 +52,32 @@ class Layout:
     def dw(self, dy: Tensor, x: Tensor) -> Tensor:
         return dy.t() @ x if self.output_dim == 0 else x.t() @ dy
 
+    def slices(self, dim: int) -> bool:
+        """Whether dW can be made for active slices along `dim` alone."""
+        return True
+
+    def sliced(
+        self, module: nn.Module, x: Tensor, weight: SplitWeight, bias: SplitWeight | nn.Parameter | None
+    ) -> Tensor:
+        """The forward of `module`, see `sliced_linear`."""
+        return sliced_linear(x, self, weight, bias)
+
 
 ROWS_OUT = Layout(output_dim=0)
 ROWS_IN = Layout(output_dim=1)
 
 
-def layout_of(module: nn.Module) -> Layout | None:
-    """The layout of a module whose forward is that of `nn.Linear` or of `Conv1D`, else None.
+def layout_of(module: nn.Module) -> Layout | Kernel | None:
+    """How a module keeps its weight whose dW can be made for active slices alone; None for any other module.
 
-    `Conv1D` (transformers) is known by its structure: the name of its forward, `nf`, and weight [I, nf] with a bias.
+    Known are modules whose forward is that of `nn.Linear`, of a convolution, or of `Conv1D` (transformers), which is
+    known by its structure: the name of its forward, `nf`, and weight [I, nf] with a bias.
     """
     forward = type(module).forward
     if forward is nn.Linear.forward:
         return ROWS_OUT
+    if (kernel := kernel_of(module)) is not None:
+        return kernel
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     is_conv1d = (
         getattr(forward, "__qualname__", "") == "Conv1D.forward"
@@ -73,26 +87,6 @@ def layout_of(module: nn.Module) -> Layout | None:
         and bias.shape == (getattr(module, "nf", None),) == weight.shape[1:]
     )
     return ROWS_IN if is_conv1d else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Run:
-    """Neighbouring active slices: `members` are their positions among the active ones."""
-
-    start: int
-    stop: int
-    members: tuple[tuple[int, Range], ...]
-
-
-def _runs(ranges: tuple[Range, ...]) -> tuple[_Run, ...]:
-    """Joins sorted ranges that touch."""
-    groups: list[list[tuple[int, Range]]] = []
-    for position, span in enumerate(ranges):
-        if groups and groups[-1][-1][1][1] == span[0]:
-            groups[-1].append((position, span))
-        else:
-            groups.append([(position, span)])
-    return tuple(_Run(start=g[0][1][0], stop=g[-1][1][1], members=tuple(g)) for g in groups)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +102,8 @@ class _Spec:
 
     layout: Layout
     weight_dim: int
-    weight_runs: tuple[_Run, ...]
-    bias_runs: tuple[_Run, ...]
+    weight_runs: tuple[Run, ...]
+    bias_runs: tuple[Run, ...]
     has_whole_bias: bool
 
     @property
@@ -138,7 +132,7 @@ class _SlicedLinear(torch.autograd.Function):
         weight, *saved = ctx.saved_tensors
         dy_NO = dy.reshape(-1, dy.shape[-1])
         dx = None
-        with _without_autocast(dy.device.type):
+        with without_autocast(dy.device.type):
             if ctx.needs_input_grad[0]:
                 dx = spec.layout.dx(dy_NO, weight.to(ctx.compute_dtype)).view(ctx.x_shape).to(ctx.x_dtype)
             gradients = [*_weight_gradients(dy_NO, saved, spec), *_bias_gradients(dy_NO, spec)]
@@ -163,28 +157,14 @@ def _weight_gradients(dy_NO: Tensor, saved: Sequence[Tensor], spec: _Spec) -> li
             product = spec.layout.dw(dy_NO, saved[index])
         else:
             product = spec.layout.dw(dy_NO[:, run.start : run.stop], saved[0])
-        gradients.extend(_split(product, spec.weight_dim, run))
+        gradients.extend(split(product, spec.weight_dim, run))
     return gradients
 
 
 def _bias_gradients(dy_NO: Tensor, spec: _Spec) -> list[Tensor]:
     if spec.has_whole_bias:
         return [dy_NO.sum(0)]
-    return [part for run in spec.bias_runs for part in _split(dy_NO[:, run.start : run.stop].sum(0), 0, run)]
-
-
-def _split(product: Tensor, dim: int, run: _Run) -> list[Tensor]:
-    """The product's slices. Autograd keeps row slices as they are and copies column slices to memory of their own."""
-    if len(run.members) == 1:
-        return [product]
-    return [product.narrow(dim, start - run.start, stop - start) for _, (start, stop) in run.members]
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """The backward's dtypes are explicit; a caller's autocast must not change them."""
-    if device_type == "meta" or not torch.amp.is_autocast_available(device_type):  # type: ignore[attr-defined]
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
+    return [part for run in spec.bias_runs for part in split(dy_NO[:, run.start : run.stop].sum(0), 0, run)]
 
 
 def sliced_linear(
@@ -213,8 +193,8 @@ def sliced_linear(
     spec = _Spec(
         layout=layout,
         weight_dim=weight.dim,
-        weight_runs=_runs(tuple(span for span, _ in active_weight)),
-        bias_runs=_runs(tuple(span for span, _ in active_bias)),
+        weight_runs=runs_of(active_weight),
+        bias_runs=runs_of(active_bias),
         has_whole_bias=has_whole_bias,
     )
     parameters = [view for _, view in active_weight] + [view for _, view in active_bias]

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from rgft.errors import AttachError, StorageError
 from rgft.execution.assembled import assemble
-from rgft.execution.linear import Layout, layout_of, sliced_linear
+from rgft.execution.convolution import Kernel
+from rgft.execution.linear import Layout, layout_of
 from rgft.execution.split_weight import SplitWeight
 
 #: Where a bound module keeps its `_Splits`; not an attribute that any module has.
@@ -29,7 +30,7 @@ class _Splits:
     """Of one module: its class before, its split weights by attribute name, and the names of their views."""
 
     def __init__(
-        self, plain: type[nn.Module], layout: Layout | None, weights: dict[str, SplitWeight],
+        self, plain: type[nn.Module], layout: Layout | Kernel | None, weights: dict[str, SplitWeight],
         views: dict[str, list[str]],
     ) -> None:  # fmt: skip
         self.plain = plain
@@ -129,8 +130,8 @@ class SplitModule(nn.Module):
         super().__setattr__(name, value)
 
 
-class _SlicedLinearModule(SplitModule):
-    """Of linear layers whose weight is split: dW for active slices only."""
+class _SlicedModule(SplitModule):
+    """Of linear layers and convolutions whose weight is split: dW for active slices only."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The plain module's forward, bit for bit."""
@@ -138,7 +139,7 @@ class _SlicedLinearModule(SplitModule):
         splits = self._splits
         assert splits.layout is not None
         bias = splits.weights.get("bias") or self._parameters["bias"]
-        return sliced_linear(x, splits.layout, splits.weights["weight"], bias)
+        return splits.layout.sliced(self, x, splits.weights["weight"], bias)
 
 
 def _reading(name: str) -> property:
@@ -156,8 +157,8 @@ def _reading(name: str) -> property:
 
 
 @cache
-def _bound_class(plain: type[nn.Module], names: tuple[str, ...], is_linear: bool) -> type[nn.Module]:
-    base = _SlicedLinearModule if is_linear else SplitModule
+def _bound_class(plain: type[nn.Module], names: tuple[str, ...], is_sliced: bool) -> type[nn.Module]:
+    base = _SlicedModule if is_sliced else SplitModule
     namespace = {name: _reading(name) for name in names}
     about = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
     return type(plain.__name__, (base, plain), {**about, **namespace})
@@ -173,6 +174,8 @@ def install(module: nn.Module, weights: dict[str, SplitWeight], views: dict[str,
     """
     plain = type(module)
     layout = layout_of(module) if "weight" in weights else None
+    if layout is not None and not layout.slices(weights["weight"].dim):
+        layout = None
     parameters: dict[str, nn.Parameter | None] = {}
     for name, value in module._parameters.items():
         if name in weights:

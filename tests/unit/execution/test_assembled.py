@@ -28,7 +28,7 @@ CASES = {
     "attention out_proj columns": (lambda: nn.MultiheadAttention(8, 2, batch_first=True), "out_proj.weight", 1),
     "experts": (Experts, "weight", 0),
     "expert inputs": (Experts, "weight", 1),
-    "convolution outputs": (lambda: nn.Conv2d(2, 6, 3), "weight", 0),
+    "transposed convolution": (lambda: nn.ConvTranspose2d(2, 6, 3), "weight", 1),
     "convolution inputs": (lambda: nn.Conv2d(2, 6, 3), "weight", 1),
     "embedding columns": (lambda: nn.Embedding(7, 6, padding_idx=0), "weight", 1),
     "norm": (lambda: nn.LayerNorm(8), "weight", 0),
@@ -47,7 +47,7 @@ def run(module: nn.Module) -> Tensor:
         return module(x, x, x, need_weights=False)[0]
     if isinstance(module, Experts):
         return module(randn(6, 4))
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
         return module(randn(2, 2, 6, 6))
     if isinstance(module, nn.Embedding):
         return module(torch.tensor([[0, 1, 2], [3, 3, 6]]))

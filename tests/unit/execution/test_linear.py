@@ -238,7 +238,7 @@ def test_conv1d_is_known_by_structure() -> None:
     from transformers.pytorch_utils import Conv1D as TransformersConv1D
 
     assert layout_of(TransformersConv1D(6, 4)) == layout_of(Conv1D(6, 4)) != layout_of(nn.Linear(4, 6))
-    assert layout_of(nn.Conv1d(4, 6, 1)) is None
+    assert layout_of(nn.ConvTranspose1d(4, 6, 1)) is None
 
     class Scaled(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:

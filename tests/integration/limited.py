@@ -24,6 +24,7 @@ class FamilyTask:
     """Examples of a family, as a task."""
 
     metric: Callable[[], Any] = dict
+    loss_at_targets = None
 
     def __init__(self, name: str, *, count: int = 40, tokens: int = 16) -> None:
         family = FAMILIES[name]

@@ -122,19 +122,18 @@ class Executor:
 
     def squared_gradient_norms(self) -> dict[str, float]:
         """‖∇_{θ_k} L‖² of every active component with a gradient; one device synchronisation."""
-        named = [
-            (component.name, parameter.grad)
-            for component, parameters in self._binding
-            for parameter in parameters
-            if parameter.grad is not None
-        ]
-        if not named:
+        names, gradients = [], []
+        for name, parameters in self._binding.parameters.items():
+            for parameter in parameters:
+                if (gradient := parameter.grad) is not None:
+                    names.append(name)
+                    gradients.append(gradient)
+        if not gradients:
             return {}
-        gradients = [gradient for _, gradient in named]
         dtype = reduce(torch.promote_types, {gradient.dtype for gradient in gradients}, torch.float32)
         norms = torch._foreach_norm(gradients, 2, dtype)  # pyright: ignore[reportPrivateImportUsage]
         totals: dict[str, float] = {}
-        for (name, _), norm in zip(named, torch.stack(norms).tolist(), strict=True):
+        for name, norm in zip(names, torch.stack(norms).tolist(), strict=True):
             totals[name] = totals.get(name, 0.0) + norm * norm
         return totals
 

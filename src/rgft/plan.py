@@ -52,6 +52,14 @@ class UpdatePlan:
             return self._on
         return tuple(name for name in self._on if step % self.periods.get(name, 1) == 0)
 
+    def active_set(self, step: int | None = None) -> frozenset[str]:
+        """What `active` names; without periods one and the same set each time, whose hash is known."""
+        return self._on_set if step is None or not self.periods else frozenset(self.active(step))
+
+    @cached_property
+    def _on_set(self) -> frozenset[str]:
+        return frozenset(self._on)
+
     @cached_property
     def _on(self) -> tuple[str, ...]:
         return tuple(name for name, multiplier in self.multipliers.items() if multiplier != 0.0)

@@ -334,27 +334,30 @@ def bench_engine(
     from rgft.cli.failures import reported
 
     with reported():
+        if workload == "overheads":
+            _bench_overheads(results, device, stop_after_seconds=minutes and minutes * 60, small=small)
+            return
         import torch
 
         from rgft.bench.engine.runner import run_engine, table
         from rgft.bench.engine.workloads import workload as chosen
         from rgft.cli.preparing import device_of
 
-        place = torch.device(device_of(device))
-        if workload == "overheads":
-            _overheads(results, place, stop_after_seconds=minutes and minutes * 60, small=small)
-            return
-        model = chosen(workload)
+        model, place = chosen(workload), torch.device(device_of(device))
         folder = results / f"{model.name}-{place.type}"
         for path in run_engine(model, folder, device=place, stop_after_seconds=minutes and minutes * 60):
             typer.echo(path, err=True)
         typer.echo(table(folder))
 
 
-def _overheads(results: Path, place: torch.device, *, stop_after_seconds: float | None, small: bool) -> None:
+def _bench_overheads(results: Path, device: str, *, stop_after_seconds: float | None, small: bool) -> None:
+    import torch
+
     from rgft.bench.engine.overheads.runner import run_overheads, table
     from rgft.bench.engine.overheads.sizes import SMALL, USUAL
+    from rgft.cli.preparing import device_of
 
+    place = torch.device(device_of(device))
     sizes = SMALL if small else USUAL
     folder = results / f"overheads-{place.type}{'-small' if small else ''}"
     for path in run_overheads(sizes, folder, device=place, stop_after_seconds=stop_after_seconds):

@@ -151,11 +151,12 @@ def test_the_guides_own_time_leaves_out_passes_and_the_optimizer(monkeypatch: py
     inner = loop.optimizer.register_step_pre_hook(slow)
     for _ in range(3):
         loop.step()
-    assert max(loop.own_seconds()["step"]) < 0.05
+    assert loop.own_seconds()["step"] < 0.05
     inner.remove()
     monkeypatch.setattr(loop.guide, "end_step", lambda whole=loop.guide.end_step: (slow(), whole()))
+    loop.watch.seconds.clear()
     loop.step()
-    assert loop.own_seconds()["step"][-1] >= 0.05
+    assert loop.own_seconds()["step"] >= 0.05
     loop.guide.detach()
 
 

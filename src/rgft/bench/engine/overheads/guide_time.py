@@ -99,6 +99,7 @@ class GuidedLoop:
         loss.backward()
         synchronise(self._device)
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        _norms(gradients)  # the first time, they come from further away than they do for the guide
         with watch.timing("norms"):
             _norms(gradients)
         with watch.timing("step"):
@@ -106,15 +107,17 @@ class GuidedLoop:
         self.optimizer.zero_grad()
         self._next = next(self._batches)
 
-    def own_seconds(self) -> dict[str, list[float]]:
-        """The guide's time of each step in its calls, without the passes, the optimizer's step and the norms."""
-        s = self.watch.seconds
+    def own_seconds(self) -> dict[str, float]:
+        """The guide's time per step in its calls, without the passes, the optimizer's step and the norms; medians."""
+        taken = self.watch.seconds
+
+        def beside(whole: str, inner: str) -> float:
+            return median(a - b for a, b in zip(taken[whole], taken[inner], strict=True))
+
         return {
-            "affords": list(s["affords"]),
-            "loss": [whole - inner for whole, inner in zip(s["loss"], s["forward"], strict=True)],
-            "step": [
-                whole - inner - norms for whole, inner, norms in zip(s["step"], s["optimizer"], s["norms"], strict=True)
-            ],
+            "affords": median(taken["affords"]),
+            "loss": beside("loss", "forward"),
+            "step": beside("step", "optimizer") - median(taken["norms"]),
         }
 
 
@@ -165,12 +168,12 @@ def guide_time(sizes: Sizes, device: torch.device) -> Measured:
     return Measured(
         config={"model": workload.name, "granularity": "head", "neuron_blocks": workload.neuron_blocks, "rows": 1},
         figures={
-            "own_seconds": median(map(sum, zip(*own.values(), strict=True))),
-            **{f"{name}_seconds": median(seconds) for name, seconds in own.items()},
+            "own_seconds": sum(own.values()), **{f"{name}_seconds": seconds for name, seconds in own.items()},
             "norms_seconds": norms,
             "guided_step_seconds": median(pair[0] for pair in pairs),
             "plain_step_seconds": median(pair[1] for pair in pairs),
-            "difference_seconds": median(a - b for a, b in pairs) - norms,  # the loop takes them a second time
+            # The loop takes the norms twice more.
+            "difference_seconds": median(a - b for a, b in pairs) - 2.0 * norms,
             "components": len(guided.guide.partition), "tensors": len(bound.parameters), "profile": profile,
         },
         targets=(Target(figure="own_seconds", at_most=1e-3),), warm_up=WARM_UP, repeats=sizes.steps,

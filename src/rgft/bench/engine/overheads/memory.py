@@ -11,6 +11,7 @@ from torch.utils.data import default_collate
 
 from rgft.bench.engine.cells import EngineCell, cut_at
 from rgft.bench.engine.overheads.figures import Measured, Target, moved
+from rgft.bench.engine.overheads.sizes import made_on
 from rgft.bench.engine.stepping import Stepper, stepper
 from rgft.bench.engine.workloads import EngineWorkload, Examples
 from rgft.cost.memory import StepMemory, step_memory
@@ -60,11 +61,12 @@ def memory_above_cut(
 ) -> Measured:
     """A full-rank step with the lowest layers frozen: `step_memory` in parts, theory, and their ratios.
 
-    Figures: `measured` and `theory` in bytes, by part and as `total`, `ratios` of them; `total_bytes` and
-    `total_of_theory`; `trained_of_theory`, that of gradients, moments and activations together; `peak_bytes`, the most
-    that tensors hold in a second step, the optimizer's temporaries included; `fp32_moments_add_bytes`, what moments of
-    four bytes would hold beside those of the weights' type.
+    Figures: `measured` and `theory` in bytes, by part and as `total`, their sum; `ratios` of them; `total_bytes` and
+    `total_of_theory`; `trained_of_theory`, of gradients, moments and activations together; `peak_bytes`, the most that
+    tensors hold at once in a second step, with the optimizer's temporaries and without what is freed before them;
+    `fp32_moments_add_bytes`, what moments of four bytes would hold beside those of the weights' type.
     """
+    workload = made_on(device, workload)
     shape = shape_of(workload, device, frozen_fraction)
     timed = stepper(EngineCell(kind="rgft", frozen_fraction=frozen_fraction), workload, device)
     try:
@@ -114,7 +116,8 @@ def shape_of(workload: EngineWorkload, device: torch.device, frozen_fraction: fl
 def _saved(
     model: nn.Module, workload: EngineWorkload, layers: tuple[str, ...], device: torch.device
 ) -> SavedActivations:
-    batch = moved(default_collate(list(Examples(workload, model, workload.rows))), device)
+    examples = Examples(workload, model, workload.rows)
+    batch = moved(default_collate([examples[row] for row in range(workload.rows)]), device)
 
     def loss() -> Tensor:
         return model(**batch).loss

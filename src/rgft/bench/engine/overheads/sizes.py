@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -66,11 +66,21 @@ def encoder(*, hidden: int, layers: int, vocabulary: int) -> Callable[[], nn.Mod
         return BertForSequenceClassification(
             BertConfig(
                 vocab_size=vocabulary, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
-                num_attention_heads=12, num_labels=2,
+                num_attention_heads=12,
             )
         )  # fmt: skip
 
     return build
+
+
+def made_on(device: torch.device, workload: EngineWorkload) -> EngineWorkload:
+    """The workload whose model is made where it is used: an accelerator draws a billion weights in no time."""
+
+    def build() -> nn.Module:
+        with device:
+            return workload.build()
+
+    return replace(workload, build=build)
 
 
 #: About 300 components at granularity "head": of each of 16 layers 8 groups of heads, 10 blocks of neurons and norms.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import count
 from statistics import median
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch.utils.data import default_collate
 from rgft.batches import BatchStream
 from rgft.bench.engine.cells import EngineCell, cut_at, plan_of
 from rgft.bench.engine.overheads.figures import Measured, Target, moved, seconds_of
-from rgft.bench.engine.overheads.sizes import Sizes
+from rgft.bench.engine.overheads.sizes import Sizes, made_on
 from rgft.bench.engine.workloads import EngineWorkload, Examples
 from rgft.components import Partition
 from rgft.config import Config
@@ -70,7 +70,9 @@ class KnownMoments:
     def _is_intact(self, moment: Tensor, dtype: torch.dtype) -> bool:
         pattern = self._patterns[dtype].view(torch.uint8)
         size = pattern.numel()
-        return all(torch.equal(chunk, pattern[: chunk.numel()]) for chunk in moment.view(-1).view(torch.uint8).split(size))
+        return all(
+            torch.equal(chunk, pattern[: chunk.numel()]) for chunk in moment.view(-1).view(torch.uint8).split(size)
+        )
 
 
 def plan_switch(sizes: Sizes, device: torch.device, granularity: Granularity) -> Measured:
@@ -80,9 +82,9 @@ def plan_switch(sizes: Sizes, device: torch.device, granularity: Granularity) ->
     and of putting it in force; `parameters`, of the model; `components`; `tensors`, which the optimizer holds;
     `moments_are_intact`.
     """
-    workload = sizes.large
+    workload = made_on(device, sizes.large)
     torch.manual_seed(0)
-    model = workload.build().to(device).train()
+    model = workload.build().train()
     blocks = workload.neuron_blocks if granularity == "head" else 1
     parts = partition(model, granularity, ffn_blocks=blocks)
     applied, applied_intact, tensors = _by_executor(model, parts, sizes.switches, device)

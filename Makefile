@@ -34,9 +34,11 @@ bench: $(SETUP)  ## the committed quality comparison; resumes where it stopped
 	$(BIN)/rgft bench run benchmarks/experiments/rotten_tomatoes_full.json
 	$(BIN)/rgft bench run benchmarks/experiments/cuts.json
 
-bench-engine: $(SETUP)  ## time, FLOPs and memory of a step, each way of doing less of it; 15 minutes on two cores
+bench-engine: $(SETUP)  ## time, FLOPs and memory of a step, each way of doing less of it, and what RGFT itself costs
+	# 15 minutes on two cores for the steps; 10 minutes and 9 GB of memory for the overheads, on a model of 1 B
 	$(BIN)/rgft bench engine minilm
 	$(BIN)/rgft bench engine smollm2
+	$(BIN)/rgft bench engine overheads
 
 bench-gpu: $(SETUP)  ## the same on an accelerator, in pieces of at most nine minutes; start it again until it is done
 	benchmarks/gpu/run 9

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from rgft.errors import ConfigError
@@ -47,7 +48,21 @@ class UpdatePlan:
 
     def active(self, step: int | None = None) -> tuple[str, ...]:
         """Names of the components that are on (at `step`, when given), in order."""
-        return tuple(name for name in self.multipliers if self.is_on(name, step))
+        if step is None or not self.periods:
+            return self._on
+        return tuple(name for name in self._on if step % self.periods.get(name, 1) == 0)
+
+    def active_set(self, step: int | None = None) -> frozenset[str]:
+        """What `active` names; without periods one and the same set each time, whose hash is known."""
+        return self._on_set if step is None or not self.periods else frozenset(self.active(step))
+
+    @cached_property
+    def _on_set(self) -> frozenset[str]:
+        return frozenset(self._on)
+
+    @cached_property
+    def _on(self) -> tuple[str, ...]:
+        return tuple(name for name, multiplier in self.multipliers.items() if multiplier != 0.0)
 
     def same_effect(self, other: UpdatePlan) -> bool:
         """Whether both plans act alike, whatever their step and reason."""

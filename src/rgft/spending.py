@@ -211,7 +211,7 @@ class Spending:
         assert self.costs is not None
         below = plan.cut if is_hit else 0
         return self.costs.step_flops(
-            plan.active(step), rows=rows, tokens=tokens, cached_below=below, targets=targets
+            plan.active_set(step), rows=rows, tokens=tokens, cached_below=below, targets=targets
         ).total
 
     def _most_targets(self, rows: int, tokens: int) -> int:

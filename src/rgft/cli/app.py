@@ -320,15 +320,23 @@ def bench_table(
 
 @bench.command("engine")
 def bench_engine(
-    workload: Annotated[str, typer.Argument(help="minilm, smollm2, llama_1b, vit_b or resnet_50")],
+    workload: Annotated[str, typer.Argument(help="minilm, smollm2, llama_1b, vit_b or resnet_50; or overheads")],
     results: Annotated[Path, typer.Option(help="folder of all results")] = Path("benchmarks/results/engine"),
     device: Annotated[str, typer.Option(help="auto: an accelerator where there is one, else the CPU")] = "auto",
     minutes: Annotated[float | None, typer.Option(help="begin no new cell after this time")] = None,
+    small: Annotated[bool, typer.Option("--small", help="overheads of tiny models: to see that it works")] = False,
 ) -> None:
-    """Time, FLOPs and memory of a training step, beside full fine-tuning's; it can be stopped and started again."""
+    """Time, FLOPs and memory of a training step, beside full fine-tuning's; it can be stopped and started again.
+
+    `overheads` measures what RGFT itself costs: seconds of a plan's switch on a model of 1 B parameters, the guide's
+    own time per step, a step with everything on beside a plain loop's, and memory above a cut beside theory.
+    """
     from rgft.cli.failures import reported
 
     with reported():
+        if workload == "overheads":
+            _bench_overheads(results, device, stop_after_seconds=minutes and minutes * 60, small=small)
+            return
         import torch
 
         from rgft.bench.engine.runner import run_engine, table
@@ -340,6 +348,21 @@ def bench_engine(
         for path in run_engine(model, folder, device=place, stop_after_seconds=minutes and minutes * 60):
             typer.echo(path, err=True)
         typer.echo(table(folder))
+
+
+def _bench_overheads(results: Path, device: str, *, stop_after_seconds: float | None, small: bool) -> None:
+    import torch
+
+    from rgft.bench.engine.overheads.runner import run_overheads, table
+    from rgft.bench.engine.overheads.sizes import SMALL, USUAL
+    from rgft.cli.preparing import device_of
+
+    place = torch.device(device_of(device))
+    sizes = SMALL if small else USUAL
+    folder = results / f"overheads-{place.type}{'-small' if small else ''}"
+    for path in run_overheads(sizes, folder, device=place, stop_after_seconds=stop_after_seconds):
+        typer.echo(path, err=True)
+    typer.echo(table(folder))
 
 
 def _show(data: dict[str, Any], show: Any, *, as_json: bool, quiet: bool) -> None:

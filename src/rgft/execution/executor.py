@@ -122,21 +122,22 @@ class Executor:
 
     def squared_gradient_norms(self) -> dict[str, float]:
         """‖∇_{θ_k} L‖² of every active component with a gradient; one device synchronisation."""
-        named = [
-            (component.name, parameter.grad)
-            for component, parameters in self._binding
-            for parameter in parameters
-            if parameter.grad is not None
-        ]
-        if not named:
+        gradients: list[Tensor] = []
+        ends: dict[str, int] = {}
+        for name, parameters in self._binding.parameters.items():
+            gradients += [gradient for parameter in parameters if (gradient := parameter.grad) is not None]
+            ends[name] = len(gradients)
+        if not gradients:
             return {}
-        gradients = [gradient for _, gradient in named]
         dtype = reduce(torch.promote_types, {gradient.dtype for gradient in gradients}, torch.float32)
         norms = torch._foreach_norm(gradients, 2, dtype)  # pyright: ignore[reportPrivateImportUsage]
-        totals: dict[str, float] = {}
-        for (name, _), norm in zip(named, torch.stack(norms).tolist(), strict=True):
-            totals[name] = totals.get(name, 0.0) + norm * norm
-        return totals
+        squared = [norm * norm for norm in torch.stack(norms).tolist()]
+        starts = (0, *ends.values())
+        return {
+            name: sum(squared[start:end])
+            for start, (name, end) in zip(starts, ends.items(), strict=False)
+            if start < end
+        }
 
     def state_dict(self, *, cache: bool = True) -> dict[str, Any]:
         """What `load_state_dict` restores, with what the activation cache holds or without."""

@@ -7,7 +7,8 @@ Components with equal multipliers share a group. With all multipliers 1 nothing 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from operator import is_
 from typing import Any
 
 from torch.optim import Optimizer
@@ -15,12 +16,28 @@ from torch.optim import Optimizer
 from rgft.execution.binding import Binding
 
 
+class _Parts:
+    """A group's parameters by their multiplier."""
+
+    def __init__(self, parameters: Sequence[Any], by_parameter: Mapping[int, float]) -> None:
+        self._parameters = tuple(parameters)
+        self.by_factor: dict[float, list[Any]] = {}
+        for parameter in parameters:
+            self.by_factor.setdefault(by_parameter.get(id(parameter), 1.0), []).append(parameter)
+
+    def are_of(self, parameters: Sequence[Any]) -> bool:
+        """Whether they were made of these same parameters."""
+        return len(parameters) == len(self._parameters) and all(map(is_, parameters, self._parameters))
+
+
 class Multipliers:
     """Scales the learning rate of each component's parameters while `optimizer.step()` runs."""
 
     def __init__(self, optimizer: Optimizer, binding: Binding) -> None:
         self._binding = binding
+        self._multipliers: dict[str, float] = {}
         self._by_parameter: dict[int, float] = {}
+        self._parts: dict[int, _Parts] = {}
         self._saved: list[dict[str, Any]] | None = None
         self._optimizer = optimizer
         self._handles = [
@@ -29,7 +46,11 @@ class Multipliers:
         ]
 
     def set(self, multipliers: Mapping[str, float]) -> None:
-        """Multiplier per component name; missing names have 1."""
+        """Multiplier per component name; missing names have 1. Cheap when nothing changes."""
+        if multipliers == self._multipliers:
+            return
+        self._multipliers = dict(multipliers)
+        self._parts.clear()
         self._by_parameter = {
             id(parameter): multipliers[component.name]
             for component, parameters in self._binding
@@ -47,15 +68,17 @@ class Multipliers:
         if not self._by_parameter:
             return
         self._saved = optimizer.param_groups
-        optimizer.param_groups = [part for group in self._saved for part in self._split_group(group)]
+        optimizer.param_groups = [
+            part for index, group in enumerate(self._saved) for part in self._split_group(index, group)
+        ]
 
-    def _split_group(self, group: dict[str, Any]) -> list[dict[str, Any]]:
-        parts: dict[float, list[Any]] = {}
-        for parameter in group["params"]:
-            parts.setdefault(self._by_parameter.get(id(parameter), 1.0), []).append(parameter)
+    def _split_group(self, index: int, group: dict[str, Any]) -> list[dict[str, Any]]:
+        known = self._parts.get(index)
+        if known is None or not known.are_of(group["params"]):
+            known = self._parts[index] = _Parts(group["params"], self._by_parameter)
         return [
             {**group, "params": parameters, "lr": group["lr"] if factor == 1.0 else group["lr"] * factor}
-            for factor, parameters in parts.items()
+            for factor, parameters in known.by_factor.items()
         ]
 
     def restore(self, optimizer: Optimizer, args: Any = None, kwargs: Any = None) -> None:

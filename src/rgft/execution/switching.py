@@ -46,7 +46,7 @@ class Switch:
 
     def apply(self, plan: UpdatePlan, step: int) -> None:
         """Puts `plan` into force for `step`. Cheap when nothing changes."""
-        active = frozenset(plan.active(step))
+        active = plan.active_set(step)
         if self.plan is not None and active == self.active and plan.cut == self.plan.cut:
             self.plan = plan
             return

@@ -101,3 +101,32 @@ def test_off_is_bit_unchanged_under_decay_and_momentum() -> None:
         model(toy_batch(step)).square().mean().backward()
         optimizer.step()
     assert all(torch.equal(value, frozen[name]) for name, value in model.layers[0].state_dict().items())
+
+
+def test_groups_that_change_between_steps_are_split_anew() -> None:
+    model = Toy()
+    parameters = list(model.parameters())
+    optimizer = torch.optim.SGD([parameters[0]], lr=0.1)
+    multipliers = Multipliers(optimizer, toy_binding(model))
+    seen: list[dict[int, float]] = []
+    optimizer.register_step_pre_hook(
+        lambda o, args, kwargs: seen.append({id(p): g["lr"] for g in o.param_groups for p in g["params"]})
+    )
+    every = {component.name: 2.0 for component, _ in toy_binding(model)}
+    multipliers.set(every)
+    optimizer.step()
+    assert seen[-1] == {id(parameters[0]): 0.2}
+    optimizer.param_groups[0]["params"].append(parameters[1])
+    optimizer.step()
+    assert seen[-1] == {id(p): 0.2 for p in parameters[:2]}
+    optimizer.param_groups[0]["params"] = [parameters[2], parameters[1]]
+    optimizer.step()
+    assert seen[-1] == {id(p): 0.2 for p in parameters[1:3]}
+    every[next(iter(every))] = 4.0  # the caller's own dictionary, changed and given again
+    multipliers.set(every)
+    optimizer.add_param_group({"params": [parameters[0]], "lr": 1.0})
+    optimizer.step()
+    assert seen[-1][id(parameters[0])] == 4.0
+    multipliers.set({})
+    optimizer.step()
+    assert seen[-1] == {id(parameters[0]): 1.0, **{id(p): 0.1 for p in parameters[1:3]}}

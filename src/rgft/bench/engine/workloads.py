@@ -54,7 +54,9 @@ class Examples:
         return self._rows[index]
 
 
-def _tokens(length: int, *, causal: bool) -> Callable[[int, nn.Module], dict[str, Tensor]]:
+def tokens(length: int, *, causal: bool) -> Callable[[int, nn.Module], dict[str, Tensor]]:
+    """Makes examples of so many random tokens; labels are the tokens themselves, or one of two classes."""
+
     def example(seed: int, model: nn.Module) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)
         config: Any = model.config
@@ -131,15 +133,15 @@ WORKLOADS: Mapping[str, EngineWorkload] = {
     workload.name: workload
     for workload in (
         EngineWorkload(
-            name="minilm", build=_minilm, example=_tokens(32, causal=False), rows=32, lora_targets=_BERT,
+            name="minilm", build=_minilm, example=tokens(32, causal=False), rows=32, lora_targets=_BERT,
             head=("classifier", "pooler"), layers_pattern="layer",
         ),
         EngineWorkload(
-            name="smollm2", build=_smollm2_like, example=_tokens(64, causal=True), rows=1, lora_targets=_LLAMA,
+            name="smollm2", build=_smollm2_like, example=tokens(64, causal=True), rows=1, lora_targets=_LLAMA,
             few=True, neuron_blocks=3,
         ),
         EngineWorkload(
-            name="llama_1b", build=_llama_1b, example=_tokens(512, causal=True), rows=8, dtype=torch.bfloat16,
+            name="llama_1b", build=_llama_1b, example=tokens(512, causal=True), rows=8, dtype=torch.bfloat16,
             lora_targets=_LLAMA, neuron_blocks=8,
         ),
         EngineWorkload(
@@ -157,5 +159,5 @@ def workload(name: str) -> EngineWorkload:
         ConfigError: there is none.
     """
     if name not in WORKLOADS:
-        raise ConfigError(f"workload: expected one of {', '.join(WORKLOADS)}, found {name!r}")
+        raise ConfigError(f"workload: expected one of {', '.join(WORKLOADS)} or overheads, found {name!r}")
     return WORKLOADS[name]

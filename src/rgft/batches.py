@@ -112,6 +112,13 @@ class BatchStream:
             self.position += 1
             yield batch
 
+    def of(self, indices: Sequence[int]) -> BatchStream:
+        """A stream like this one, from its beginning, of these examples alone."""
+        return BatchStream(
+            Subset(self.dataset, indices), batch_size=self.batch_size, collate_fn=self.collate_fn, epochs=self._epochs,
+            seed=self.seed, workers=self.workers,
+        )  # fmt: skip
+
     def load(self, indices: Sequence[int]) -> Any:
         """One collated batch of the given examples."""
         return self.collate_fn([self.dataset[index] for index in indices])

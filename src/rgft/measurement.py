@@ -65,6 +65,11 @@ class Measurement:
             }
             self._steps = StepScores(self._model, self._binding, Directions(optimizer), rates, self._row_stride)
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether it can measure: signals of the optimizer's step cannot before there is an optimizer."""
+        return not self.signal.needs_update or self._steps is not None
+
     def observe_training(self, step: int) -> None:
         """Scores the gradients of a training batch. Call before the optimizer's step.
 

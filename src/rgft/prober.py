@@ -12,9 +12,10 @@ from typing import Any
 
 from torch.utils.flop_counter import FlopCounterMode
 
+from rgft.batches import BatchStream
 from rgft.config.sections import ProbeConfig
 from rgft.measurement import Measurement
-from rgft.probe_schedule import ProbePool, ProbeSchedule
+from rgft.probe_schedule import ProbePool, ProbeSchedule, set_aside
 from rgft.spending import Spending
 from rgft.telemetry.flop_counter import flop_counter
 from rgft.workload import batch_shape
@@ -88,6 +89,15 @@ class Prober:
         """How many examples should be set aside; 0: none."""
         # Whole probes, so that no example is in both halves of one.
         return min(4, self._spare // self.schedule.size) * self.schedule.size if self.schedule.is_on else 0
+
+    def set_aside(self, stream: BatchStream) -> Sequence[int]:
+        """Takes its pool out of the stream's examples; returns those that are left to be trained on."""
+        total = len(stream.dataset)
+        if not self.examples:
+            return range(total)
+        train, pool = set_aside(total, self.examples, seed=stream.seed)
+        self.pool = ProbePool(pool, stream.load, seed=stream.seed)
+        return train
 
     def number(self, steps: int) -> int:
         """How many probes are planned for a run of so many steps."""

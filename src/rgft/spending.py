@@ -97,6 +97,13 @@ class Spending:
                 f"one step of the cheapest plan ({flops:.3g}); the smallest budget of this run is {smallest:.4f}"
             )
 
+    def full_steps(self, batches: int) -> int:
+        """How many steps of full fine-tuning on typical batches are allowed; all `batches` without a limit."""
+        assert self.costs is not None
+        if not self.is_limited:
+            return batches
+        return max(1, round(self.allowed / self.costs.full_step(*self.typical).total))
+
     # ---------------------------------------------------------------- booking
 
     def book_pass(

@@ -132,7 +132,7 @@ def test_a_probe_moves_nothing() -> None:
     random, modes = torch.get_rng_state(), [m.training for m in guide.model.modules()]
     flags = [p.requires_grad for p in guide.model.parameters()]
     counts = dict(guide.error_map.counts)
-    assert guide._probe()
+    assert guide._decisions.probe()
     assert all(guide.error_map.counts[name] == count + 1 for name, count in counts.items())
     for key, value in guide.model.state_dict().items():
         assert torch.equal(value, state[key]), key

@@ -156,7 +156,7 @@ def test_phases_are_where_the_test_above_wants_them() -> None:
         session.guide.detach()
         session = Session(PRESETS[preset])
         session.run(decided)
-        assert session.guide._has_decided
+        assert session.guide._decisions.has_decided
         session.guide.detach()
         session = Session(PRESETS[preset])
         session.run(cached)

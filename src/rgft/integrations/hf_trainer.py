@@ -29,7 +29,7 @@ from transformers.trainer_optimizer import is_optimizer_factory
 from rgft.config import Config
 from rgft.config.tree import Settings
 from rgft.errors import AttachError, BudgetError, RGFTError, RGFTWarning
-from rgft.guide import Guide, model_loss
+from rgft.guide import Guide
 from rgft.integrations.hf_callback import RGFTCallback
 from rgft.integrations.peft import base_flops, is_peft
 from rgft.integrations.trainer_checks import chosen_config, refuse_unsupported, stop, unwrapped
@@ -44,6 +44,7 @@ from rgft.integrations.trainer_data import (
 )
 from rgft.integrations.trainer_state import load_state, log_entries, save_state
 from rgft.probe_schedule import ProbePool, set_aside
+from rgft.training_loss import model_loss
 from rgft.workload import batch_shape
 
 log = logging.getLogger("rgft")

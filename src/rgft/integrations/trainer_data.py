@@ -29,7 +29,7 @@ COMPARED_EXAMPLES = 16
 
 @dataclass(kw_only=True)
 class TrainerCourse:
-    """Where a Trainer is in its data; see `rgft.guide.Course`."""
+    """Where a Trainer is in its data; see `rgft.progress.Course`."""
 
     total_batches: int
     batches_per_epoch: int

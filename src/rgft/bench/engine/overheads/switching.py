@@ -139,7 +139,7 @@ def _by_guide(
     guide.announce(stream.load(next(stream.indices())))
 
     def switch(plan: UpdatePlan) -> None:
-        guide.plan = plan
+        guide._decisions.plan = plan  # no policy decides anything here
         assert guide.affords_upcoming
         guide.begin_step()
 

@@ -1,0 +1,78 @@
+"""What steps of a run cost, and which positions they need not compute: found out before the first step, on a batch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from rgft.cost import CostModel, trace_costs, with_targets
+from rgft.cost.rates import measure_products
+from rgft.execution.binding import Binding
+from rgft.execution.executor import Executor
+from rgft.execution.linear import layout_of
+from rgft.execution.read_positions import ReadPositions
+from rgft.training_loss import Loss, TrainingLoss
+
+log = logging.getLogger("rgft")
+
+
+def traced_costs(
+    model: nn.Module, binding: Binding, executor: Executor, loss: TrainingLoss, example: Any, *, of: Loss, proves: bool
+) -> CostModel:  # fmt: skip
+    """Costs of any plan; finds on the way which positions the last layer, or the head, need not compute.
+
+    Args:
+        model, binding: what is trained.
+        executor: told which positions of the last layer steps may skip.
+        loss: told whether steps may compute the head at targets alone.
+        example: a batch.
+        of: the loss that is traced.
+        proves: whether it is the one of the steps, and may tell what these need not compute.
+    """
+
+    def traced(of: Loss = of) -> CostModel:
+        return trace_costs(
+            model, binding.partition, example, loss=of, is_sliceable=lambda module: layout_of(module) is not None
+        )
+
+    loss.at_targets = None
+    if executor.positions is not None:
+        executor.positions.detach()
+        executor.positions = None
+    with binding.plain():
+        costs = traced()
+        if not proves:
+            return costs
+        positions = ReadPositions.find(model, binding.partition, example, of)
+        if positions is None:
+            return _at_targets(costs, model, loss, example, traced)
+        with positions.skipping():
+            costs = costs.with_skipping(traced(), last_layer=len(binding.partition.layers))
+    executor.positions = positions
+    return costs
+
+
+def _at_targets(
+    costs: CostModel, model: nn.Module, loss: TrainingLoss, example: Any, traced: Callable[[Loss], CostModel]
+) -> CostModel:
+    """Costs with the head at targets alone, where the loss has such a form that is proved on this model."""
+    form = loss.form
+    found = None if form is None else form.find(model, example)
+    if form is None or found is None:
+        return costs
+    of_one = form.placed(form.of_one_position)
+    narrowed = with_targets(costs, traced(lambda model, batch: of_one(model, batch).mean()))
+    if narrowed is None:
+        log.info("positions: the head is computed everywhere: its cost cannot be told from the decoder's")
+        return costs
+    loss.at_targets = found
+    return narrowed
+
+
+def machine_pace(model: nn.Module) -> float:
+    """FLOPs per second to reckon with before the first step; products alone are about twice as fast."""
+    weight = next(model.parameters())
+    return 0.5 * measure_products(weight.device, weight.dtype)

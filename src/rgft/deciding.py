@@ -1,0 +1,205 @@
+"""Deciding when a run goes on: what is scored, when something is decided, and which plan is in force."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from rgft.allocation.base import Policy, Situation
+from rgft.allocation.selection import depends_on_map
+from rgft.components import Partition
+from rgft.config import Config
+from rgft.error_map import ErrorMap
+from rgft.measurement import Measurement
+from rgft.memory import MemoryKeeper
+from rgft.plan import UpdatePlan
+from rgft.prober import Prober
+from rgft.progress import Progress
+from rgft.spending import Spending
+
+
+class Decisions:
+    """The plans of a run.
+
+    Args:
+        config: of the run.
+        partition: what plans are about.
+        policy: decides; None: nothing is ever decided.
+        measurement: what is known of components; None: nothing is measured.
+        prober, memory, progress, spending: of the run.
+
+    Attributes:
+        plan: in force.
+        plans: all that acted differently, in order.
+        is_measuring: whether everything is still on, to be scored.
+        has_decided: whether the plan in force was decided.
+        follows_map: whether the policy waits for scores.
+    """
+
+    def __init__(
+        self, config: Config, partition: Partition, policy: Policy | None, measurement: Measurement | None,
+        prober: Prober, memory: MemoryKeeper | None, progress: Progress, spending: Spending,
+    ) -> None:  # fmt: skip
+        self._config, self._partition, self._policy = config, partition, policy
+        self._measurement, self._prober, self._memory = measurement, prober, memory
+        self._progress, self._spending = progress, spending
+        self._gradient_norm_squared: float | None = None
+        self._scales_by_norm = config.scaling is not None and config.scaling.name == "gradient_normalised"
+        self._cheapest: UpdatePlan | None = None
+        # A policy that follows the step alone has nothing to wait for, and decides at every step.
+        self.follows_map = policy is not None and depends_on_map(policy)
+        self.has_decided = self._is_held = False
+        self.is_measuring = self.follows_map
+        self.plans: list[UpdatePlan] = []
+        reason = "measuring: everything on" if self.is_measuring else "full fine-tuning"
+        self.plan = UpdatePlan.all_on(partition.names, reason=reason)
+
+    # ---------------------------------------------------------------- measuring
+
+    @property
+    def error_map(self) -> ErrorMap:
+        """The map that the next decision is made from."""
+        return self._measurement.error_map if self._measurement else ErrorMap.empty(self._partition.names)
+
+    @property
+    def scores_training(self) -> bool:
+        """Whether this step's own gradients are scored: free, but only where all components are alike.
+
+        While everything is on they are, until examples repeat (a repeated example is not independent of the step it
+        judges). An interval of 1 asks for it at every step.
+        """
+        if self._config.probe.interval == 1:
+            return True
+        is_fresh = self._progress.course is None or self._progress.course.epoch == 0
+        return self.is_measuring and is_fresh and self._prober.scores_step(self._progress.step)
+
+    def observe_norms(self, norms: Mapping[str, float]) -> None:
+        """Takes note of a training step's ‖∇L‖² per component, made with everything on."""
+        if not (self._scales_by_norm and self._prober.pool is not None):  # else probes tell the norm
+            self._observe_norm(sum(norms.values()))
+
+    def _observe_norm(self, squared: float) -> None:
+        old, beta = self._gradient_norm_squared, self._config.error_map.beta
+        self._gradient_norm_squared = squared if old is None else beta * old + (1 - beta) * squared
+
+    def probe(self) -> bool:
+        """Looks at examples that are never trained on; False where there are none, or the budget has no room for it."""
+        is_done = self._prober.probe(
+            step=self._progress.step, progress=self._progress.share, gradient_norm=self._scales_by_norm,
+            pays=lambda flops: self._progress.pays_for(self.plan, beside=flops),
+        )  # fmt: skip
+        if is_done and self._measurement is not None and self._measurement.gradient_norm_squared is not None:
+            self._observe_norm(self._measurement.gradient_norm_squared)
+        return is_done
+
+    # ---------------------------------------------------------------- deciding
+
+    def before_step(self) -> None:
+        """Probes when due, and decides when something is known that the plan in force was not made from."""
+        if self._policy is None or self._is_held:
+            return
+        progress, every_step = self._progress, self._config.probe.interval == 1
+        fresh = not self.follows_map or (every_step and progress.step > 0)
+        if self._prober.is_due(progress.step, progress.share):
+            fresh = self.probe() or fresh
+        if self.is_measuring:
+            can_measure = self._measurement is None or self._measurement.is_ready
+            is_over = progress.share >= self._config.warmup_fraction and can_measure
+            if is_over and not self.error_map.observed:
+                self.probe()
+            if is_over or not progress.pays_for(self.plan):
+                self.is_measuring, fresh = False, True
+        if fresh and not self.is_measuring:
+            self._decide()
+
+    def _decide(self) -> None:
+        decided = self._decided(self.situation())
+        pays_for = self._progress.pays_for
+        if not pays_for(decided):
+            kept = self.plan if self.has_decided and pays_for(self.plan) else self._cheapest
+            decided = kept or decided
+        if not self.plans or not decided.same_effect(self.plans[-1]):
+            self.plans.append(decided)
+        self.plan, self.has_decided = decided, True
+
+    def _decided(self, situation: Situation) -> UpdatePlan:
+        """What the policy decides, as far as memory holds it."""
+        assert self._policy is not None
+        decided = self._policy.decide(situation)
+        return decided if self._memory is None else self._memory.held(decided)
+
+    def situation(self) -> Situation:
+        """All that the next decision depends on."""
+        progress, spending, measurement = self._progress, self._spending, self._measurement
+        run_plan, course = progress.run_plan, progress.course
+        measures_steps = measurement is not None and measurement.signal.needs_update
+        rows, tokens = spending.typical
+        return Situation(
+            step=progress.step, components=self._partition.components, error_map=self.error_map,
+            total_steps=run_plan.steps if run_plan else None, previous=self.plan if self.has_decided else None,
+            seed=self._config.seed, gradient_norm_squared=self._gradient_norm_squared,
+            same_batch_map=measurement.same_batch_map if measurement and measures_steps else None,
+            costs=spending.costs, flops_left=progress.flops_left,
+            flops_allowed=None if run_plan is None else spending.allowed,
+            batches=course.total_batches if course else None,
+            batches_per_epoch=course.batches_per_epoch if course else None, rows=rows, tokens=tokens,
+            lowest_cut=0 if self._memory is None else self._memory.lowest_cut,
+        )  # fmt: skip
+
+    # ---------------------------------------------------------------- what there is at least
+
+    def plan_cheapest(self) -> UpdatePlan:
+        """Finds the cheapest plan of the run, once it is known what that may spend."""
+        self._cheapest = self._decision_without_means()
+        return self._cheapest
+
+    def _decision_without_means(self) -> UpdatePlan:
+        """What the policy would do if nothing were known and left to spend: no plan of this run costs less."""
+        if self._policy is None:
+            return self.plan
+        nothing = ErrorMap.empty(self._partition.names)
+        situation = replace(
+            self.situation(), step=0, error_map=nothing, previous=None, flops_left=0.0,
+            flops_allowed=self._spending.allowed,
+        )  # fmt: skip
+        return self._decided(situation)
+
+    @property
+    def floor(self) -> UpdatePlan:
+        """The plan in force; while measuring, the cheapest that can still be decided."""
+        return self._cheapest if self.is_measuring and self._cheapest is not None else self.plan
+
+    # ---------------------------------------------------------------- holding, saving
+
+    def keep_to_memory(self) -> None:
+        """Turns off in the plan in force what memory, by its own plan, does not hold."""
+        if self._memory is not None:
+            self.plan = self._memory.held(self.plan)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, the plan stays as it is: nothing is probed or decided."""
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "plan": self.plan.to_dict(),
+            "is_measuring": self.is_measuring,
+            "has_decided": self.has_decided,
+            "plans": [plan.to_dict() for plan in self.plans],
+            "gradient_norm_squared": self._gradient_norm_squared,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores `state_dict`, which may hold more."""
+        self.plan = UpdatePlan.from_dict(state["plan"])
+        self.is_measuring = state["is_measuring"]
+        self.has_decided = state["has_decided"]
+        self.plans = [UpdatePlan.from_dict(plan) for plan in state["plans"]]
+        self._gradient_norm_squared = state["gradient_norm_squared"]

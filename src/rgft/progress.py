@@ -1,0 +1,87 @@
+"""How far a run is in its steps, its data and its budget, and what the budget still pays for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from rgft.plan import RunPlan, UpdatePlan
+from rgft.spending import Spending
+
+
+class Course(Protocol):
+    """Where a run is in its data. `BatchStream` is one; a trainer that owns its batches keeps its own.
+
+    Attributes:
+        total_batches: micro-batches of the whole run.
+        batches_per_epoch: micro-batches after which examples come again.
+        position: micro-batches handed out so far; writable.
+        epoch: of the micro-batch handed out last.
+    """
+
+    position: int
+    batches_per_epoch: int
+
+    @property
+    def total_batches(self) -> int: ...
+    @property
+    def epoch(self) -> int: ...
+
+
+class Progress:
+    """Where a run is.
+
+    Args:
+        spending: of the run.
+
+    Attributes:
+        step: number of the step in hand, or of the next one.
+        run_plan: what is fixed for the run; None before it was prepared.
+        course: place in the data; None: unknown.
+        upcoming: the batch that the next step starts with; None: unknown.
+        ids: which examples the rows of the batch in hand are; None: unknown.
+    """
+
+    def __init__(self, spending: Spending) -> None:
+        self._spending = spending
+        self.step = 0
+        self.run_plan: RunPlan | None = None
+        self.course: Course | None = None
+        self.upcoming: Any = None
+        self.ids: Sequence[int] | None = None
+
+    @property
+    def share(self) -> float:
+        """Share of the run that is done, 0…1: of the budget or of the epochs, whichever is further."""
+        if self.run_plan is None:
+            return 0.0
+        seen = self.course.position / self.course.total_batches if self.course is not None else 0.0
+        return min(1.0, max(self._spending.share_spent, seen))
+
+    @property
+    def flops_left(self) -> float | None:
+        """What the run may still spend; None before it was prepared."""
+        return None if self.run_plan is None else self._spending.left
+
+    def steps_left(self, plan: UpdatePlan) -> float:
+        """About how many steps of the plan the budget and the data have left; infinite where neither ends."""
+        course, spending = self.course, self._spending
+        data = math.inf if course is None else (course.total_batches - course.position) / spending.accumulation
+        return min(data, spending.steps_left(plan, self.step))
+
+    def pays_for(self, plan: UpdatePlan, *, beside: float = 0.0) -> bool:
+        """Whether the budget pays for a step on the upcoming batch under the plan, and for `beside` FLOPs."""
+        return self._spending.pays_for(plan, self.step, self.upcoming, self.ids, beside=beside)
+
+    def is_over(self, plan: UpdatePlan, *, is_cached: bool) -> bool:
+        """Whether the budget would not pay for another step under the plan.
+
+        Args:
+            plan: in force then.
+            is_cached: whether examples that were seen are known to an activation cache.
+        """
+        if self.run_plan is None:
+            return False
+        is_hit = is_cached and self.course is not None and self.course.epoch > 0
+        return not self._spending.pays_for_typical(plan, self.step, is_hit=is_hit)

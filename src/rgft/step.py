@@ -1,0 +1,165 @@
+"""The step in hand: its passes through the model, whether its gradients may be used, and what is booked for it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rgft.components import Partition
+from rgft.errors import AttachError, NonFiniteError
+from rgft.execution.averaging import IterateAverage
+from rgft.execution.eager import eager
+from rgft.execution.executor import Executor
+from rgft.plan import UpdatePlan
+from rgft.progress import Progress
+from rgft.spending import Spending
+from rgft.training_loss import TrainingLoss
+from rgft.workload import batch_shape
+
+#: Kinds of components that every batch reaches (unlike experts).
+ALWAYS_REACHED = frozenset({"layer", "attention", "ffn", "head", "ffn_block", "channel_block"})
+
+
+class Step:
+    """One optimizer step after the other, each under its plan. Hooks the model until `leave`.
+
+    Args:
+        model, partition: what is trained.
+        executor, average, loss, progress, spending: of the run.
+        average_last: share of the run, at its end, whose weights are averaged.
+
+    Attributes:
+        is_open: whether a step is begun and not ended.
+    """
+
+    def __init__(
+        self, model: nn.Module, partition: Partition, executor: Executor, average: IterateAverage, loss: TrainingLoss,
+        progress: Progress, spending: Spending, *, average_last: float,
+    ) -> None:  # fmt: skip
+        self._model, self._partition = model, partition
+        self._executor, self._average, self._training_loss = executor, average, loss
+        self._progress, self._spending, self._average_last = progress, spending, average_last
+        self.is_open = False
+        self._cut = 0
+        self._passes = 0  # through the model
+        self._loss: Tensor | None = None
+        self._started = 0.0
+        self._handles = [
+            model.register_forward_pre_hook(eager(self._before_forward), with_kwargs=True),
+            model.register_forward_hook(eager(self._after_forward), always_call=True),
+        ]
+
+    def begin(self, plan: UpdatePlan) -> None:
+        """Puts the plan in force."""
+        self._cut = plan.cut
+        self._executor.apply(plan, self._progress.step)
+        self._average.before_step(self._executor.active)
+        self.is_open, self._passes = True, 0
+        self._started = time.perf_counter()
+
+    def loss(self, batch: Any) -> Tensor:
+        """Mean loss of a batch of the step."""
+        loss = self._training_loss.of_step(self._model, batch)
+        self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
+        return loss
+
+    def checked_gradients(self) -> dict[str, float]:
+        """‖∇L‖² of each component that has a gradient, all of them finite.
+
+        Raises:
+            AttachError: no pass went through the model, or gradients do not reach what they should.
+            NonFiniteError: the loss or a gradient is NaN or infinite.
+        """
+        step = self._progress.step
+        if not self._passes:
+            raise AttachError(
+                f"step {step}: no training pass went through the guided model, so that its cost is unknown. "
+                "Call the model itself, not a submodule of it, and in training mode (model.train())"
+            )
+        norms = self._executor.squared_gradient_norms()
+        if not norms:
+            raise AttachError(f"step {step}: no active component has a gradient; call backward() on guide.loss(batch)")
+        culprit = next((name for name, squared in norms.items() if not math.isfinite(squared)), None)
+        if culprit is not None:
+            loss = "unknown" if self._loss is None else f"{float(self._loss):.6g}"
+            raise NonFiniteError(
+                f"step {step}: the gradient of {culprit!r} is not finite (loss {loss}); nothing was "
+                "updated. Lower the learning rate, or check this step's examples"
+            )
+        if self._cut > 0:
+            self._check_lowest_layer(norms)
+        return norms
+
+    def _check_lowest_layer(self, norms: Collection[str]) -> None:
+        """What just trains above the cut has a gradient: that is where backward has to come to."""
+        lowest = {c.name for c in self._partition if c.depth == self._cut and c.kind in ALWAYS_REACHED}
+        lowest &= self._executor.active
+        if lowest and lowest.isdisjoint(norms):
+            raise AttachError(
+                f"step {self._progress.step}: the lowest layer that trains got no gradient "
+                f"({', '.join(sorted(lowest))}). "
+                "Reentrant checkpointing gives none above a cut: use use_reentrant=False"
+            )
+
+    @contextmanager
+    def scoring(self) -> Iterator[None]:
+        """Time spent inside is booked as scoring, and is no time of the step that it happens in."""
+        started = time.perf_counter()
+        yield
+        now = time.perf_counter()
+        self._spending.ledger.add_scoring(seconds=now - started)
+        self._started += now - started
+
+    def end(self) -> None:
+        """After the optimizer's step."""
+        active = self._executor.active
+        self._spending.end_step(
+            seconds=time.perf_counter() - self._started,
+            updated={c.name: c.numel for c in self._partition if c.name in active},
+        )
+        # Progress counts this step: the last of all is averaged, too.
+        if self._average.count or self._progress.share > 1.0 - self._average_last:
+            self._average.after_step(active)
+        self._progress.step += 1
+        self.is_open, self._loss = False, None
+
+    def drop(self) -> None:
+        """Forgets a step that was begun."""
+        self.is_open, self._passes, self._loss = False, 0, None
+
+    # ---------------------------------------------------------------- around the model's forward
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module is not self._model:  # a deep copy, which has the hooks but no guide
+            return
+        if not (self.is_open and module.training and torch.is_grad_enabled()):
+            self._executor.skip_positions(False)
+            return
+        self._passes += 1
+        ids, cut = self._progress.ids, self._cut
+        rows, tokens = batch_shape(kwargs or args)
+        started = time.perf_counter()
+        filled = self._executor.fill_cache(args, kwargs, ids, tokens)
+        if filled:
+            self._spending.book_fill(filled, tokens, below=cut, seconds=time.perf_counter() - started)
+        self._executor.skip_positions(cut <= len(self._partition.layers))
+        hit = self._executor.begin_forward(ids, kwargs.get("attention_mask"), tokens)
+        self._spending.book_pass(
+            self._executor.active, rows=rows, tokens=tokens, cached_below=cut if hit else 0,
+            targets=self._training_loss.targets,
+        )  # fmt: skip
+
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        if module is self._model:
+            self._executor.end_forward()
+
+    def leave(self) -> None:
+        """Takes the hooks from the model."""
+        for handle in self._handles:
+            handle.remove()

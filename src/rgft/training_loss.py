@@ -1,0 +1,58 @@
+"""The loss of a run, in the form that computes least."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from rgft.execution.target_positions import TargetLoss
+
+#: model, batch → per-example losses [B] or their mean.
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+def model_loss(model: nn.Module, batch: Any) -> Tensor:
+    """The model's own `.loss` (Transformers' convention): a scalar, so examples cannot be told apart."""
+    return model(**batch).loss
+
+
+class TrainingLoss:
+    """A batch's mean loss: as it was given, and for training steps at targets alone, where that was proved.
+
+    Args:
+        plain: as it was given.
+        form: the same loss at targets alone, not proved yet; None: there is no such form.
+
+    Attributes:
+        form: see above.
+        at_targets: the form as it was proved on the model; None: steps compute the plain one.
+        targets: of the batch whose loss is being computed at these alone; else None.
+    """
+
+    def __init__(self, plain: Loss, form: TargetLoss | None) -> None:
+        self._plain = plain
+        self.form = form
+        self.at_targets: Loss | None = None
+        self.targets: int | None = None
+
+    def mean(self, model: nn.Module, batch: Any) -> Tensor:
+        """The plain one."""
+        return self._plain(model, batch).mean()
+
+    def of_step(self, model: nn.Module, batch: Any) -> Tensor:
+        """What a training step computes."""
+        form, at_targets = self.form, self.at_targets
+        if form is None or at_targets is None or not form.applies(model):
+            return self.mean(model, batch)
+        self.targets = form.count(batch)
+        try:
+            return at_targets(model, batch).mean()
+        finally:
+            self.targets = None
+
+    @property
+    def count(self) -> Callable[[Any], int] | None:
+        """Targets of a batch, where steps compute what they can at these alone; else None."""
+        return None if self.form is None or self.at_targets is None else self.form.count

@@ -24,7 +24,7 @@ from rgft.guide import Guide
 from rgft.telemetry.ledger import Ledger
 
 #: Share of the steps left that candidates who lose may make; reading cached activations they cost less than others.
-SHARE = 0.2
+SHARE = 0.1
 #: Rounds of fewer steps would tell nothing.
 MIN_STEPS = 3
 #: Batches that a candidate is judged on at least, where it has made so many steps.

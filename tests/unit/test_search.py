@@ -59,12 +59,12 @@ def test_candidates_that_diverge_are_dropped_however_many() -> None:
 @pytest.mark.parametrize(
     ("steps_left", "candidates", "lengths"),
     [
-        (1000, (1e-4, 2e-4, 4e-4, 8e-4), [40, 80]),  # two lose after 40 steps, one after 120: a fifth of 1000
-        (75, (1e-4, 2e-4, 4e-4, 8e-4), [3, 6]),
-        (74, (1e-4, 2e-4, 4e-4), [3, 6]),  # of three, one loses after 3 and one after 9
-        (59, (2e-4, 4e-4), [11]),
-        (15, (2e-4, 4e-4), [3]),
-        (14, (2e-4,), []),
+        (1000, (1e-4, 2e-4, 4e-4, 8e-4), [20, 40]),  # two lose after 20 steps, one after 60: a tenth of 1000
+        (150, (1e-4, 2e-4, 4e-4, 8e-4), [3, 6]),
+        (149, (1e-4, 2e-4, 4e-4), [3, 6]),  # of three, one loses after 3 and one after 9
+        (119, (2e-4, 4e-4), [11]),
+        (30, (2e-4, 4e-4), [3]),
+        (29, (2e-4,), []),
         (math.inf, (2e-4,), []),
     ],
 )

@@ -30,7 +30,7 @@ def full_preset(sizes: Sizes, device: torch.device) -> Measured:
         guided.close()
     own, beside = ([pair[index] for pair in pairs] for index in range(2))
     return Measured(
-        config={"model": workload.name, "rows": workload.rows, "granularity": "layer", "optimizer": "AdamW, foreach"},
+        config={"model": workload.name, "rows": workload.rows, "granularity": "layer", "optimizer": "AdamW, fused"},
         figures={
             "time_of_plain": median(own) / median(beside), "median_of_ratios": median(a / b for a, b in pairs),
             "step_seconds": own, "plain_step_seconds": beside,

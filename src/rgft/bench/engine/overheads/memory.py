@@ -82,7 +82,7 @@ def memory_above_cut(
     return Measured(
         config={"model": workload.name, "rows": workload.rows, "dtype": str(workload.dtype).removeprefix("torch."),
                 "frozen_fraction": frozen_fraction, "layers": shape.layers, "active_layers": shape.active_layers,
-                "parameters": shape.parameters, "trained_parameters": shape.trained, "optimizer": "AdamW, foreach"},
+                "parameters": shape.parameters, "trained_parameters": shape.trained, "optimizer": "AdamW, fused"},
         figures={
             "measured": measured, "theory": expected, "ratios": ratios, "total_bytes": measured["total"],
             "total_of_theory": ratios["total"], "trained_of_theory": trained[0] / trained[1], "peak_bytes": peak,

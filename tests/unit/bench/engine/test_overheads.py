@@ -55,7 +55,7 @@ def test_figures_are_positive(results: dict[str, dict[str, Any]]) -> None:
     guide = results["guide_time"]["figures"]
     assert min(guide[f"{part}_seconds"] for part in ("own", "affords", "loss", "step", "norms")) > 0
     assert guide["own_seconds"] < guide["guided_step_seconds"]
-    assert any("guide.py" in row["function"] for row in guide["profile"])
+    assert any("step.py" in row["function"] for row in guide["profile"])
     full = results["full_preset"]["figures"]
     assert full["time_of_plain"] > 0 < full["median_of_ratios"]
     for result in results.values():

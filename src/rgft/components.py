@@ -133,7 +133,7 @@ class Partition:
     def by_name(self) -> Mapping[str, Component]:
         return {component.name: component for component in self.components}
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         return tuple(component.name for component in self.components)
 

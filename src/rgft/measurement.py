@@ -48,7 +48,8 @@ class Measurement:
         self._same_batch = PredictedDecrease()
         self._steps: StepScores | None = None
         self._row_stride = row_stride
-        self._turn = 0  # looks so far: which rows the next one reads
+        # Looks so far, of each kind by itself: which rows the next one reads.
+        self._training_looks = self._probes = 0
         #: ‖∇L‖² over all components on the last probe that was asked for it.
         self.gradient_norm_squared: float | None = None
         self._initial: dict[str, Parts] | None = None
@@ -85,11 +86,11 @@ class Measurement:
         if self._steps is not None:
             scores = self._same_batch.score(self._binding.partition, self._parts)
             self.same_batch_map = self.same_batch_map.observe(scores, step=step)
-            self._turn += 1
+            self._training_looks += 1
 
     def _parts(self, component: Component) -> Iterator[PartGradient]:
         if self._steps is not None:
-            yield from self._steps.last(component, self._turn)
+            yield from self._steps.last(component, self._training_looks)
             return
         initials = self._initial[component.name] if self._initial else None
         for index, parameter in enumerate(self._binding.parameters[component.name]):
@@ -119,7 +120,7 @@ class Measurement:
                     torch.stack([at_least_float32(g).square().sum() for g in gradients]).sum()
                 )
         self.error_map = self.error_map.observe(scores, step=step)
-        self._turn += 1
+        self._probes += 1
         return scores
 
     def _measure(self, batch: Any, own: Any, step: int) -> dict[str, float]:
@@ -130,7 +131,7 @@ class Measurement:
                 loss=loss, step=step, initial=self._initial.get if self._initial else None,
             )  # fmt: skip
             return self.signal.measure(probe)
-        made, same = self._steps.make(lambda: loss(self._model, own).backward(), self._same_batch, self._turn)
+        made, same = self._steps.make(lambda: loss(self._model, own).backward(), self._same_batch, self._probes)
         self.same_batch_map = self.same_batch_map.observe(same, step=step)
         return self._steps.judge(lambda: loss(self._model, batch).backward(), self.signal, made)
 
@@ -146,11 +147,11 @@ class Measurement:
     def state_dict(self) -> dict[str, Any]:
         return {
             "error_map": self.error_map.to_dict(), "same_batch_map": self.same_batch_map.to_dict(),
-            "initial": self._initial, "turn": self._turn,
+            "initial": self._initial, "looks": [self._training_looks, self._probes],
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.error_map = ErrorMap.from_dict(state["error_map"])
         self.same_batch_map = ErrorMap.from_dict(state["same_batch_map"])
         self._initial = state["initial"]
-        self._turn = state["turn"]
+        self._training_looks, self._probes = state["looks"]

@@ -184,7 +184,7 @@ class Run:
         self.guide.set_optimizer(self.optimizer)
         self.guide.accumulation = settings.accumulation
         self._followed = StepsFollowed(self.guide, is_on_cpu=self._device.type == "cpu")
-        self.was_stopped = False
+        self.was_stopped = self._is_over = False
         self.search: Search | None = None
         self._withheld: list[StepReport] | None = None  # of a candidate, while the learning rate is searched
         self._history: list[float] = []
@@ -243,7 +243,7 @@ class Run:
         self.task.model.train()
         started = time.perf_counter()
         is_saved = len(self.rates) > 1 and self.search is None and self._search(started)
-        if not self.was_stopped:
+        if not (self.was_stopped or self._is_over):
             self._advance(started)
         self._seconds_before += time.perf_counter() - started
         if self.was_stopped and not is_saved:
@@ -259,7 +259,7 @@ class Run:
         }  # fmt: skip
 
     def _advance(self, started: float, *, until: Callable[[], bool] = lambda: False) -> None:
-        """Trains until a condition holds after a step, the run is over, or it is stopped."""
+        """Trains until a condition holds after a step, the run is over (`_is_over`), or it is stopped."""
         batches = self.guide.batches(self.task.train, **self._data)
         step_started, losses = started, []
         with self._followed:
@@ -275,6 +275,7 @@ class Run:
                         return
             if losses:  # the data ended inside an accumulation
                 self._step(losses, step_started, started)
+        self._is_over = True
 
     def _search(self, started: float) -> bool:
         """Trains until the plan is decided, then finds the learning rate.
@@ -285,13 +286,13 @@ class Run:
         guide = self.guide
 
         def is_decided() -> bool:
-            return not guide.is_measuring and guide.progress >= self.settings.warmup
+            return guide.step_count > 0 and not guide.is_measuring and guide.progress >= self.settings.warmup
 
-        if is_decided():  # and the search was not over: a resumed run
+        if guide.step_count > 0:  # resumed: its place in the data is part of its progress
             guide.open(self.task.train, **self._data)
-        else:
+        if not is_decided():
             self._advance(started, until=is_decided)
-            if self.was_stopped or guide.is_done or not is_decided():
+            if self.was_stopped or self._is_over:
                 return False
             guide.rewind(guide.state_dict(cache=False))  # to where it is: the batches begin anew here
         rates, lengths = rounds_within(self.rates, guide.steps_left)
@@ -308,7 +309,7 @@ class Run:
             self.checkpoint(seconds=self._seconds_before + time.perf_counter() - started)
 
         def train(rate: float, steps: int) -> list[float]:
-            self._withheld, end = [], guide.step_count + steps
+            self._withheld, self._is_over, end = [], False, guide.step_count + steps
             self._advance(started, until=lambda: guide.step_count >= end)
             if self.was_stopped:
                 raise _StoppedSearching
@@ -324,6 +325,7 @@ class Run:
             return True
         finally:
             self._withheld = None
+        self._is_over = False  # some candidate may have come to the end of the data
         log.info("learning rate %g, of %s", self.search.rate, ", ".join(f"{rate:g}" for rate in rates))
         for report in reports[self.search.rate]:
             self._publish(report)

@@ -50,6 +50,7 @@ class Step:
         self._passes = 0  # through the model
         self._loss: Tensor | None = None
         self._started = 0.0
+        self._updated: tuple[frozenset[str], dict[str, int]] = (frozenset(), {})  # names, and their sizes
         self._handles = [
             model.register_forward_pre_hook(eager(self._before_forward), with_kwargs=True),
             model.register_forward_hook(eager(self._after_forward), always_call=True),
@@ -85,8 +86,8 @@ class Step:
         norms = self._executor.squared_gradient_norms()
         if not norms:
             raise AttachError(f"step {step}: no active component has a gradient; call backward() on guide.loss(batch)")
-        culprit = next((name for name, squared in norms.items() if not math.isfinite(squared)), None)
-        if culprit is not None:
+        if not math.isfinite(sum(norms.values())):
+            culprit = next((name for name, squared in norms.items() if not math.isfinite(squared)), "all together")
             loss = "unknown" if self._loss is None else f"{float(self._loss):.6g}"
             raise NonFiniteError(
                 f"step {step}: the gradient of {culprit!r} is not finite (loss {loss}); nothing was "
@@ -119,10 +120,9 @@ class Step:
     def end(self) -> None:
         """After the optimizer's step."""
         active = self._executor.active
-        self._spending.end_step(
-            seconds=time.perf_counter() - self._started,
-            updated={c.name: c.numel for c in self._partition if c.name in active},
-        )
+        if active != self._updated[0]:
+            self._updated = active, {c.name: c.numel for c in self._partition if c.name in active}
+        self._spending.end_step(seconds=time.perf_counter() - self._started, updated=self._updated[1])
         # Progress counts this step: the last of all is averaged, too.
         if self._average.count or self._progress.share > 1.0 - self._average_last:
             self._average.after_step(active)

@@ -84,7 +84,7 @@ class StepScores:
     ) -> None:
         self._binding, self._directions, self._rates, self._row_stride = binding, directions, rates, row_stride
         self._tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-        self._sparse = _may_be_sparse(model)
+        self._sparse = _may_be_sparse(model, binding)
 
     def last(self, component: Component, turn: int) -> Iterator[PartGradient]:
         """Parts of a component that pair its gradients with the step just made; none before its first step.
@@ -187,8 +187,11 @@ class StepScores:
         return signal.finished(partials, self._binding.partition)
 
 
-def _may_be_sparse(model: nn.Module) -> list[nn.Embedding]:
-    """Tables on the CPU whose rows alone can get gradients: those that are nothing else besides."""
+def _may_be_sparse(model: nn.Module, binding: Binding) -> list[nn.Embedding]:
+    """Tables whose rows alone can get gradients: those that are nothing else besides, and are trained themselves.
+
+    An adapter looks its own tables up as the frozen one beside it is.
+    """
     holders = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     return [
         module
@@ -197,13 +200,22 @@ def _may_be_sparse(model: nn.Module) -> list[nn.Embedding]:
         and not isinstance(module, SplitModule)
         and not module.scale_grad_by_freq
         and holders[id(module.weight)] == 1
+        and isinstance(module.weight, nn.Parameter)
+        and binding.owner(module.weight) is not None
     ]
+
+
+def _has_hooks(weight: Tensor) -> bool:
+    """Whether somebody looks at its gradient, and may not expect a sparse one."""
+    return bool(weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None))
 
 
 @contextmanager
 def sparse_gradients(tables: Iterable[nn.Embedding]) -> Iterator[None]:
     """Inside, these tables' gradients are sparse. A dense one is mostly zeros, and as large as the table."""
-    kept = [(table, table.sparse) for table in tables if table.weight.device.type == "cpu"]
+    kept = [
+        (table, table.sparse) for table in tables if table.weight.device.type == "cpu" and not _has_hooks(table.weight)
+    ]
     try:
         for table, _ in kept:
             table.sparse = True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -41,3 +43,22 @@ def test_preset_rgft_trains(name: str, granularity: str) -> None:
     assert guide.plans
     assert guide.plan.reason
     assert 0.0 < guide.flops_fraction <= 1.03
+
+
+@pytest.mark.parametrize("adapter", [{"target_modules": ["query", "word_embeddings"]}, {"trainable_token_indices": {
+    "word_embeddings": [1, 2]}, "target_modules": ["query"]}], ids=["lora", "trainable_tokens"])  # fmt: skip
+def test_adapters_of_an_embedding_are_probed(adapter: dict[str, Any]) -> None:
+    """Their own tables are looked up by the frozen table's settings."""
+    from peft import LoraConfig, get_peft_model
+
+    family = FAMILIES["bert"]
+    torch.manual_seed(0)
+    model: Any = get_peft_model(family.build(), LoraConfig(r=2, modules_to_save=["classifier"], **adapter))
+    guide = Guide(model, Config(granularity="adapter", probe={"interval": 2, "size": 4}))
+    optimizer = adamw(guide, lr=1e-2)
+    for batch in guide.batches(Examples(family, count=60), batch_size=6, collate_fn=collate, epochs=1):
+        guide.loss(batch).backward()
+        guide.step(optimizer)
+        optimizer.zero_grad()
+    assert guide.ledger.probes >= 3
+    assert any("word_embeddings" in name for name in guide.error_map.observed)

@@ -123,15 +123,18 @@ def test_candidates_see_the_same_batches_and_dropout(prepared: PreparedTask, mon
     assert len(set(firsts.values())) == 1
 
 
-@pytest.mark.parametrize("stop_after", [5, 16, 22, 60])
+@pytest.mark.parametrize(
+    ("config", "stop_after"),
+    [*((HALF, steps) for steps in (5, 16, 22, 60)), (UNLIMITED, 25), ({"budget": {"seconds": 1000.0}, "seed": 5}, 25)],
+)
 def test_stopped_and_resumed_it_is_the_uninterrupted_run(
-    prepared: PreparedTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
+    prepared: PreparedTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], stop_after: int
 ) -> None:
-    """Also in the middle of the search, which begins anew."""
-    whole = run_of(prepared, HALF)
+    """Also in the middle of the search, which begins anew; and where the data, not the budget, says how far it is."""
+    whole = run_of(prepared, config)
     whole.train()
     with RunFolder.create(tmp_path / "run") as folder:
-        first = run_of(prepared, HALF, folder=folder)
+        first = run_of(prepared, config, folder=folder)
         made = 0
         step = Run._step
 
@@ -146,7 +149,7 @@ def test_stopped_and_resumed_it_is_the_uninterrupted_run(
         first.train()
         assert first.was_stopped
         first.close()
-        second = run_of(prepared, HALF, folder=folder)
+        second = run_of(prepared, config, folder=folder)
         second.resume()
         second.train()
         assert second.search is not None
@@ -214,3 +217,27 @@ def test_candidates_are_not_counted_in_a_memory_budget(prepared: PreparedTask) -
     with pytest.raises(ConfigError, match="lr: expected one learning rate with a memory budget, found 3"):
         run_of(prepared, {"budget": {"flops": 0.3, "memory": "1GB"}})
     assert not hasattr(prepared.model, "_rgft_guide")
+
+
+def test_without_a_warm_up_the_plan_is_decided_before_the_search(prepared: PreparedTask) -> None:
+    config = {"preset": "full", "policy": {"name": "last_n", "layers": 1}, "seed": 5}
+    run = run_of(prepared, config, settings={"warmup": 0.0})
+    before = {name: value.clone() for name, value in run.task.model.state_dict().items()}
+    run.train()
+    assert run.search is not None
+    after = weights(run)
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert changed
+    assert not any(name.startswith(("bert.embeddings", "bert.encoder.layer.0.")) for name in changed)
+
+
+def test_data_that_end_before_the_search_are_trained_on_once(prepared: PreparedTask) -> None:
+    config = {"seed": 5, "warmup_fraction": 0.5}
+    settings = {"accumulation": 64, "epochs": 1}
+    searching = run_of(prepared, config, settings=settings)
+    searching.train()
+    alone = run_of(prepared, config, settings={**settings, "lr": 1e-3})
+    alone.train()
+    assert searching.search is None
+    assert searching.guide.ledger.passes == alone.guide.ledger.passes
+    assert same(weights(searching), weights(alone))

@@ -19,7 +19,7 @@ from rgft.signals import make
 from rgft.signals.base import PartGradient
 from rgft.signals.decrease import PredictedDecrease
 from rgft.step_scores import StepScores
-from tests.unit.execution.toy import Toy, toy_batch, toy_binding
+from tests.unit.execution.toy import Toy, toy_batch, toy_binding, toy_partition
 
 
 def loss(model: nn.Module, batch: Tensor) -> Tensor:
@@ -195,3 +195,50 @@ def test_a_tied_table_keeps_dense_gradients() -> None:
     assert not steps.tables
     assert scores.judge(backward, PredictedDecrease(), steps) == pytest.approx(same)
     assert same["embed"] > 0
+
+
+def test_a_table_whose_gradient_somebody_watches_keeps_it_dense() -> None:
+    model, measured, _ = trained(1)
+    expected = measured.probe(toy_batch(21), own=toy_batch(20), step=3)
+    model, measured, _ = trained(1)
+    seen: list[bool] = []
+
+    def freeze_first_row(gradient: Tensor) -> Tensor:
+        seen.append(gradient.is_sparse)
+        gradient = gradient.clone()
+        gradient[:0] = 0.0
+        return gradient
+
+    model.embed.weight.register_hook(freeze_first_row)
+    assert measured.probe(toy_batch(21), own=toy_batch(20), step=3) == pytest.approx(expected, rel=1e-9)
+    assert seen == [False, False]
+
+
+def test_only_trained_tables_get_sparse_gradients() -> None:
+    """A frozen one may be the base of an adapter, which looks its own tables up in the same way."""
+    model = Toy().double()
+    partition = toy_partition(model)
+    without = tuple(c for c in partition if c.name != "embed")
+    model.embed.weight.requires_grad_(False)
+    binding = bind(model, Partition(components=without, layers=partition.layers, granularity="layer"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    scores = StepScores(model, binding, Directions(optimizer), {}, 1)
+    flags: list[bool] = []
+
+    def backward() -> None:
+        flags.append(model.embed.sparse)
+        loss(model, toy_batch(2)).backward()
+
+    scores.make(backward, PredictedDecrease(), 0)
+    assert flags == [False]
+
+
+def test_probes_and_training_steps_take_their_rows_in_turns_of_their_own() -> None:
+    model, measured, _ = trained(4)
+    for look in range(4):
+        loss(model, toy_batch(look)).backward()
+        measured.observe_training(look)
+        measured.observe_own_step(look)
+        model.zero_grad()
+        measured.probe(toy_batch(look), own=toy_batch(look + 9), step=look)
+    assert measured.state_dict()["looks"] == [4, 4]

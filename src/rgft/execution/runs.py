@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,8 +25,13 @@ class Run:
 
 def runs_of(active: Sequence[tuple[Range, nn.Parameter]]) -> tuple[Run, ...]:
     """Joins active slices, sorted by range, that touch."""
+    return _joined(tuple(span for span, _ in active))
+
+
+@lru_cache(maxsize=1024)
+def _joined(spans: tuple[Range, ...]) -> tuple[Run, ...]:
     groups: list[list[Range]] = []
-    for span, _ in active:
+    for span in spans:
         if groups and groups[-1][-1][1] == span[0]:
             groups[-1].append(span)
         else:

@@ -182,12 +182,6 @@ class _Point:
     guide: dict[str, Any]
     scheduler: dict[str, Any]
 
-    @property
-    def spent(self) -> tuple[float, float]:
-        """FLOPs and seconds booked so far."""
-        ledger = Ledger.from_dict(self.guide["spending"]["ledger"])
-        return ledger.spent_flops, ledger.elapsed
-
     def charge(self, flops: float, seconds: float) -> None:
         """Books what other candidates spent."""
         ledger = Ledger.from_dict(self.guide["spending"]["ledger"])
@@ -225,15 +219,15 @@ class RateSearch:
         spent: dict[float, tuple[float, float]] = {}
 
         def train(rate: float, steps: int) -> Sequence[float]:
-            begin = points.get(rate, start)
-            self._go_to(begin)
+            self._go_to(points.get(rate, start))
+            flops, seconds = self._guide.ledger.spent_flops, self._guide.ledger.elapsed
             if rate not in points:
                 self._scale_rates(rate / reference)
             try:
                 return self._train(rate, steps)
             finally:
                 ledger = self._guide.ledger
-                spent[rate] = (ledger.spent_flops - begin.spent[0], ledger.elapsed - begin.spent[1])
+                spent[rate] = (ledger.spent_flops - flops, ledger.elapsed - seconds)
                 points[rate] = self._here()
 
         def end_of_round(alive: Sequence[float]) -> None:

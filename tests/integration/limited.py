@@ -15,7 +15,7 @@ from rgft.plan import MemoryPlan
 from rgft.run import Run, Settings
 from rgft.tasks.token_loss import number_of_targets, token_losses
 from tests.families import FAMILIES, loss_of
-from tests.integration.loops import Examples, collate
+from tests.integration.loops import Examples, collate, without_dropout
 
 ROWS = 8
 
@@ -52,7 +52,9 @@ def limited(name: str, memory: int | str, *, epochs: float = 3, settings: Mappin
 def planned(name: str, memory: int | str, *, has_dropout: bool = True, **config: Any) -> MemoryPlan:
     """What is chosen under that limit."""
     task = FamilyTask(name)
-    run = limited(name, memory, task=task if has_dropout else without_dropout(task), **config)
+    if not has_dropout:
+        without_dropout(task.model)
+    run = limited(name, memory, task=task, **config)
     try:
         plan = run.prepare().memory
         assert plan is not None
@@ -83,16 +85,6 @@ def accumulated(run: Run, batch: Any) -> dict[str, Tensor]:
     found = {n: p.grad.clone() for n, p in run.task.model.named_parameters() if p.grad is not None}
     run.optimizer.zero_grad()
     return found
-
-
-def without_dropout(task: FamilyTask) -> FamilyTask:
-    for module in task.model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name in ("attention_dropout", "dropout_prob"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
-    return task
 
 
 def distance(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:

@@ -126,3 +126,14 @@ def changed(guide: Guide, before: dict[str, list[Tensor]]) -> set[str]:
 
 def config(**settings: Any) -> rgft.Config:
     return rgft.Config(**settings)
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    """The reference knows no frozen prefix, which runs in eval mode."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout_prob"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return model

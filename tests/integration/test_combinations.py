@@ -19,7 +19,7 @@ from rgft.errors import AttachError
 from rgft.execution.reference import ReferenceUpdate, reference_gradients
 from rgft.partition import partition
 from tests.families import FAMILIES, loss_of
-from tests.integration.loops import Examples, trimmed
+from tests.integration.loops import Examples, trimmed, without_dropout
 from tests.integration.loops import guided as train
 from tests.integration.policies import Scripted, steer
 
@@ -27,17 +27,6 @@ LR, DECAY, CLIP = 1e-3, 0.1, 0.05
 Batch = dict[str, Tensor]
 #: Heads own rows and columns, blocks of neurons too.
 FFN_BLOCKS = {"head": {"ffn_blocks": 2}}
-
-
-def without_dropout(model: nn.Module) -> nn.Module:
-    """The reference knows no frozen prefix, which runs in eval mode."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name in ("attention_dropout", "dropout_prob"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
-    return model
 
 
 def is_on(components: Partition, step: int) -> set[str]:

@@ -29,9 +29,8 @@ from tests.integration.limited import (
     limited,
     planned,
     staircase,
-    without_dropout,
 )
-from tests.integration.loops import Examples, adamw, collate, guided
+from tests.integration.loops import Examples, adamw, collate, guided, without_dropout
 from tests.integration.trainers import make_trainer
 
 
@@ -119,7 +118,9 @@ def test_smaller_passes_make_the_same_gradient(name: str) -> None:
     batch = collate([FamilyTask(name).train[i] for i in range(ROWS)])
     gradients = {}
     for limit in ("1TB", plans[1].needed, next(plan.needed for plan in plans if plan.checkpointing)):
-        run = limited(name, limit, task=without_dropout(FamilyTask(name)))
+        task = FamilyTask(name)
+        without_dropout(task.model)
+        run = limited(name, limit, task=task)
         plan = run.prepare().memory
         assert plan is not None
         run.task.model.train()

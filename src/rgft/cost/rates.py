@@ -114,15 +114,16 @@ def _copies(elements: int, dtype: torch.dtype) -> int:
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
     """Median seconds of `work`, after two calls to warm up."""
-    found = []
-    for repeat in range(REPEATS + 2):
-        synchronise(device)
-        started = time.perf_counter()
-        work()
-        synchronise(device)
-        if repeat >= 2:
-            found.append(time.perf_counter() - started)
-    return median(found)
+    return median([seconds_of(work, device) for _ in range(REPEATS + 2)][2:])
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Wall-clock of `work`, until the device has done it."""
+    synchronise(device)
+    started = time.perf_counter()
+    work()
+    synchronise(device)
+    return time.perf_counter() - started
 
 
 def synchronise(device: torch.device) -> None:

@@ -23,6 +23,7 @@ from rgft.execution.linear import layout_of
 from rgft.execution.reference import ReferenceUpdate, reference_gradients
 from rgft.execution.views import bind
 from rgft.telemetry.flop_counter import count_flops
+from tests.unit.execution.slices import slice_gradients
 from tests.unit.execution.split_toy import activate
 
 CHANNELS = 12
@@ -94,19 +95,8 @@ def passes(net: Callable[[Tensor], Tensor], x: Tensor, autocast: bool = False) -
     return y, x.grad
 
 
-def pairs(binding: Binding, plain: nn.Module) -> list[tuple[str, Tensor | None, Tensor]]:
-    """(component, found gradient, expected one) of each slice."""
-    found = []
-    for component, parameters in binding:
-        for parameter, part in zip(parameters, component.slices, strict=True):
-            dense = plain.get_parameter(part.parameter).grad
-            assert dense is not None
-            found.append((component.name, parameter.grad, part.of(dense)))
-    return found
-
-
 def assert_same_gradients(binding: Binding, plain: nn.Module) -> None:
-    for name, found, expected in pairs(binding, plain):
+    for name, found, expected in slice_gradients(binding, plain):
         assert found is not None
         assert found.dtype == expected.dtype
         assert torch.equal(found, expected), name
@@ -194,7 +184,7 @@ def test_autocast_against_the_plain_module(case: str) -> None:
     x = input_of(plain)
     passes(plain, x, autocast=True)
     passes(model, x, autocast=True)
-    for name, found, expected in pairs(binding, plain):
+    for name, found, expected in slice_gradients(binding, plain):
         if name in ("part.1", "part.2"):
             assert found is not None
             assert found.dtype == torch.float32
@@ -318,7 +308,7 @@ def test_non_reentrant_checkpointing(case: str, active: tuple[str, ...]) -> None
     x = input_of(plain)
     _, dx = passes(lambda t: checkpoint(model, t, use_reentrant=False), x)  # type: ignore[arg-type]
     assert torch.equal(dx, passes(plain, x)[1])
-    for name, found, expected in pairs(binding, plain):
+    for name, found, expected in slice_gradients(binding, plain):
         assert (found is not None) == (name in active)
         if found is not None:
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from rgft.execution.binding import Binding
 from rgft.execution.linear import layout_of
 from rgft.execution.views import bind
+from tests.unit.execution.slices import slice_gradients
 from tests.unit.execution.split_toy import HEADS, HIDDEN, WIDTH, Block, Conv1D, activate, head_partition
 
 LAYERS = ["linear", "no_bias", "conv1d"]
@@ -21,17 +22,6 @@ LAYERS = ["linear", "no_bias", "conv1d"]
 def bound(layers: str, seed: int = 0) -> tuple[Block, Block, Binding]:
     model, plain = Block(layers, seed), Block(layers, seed)
     return model, plain, bind(model, head_partition(model))
-
-
-def gradients(binding: Binding, plain: Block) -> list[tuple[str, Tensor | None, Tensor]]:
-    """(component, found, expected) per slice."""
-    found = []
-    for component, parameters in binding:
-        for parameter, part in zip(parameters, component.slices, strict=True):
-            dense = plain.get_parameter(part.parameter).grad
-            assert dense is not None
-            found.append((component.name, parameter.grad, part.of(dense)))
-    return found
 
 
 def passes(net: nn.Module, x: Tensor, autocast: bool = False) -> tuple[Tensor, Tensor]:
@@ -68,7 +58,7 @@ def test_all_active_is_the_plain_module_bit_for_bit(layers: str, shape: str, aut
     assert y.dtype == (torch.bfloat16 if autocast else torch.float32)
     assert torch.equal(y, expected_y)
     assert torch.equal(dx, expected_dx)
-    for name, found, expected in gradients(binding, plain):
+    for name, found, expected in slice_gradients(binding, plain):
         assert found is not None
         assert found.dtype == torch.float32
         assert torch.equal(found, expected), name
@@ -85,7 +75,7 @@ def test_every_active_set(layers: str) -> None:
         found_y, found_dx = passes(model, x)
         assert torch.equal(found_y, y)
         assert torch.equal(found_dx, dx)
-        for name, found, expected in gradients(binding, plain):
+        for name, found, expected in slice_gradients(binding, plain):
             if name in active:
                 torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
             else:
@@ -166,7 +156,7 @@ def test_gradients_of_views_are_disjoint_memory(layers: str) -> None:
     for micro in range(3):
         for net in (model, plain):
             passes(net, x + micro)
-    for name, found, expected in gradients(binding, plain):
+    for name, found, expected in slice_gradients(binding, plain):
         assert found is not None
         assert torch.equal(found, expected), name
 
@@ -181,7 +171,7 @@ def test_changing_sets_between_micro_batches_accumulate(layers: str) -> None:
         parameter.requires_grad_(False)
     passes(model, x)
     passes(plain, x)
-    for name, found, expected in gradients(binding, plain):
+    for name, found, expected in slice_gradients(binding, plain):
         torch.testing.assert_close(found, expected * (1 if name == "head.0" else 2), rtol=1e-5, atol=1e-5)
 
 
@@ -207,7 +197,7 @@ def test_non_reentrant_checkpointing(layers: str, active: tuple[str, ...]) -> No
     _, dx = passes(lambda t: checkpoint(model, t, use_reentrant=False), x)  # type: ignore[arg-type]
     _, expected_dx = passes(plain, x)
     assert torch.equal(dx, expected_dx)
-    for name, found, expected in gradients(binding, plain):
+    for name, found, expected in slice_gradients(binding, plain):
         if name in active:
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         else:
@@ -262,6 +252,6 @@ def test_subclasses_with_a_forward_of_their_own_are_assembled() -> None:
     binding = bind(model, head_partition(model))
     x = torch.randn(3, WIDTH)
     assert torch.equal(passes(model, x)[0], passes(plain, x)[0])
-    for name, found, expected in gradients(binding, plain):
+    for name, found, expected in slice_gradients(binding, plain):
         assert found is not None
         assert torch.equal(found, expected), name

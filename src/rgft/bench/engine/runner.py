@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from rgft.bench.engine.cells import EngineCell, all_cells, few_cells
+from rgft.bench.engine.results import read_results
 from rgft.bench.engine.stepping import Stepper, stepper
 from rgft.bench.engine.workloads import EngineWorkload
 from rgft.cost.elements import count_elements
 from rgft.cost.memory import step_memory
-from rgft.cost.rates import SHAPES, Rates, measure_rates, synchronise
-from rgft.errors import DataError
+from rgft.cost.rates import SHAPES, Rates, measure_rates, seconds_of
 from rgft.telemetry.atomic_write import write_bytes
 from rgft.telemetry.environment import environment
 
@@ -89,8 +89,8 @@ def _measured(
         full: list[float] = []
         # Step by step in turn, so that a machine's moods fall on both alike.
         for _ in range(STEPS):
-            full.append(_seconds(reference, device))
-            own.append(_seconds(timed, device))
+            full.append(seconds_of(reference.step, device))
+            own.append(seconds_of(timed.step, device))
         updated = sum(
             p.numel() for group in timed.optimizer.param_groups for p in group["params"] if p in timed.optimizer.state
         )
@@ -115,14 +115,6 @@ def _measured(
     }  # fmt: skip
 
 
-def _seconds(of: Stepper, device: torch.device) -> float:
-    synchronise(device)
-    started = time.perf_counter()
-    of.step()
-    synchronise(device)
-    return time.perf_counter() - started
-
-
 def _allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
@@ -133,10 +125,7 @@ def table(folder: Path) -> str:
     Raises:
         DataError: there are none.
     """
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("**/*.json"))]
-    results = [result for result in results if result.get("schema") == SCHEMA]
-    if not results:
-        raise DataError(f"{folder}: expected results of the engine bench, found none; run it first")
+    results = read_results(folder, SCHEMA, of="engine bench")
     lines = [
         "| workload | step | FLOPs | time | gradients + moments + activations | time of predicted |",
         "|---|---|---|---|---|---|",

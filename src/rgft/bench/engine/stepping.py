@@ -89,7 +89,7 @@ def _plain(
             parameter.requires_grad_(name not in frozen)
     optimizer = adamw([p for p in model.parameters() if p.requires_grad], lr=LR)
     stream = BatchStream(examples, batch_size=workload.rows, collate_fn=default_collate, epochs=None, seed=0)
-    batches = (_moved(indexed.batch, device) for indexed in stream)
+    batches = (moved(indexed.batch, device) for indexed in stream)
 
     def step() -> None:
         _loss(model, next(batches)).backward()
@@ -113,7 +113,7 @@ def _guided(
         policy=None if is_plain else {"name": "static", "plan": plan.to_dict()},
         execution={"cache": "memory" if cell.cache else "none"},
     )  # fmt: skip
-    guide = Guide(model, config, loss=lambda m, batch: _loss(m, _moved(batch, device)))
+    guide = Guide(model, config, loss=lambda m, batch: _loss(m, moved(batch, device)))
     optimizer = adamw(guide.param_groups(lr=LR, weight_decay=0.01), lr=LR)
     # Prepared on one epoch: of an endless run only steps are looked at.
     guide.prepare(BatchStream(examples, batch_size=workload.rows, collate_fn=default_collate, epochs=1, seed=0))
@@ -137,5 +137,6 @@ def _guided(
     )  # fmt: skip
 
 
-def _moved(batch: Any, device: torch.device) -> Any:
+def moved(batch: Any, device: torch.device) -> Any:
+    """The batch's tensors on the device."""
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()}

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
-
-import torch
-
-from rgft.cost.rates import synchronise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,17 +47,3 @@ class Measured:
         """A dictionary fit for JSON, which says of each target whether it is met."""
         targets = [{**asdict(target), "is_met": target.is_met(self.figures)} for target in self.targets]
         return {**asdict(self), "targets": targets}
-
-
-def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """Wall-clock of `work`, until the device has done it."""
-    synchronise(device)
-    started = time.perf_counter()
-    work()
-    synchronise(device)
-    return time.perf_counter() - started
-
-
-def moved(batch: Any, device: torch.device) -> Any:
-    """The batch's tensors on the device."""
-    return {key: value.to(device) for key, value in batch.items()}

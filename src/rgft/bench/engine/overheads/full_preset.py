@@ -7,9 +7,10 @@ from statistics import median
 import torch
 
 from rgft.bench.engine.cells import EngineCell
-from rgft.bench.engine.overheads.figures import Measured, Target, seconds_of
+from rgft.bench.engine.overheads.figures import Measured, Target
 from rgft.bench.engine.overheads.sizes import Sizes
 from rgft.bench.engine.stepping import stepper
+from rgft.cost.rates import seconds_of
 
 
 def full_preset(sizes: Sizes, device: torch.device) -> Measured:

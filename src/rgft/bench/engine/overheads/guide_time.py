@@ -18,11 +18,12 @@ from torch.utils.data import default_collate
 
 import rgft
 from rgft.batches import BatchStream
-from rgft.bench.engine.overheads.figures import Measured, Target, moved, seconds_of
+from rgft.bench.engine.overheads.figures import Measured, Target
 from rgft.bench.engine.overheads.sizes import Sizes
+from rgft.bench.engine.stepping import moved
 from rgft.bench.engine.workloads import EngineWorkload, Examples
 from rgft.config import Config
-from rgft.cost.rates import synchronise
+from rgft.cost.rates import seconds_of, synchronise
 from rgft.execution.views import bind
 from rgft.guide import Guide
 from rgft.partition import partition

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from rgft.bench.engine.cells import EngineCell, cut_at
-from rgft.bench.engine.overheads.figures import Measured, Target, moved
+from rgft.bench.engine.overheads.figures import Measured, Target
 from rgft.bench.engine.overheads.sizes import made_on
-from rgft.bench.engine.stepping import Stepper, stepper
+from rgft.bench.engine.stepping import Stepper, moved, stepper
 from rgft.bench.engine.workloads import EngineWorkload, Examples
 from rgft.cost.memory import StepMemory, step_memory
 from rgft.cost.peak import PeakMemory

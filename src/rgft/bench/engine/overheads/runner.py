@@ -19,7 +19,7 @@ from rgft.bench.engine.overheads.guide_time import guide_time
 from rgft.bench.engine.overheads.memory import memory_above_cut
 from rgft.bench.engine.overheads.sizes import Sizes
 from rgft.bench.engine.overheads.switching import plan_switch
-from rgft.errors import DataError
+from rgft.bench.engine.results import read_results
 from rgft.telemetry.atomic_write import write_bytes
 from rgft.telemetry.environment import environment
 
@@ -91,10 +91,7 @@ def table(folder: Path) -> str:
     Raises:
         DataError: there are none.
     """
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("**/*.json"))]
-    results = [result for result in results if result.get("schema") == SCHEMA]
-    if not results:
-        raise DataError(f"{folder}: expected results of the overhead bench, found none; run it first")
+    results = read_results(folder, SCHEMA, of="overhead bench")
     lines = ["| overhead | measured on | figure | value | target | met |", "|---|---|---|---|---|---|"]
     for result in results:
         for target in result["targets"]:

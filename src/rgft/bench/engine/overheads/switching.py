@@ -15,11 +15,13 @@ from torch.utils.data import default_collate
 
 from rgft.batches import BatchStream
 from rgft.bench.engine.cells import EngineCell, cut_at, plan_of
-from rgft.bench.engine.overheads.figures import Measured, Target, moved, seconds_of
+from rgft.bench.engine.overheads.figures import Measured, Target
 from rgft.bench.engine.overheads.sizes import Sizes, made_on
+from rgft.bench.engine.stepping import moved
 from rgft.bench.engine.workloads import EngineWorkload, Examples
 from rgft.components import Partition
 from rgft.config import Config
+from rgft.cost.rates import seconds_of
 from rgft.execution.executor import Executor
 from rgft.execution.views import bind
 from rgft.guide import Guide

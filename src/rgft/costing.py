@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from torch import nn
@@ -33,22 +34,29 @@ def traced_costs(
         proves: whether it is the one of the steps, and may tell what these need not compute.
     """
 
+    low_rank = binding.low_rank
+
     def traced(of: Loss = of) -> CostModel:
         return trace_costs(
-            model, binding.partition, example, loss=of, is_sliceable=lambda module: layout_of(module) is not None
-        )
+            model, binding.partition, example, loss=of, is_sliceable=lambda module: layout_of(module) is not None,
+            pairs=None if low_rank is None else low_rank.shapes,
+        )  # fmt: skip
 
     loss.at_targets = None
     if executor.positions is not None:
         executor.positions.detach()
         executor.positions = None
     with binding.plain():
-        costs = traced()
+        with nullcontext(lambda: None) if low_rank is None else low_rank.seeing_calls() as check_calls:
+            costs = traced()
+        check_calls()
         if not proves:
             return costs
         positions = ReadPositions.find(model, binding.partition, example, of)
         if positions is None:
-            return _at_targets(costs, model, loss, example, traced)
+            # That form reads the head's weight, where it would not see a pair.
+            has_pair = low_rank is not None and any(binding.partition[c].kind == "lm_head" for c in low_rank.sites)
+            return costs if has_pair else _at_targets(costs, model, loss, example, traced)
         with positions.skipping():
             costs = costs.with_skipping(traced(), last_layer=len(binding.partition.layers))
     executor.positions = positions

@@ -12,6 +12,7 @@ from rgft.allocation.selection import depends_on_map
 from rgft.components import Partition
 from rgft.config import Config
 from rgft.error_map import ErrorMap
+from rgft.errors import ConfigError
 from rgft.measurement import Measurement
 from rgft.memory import MemoryKeeper
 from rgft.plan import UpdatePlan
@@ -29,6 +30,7 @@ class Decisions:
         policy: decides; None: nothing is ever decided.
         measurement: what is known of components; None: nothing is measured.
         prober, memory, progress, spending: of the run.
+        low_rank: components that may be trained by low-rank pairs, and are unless a policy says otherwise.
 
     Attributes:
         plan: in force.
@@ -40,11 +42,12 @@ class Decisions:
 
     def __init__(
         self, config: Config, partition: Partition, policy: Policy | None, measurement: Measurement | None,
-        prober: Prober, memory: MemoryKeeper | None, progress: Progress, spending: Spending,
+        prober: Prober, memory: MemoryKeeper | None, progress: Progress, spending: Spending, *,
+        low_rank: tuple[str, ...] = (),
     ) -> None:  # fmt: skip
         self._config, self._partition, self._policy = config, partition, policy
         self._measurement, self._prober, self._memory = measurement, prober, memory
-        self._progress, self._spending = progress, spending
+        self._progress, self._spending, self._low_rank = progress, spending, low_rank
         self._gradient_norm_squared: float | None = None
         self._scales_by_norm = config.scaling is not None and config.scaling.name == "gradient_normalised"
         self._cheapest: UpdatePlan | None = None
@@ -54,7 +57,7 @@ class Decisions:
         self.is_measuring = self.follows_map
         self.plans: list[UpdatePlan] = []
         reason = "measuring: everything on" if self.is_measuring else "full fine-tuning"
-        self.plan = UpdatePlan.all_on(partition.names, reason=reason)
+        self.plan = self._in_form(UpdatePlan.all_on(partition.names, reason=reason))
 
     # ---------------------------------------------------------------- measuring
 
@@ -127,8 +130,20 @@ class Decisions:
     def _decided(self, situation: Situation) -> UpdatePlan:
         """What the policy decides, as far as memory holds it."""
         assert self._policy is not None
-        decided = self._policy.decide(situation)
+        decided = self._in_form(self._policy.decide(situation))
         return decided if self._memory is None else self._memory.held(decided)
+
+    def _in_form(self, plan: UpdatePlan) -> UpdatePlan:
+        """The plan with the form in which each component is trained, where its policy leaves that open."""
+        if plan.low_rank is None:
+            return replace(plan, low_rank=self._low_rank) if self._low_rank else plan
+        unknown = sorted(plan.pairs.difference(self._low_rank))
+        if unknown:
+            raise ConfigError(
+                f"the plan of step {plan.step} trains {unknown[0]!r} ({len(unknown)} in all) by a low-rank pair, and "
+                "there is none; name the component in update.low_rank.components"
+            )
+        return plan
 
     def situation(self) -> Situation:
         """All that the next decision depends on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from rgft.cost import trace_costs
 from rgft.cost.elements import ElementCounter, Elements, FusedAttention
 from rgft.cost.memory import StepMemory, forecast_memory, trained_alone
 from rgft.cost.rates import Rates
+from rgft.execution.low_rank import LowRank
 from rgft.workload import batch_shape
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -27,6 +29,7 @@ class Forecast:
 
     Attributes:
         name: "full", "lora", or RGFT with its share of frozen layers.
+        rank: of the low-rank pairs by which layers are trained; 0: by dense dW.
         frozen_fraction: share of layers below the cut.
         trained_parameters: number of elements that are updated.
         step_flops: of a step in the first epoch.
@@ -48,6 +51,7 @@ class Forecast:
     memory: StepMemory
     cache_bytes: int
     seconds: float | None
+    rank: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "memory": self.memory.to_dict()}
@@ -64,6 +68,7 @@ class Length:
 def forecast(
     model: nn.Module, partition: Partition, batch: Mapping[str, Tensor], *, length: Length, loss: Loss,
     frozen_fractions: Sequence[float], rates: Rates | None, reference_flops: float | None = None, name: str = "rgft",
+    low_rank: LowRank | None = None,
 ) -> list[Forecast]:  # fmt: skip
     """One row per share of frozen layers.
 
@@ -77,8 +82,12 @@ def forecast(
         rates: of the machine.
         reference_flops: of full fine-tuning's step, where it is not this model's own (adapters).
         name: of the rows.
+        low_rank: pairs on this model, by which layers are trained in place of dense dW; None: there are none.
     """
-    costs = trace_costs(model, partition, batch, loss=loss)
+    with nullcontext() if low_rank is None else low_rank.hidden():
+        costs = trace_costs(
+            model, partition, batch, loss=loss, pairs=None if low_rank is None else low_rank.shapes
+        )  # fmt: skip
     rows, tokens = batch_shape(batch)
     full = costs.full_step(rows, tokens).total if reference_flops is None else reference_flops
     depths = sorted({c.depth for c in partition if c.layer is not None})
@@ -87,7 +96,11 @@ def forecast(
         frozen = round(fraction * len(depths))
         cut = 0 if frozen == 0 else (depths[frozen] if frozen < len(depths) else depths[-1] + 1)
         active = frozenset(c.name for c in partition if c.depth >= cut)
-        trained = {part.parameter for c in partition if c.name in active for part in c.slices}
+        if low_rank is not None:
+            low_rank.be_trained(active)
+            costs = costs.with_pairs(form=low_rank.in_form, running=low_rank.running)
+        trained_components = [c for c in (low_rank.as_trained if low_rank else partition) if c.name in active]
+        trained = {part.parameter for c in trained_components for part in c.slices}
         first = costs.step_flops(active, rows=rows, tokens=tokens).total
         later = costs.step_flops(active, rows=rows, tokens=tokens, cached_below=cut).total if cut else first
         steps = length.steps * length.epochs
@@ -95,10 +108,11 @@ def forecast(
         flops = in_first * first + (steps - in_first) * later
         cached = partition.layers[frozen - 1] if cut else None
         elements, below = _elements(model, trained, cached, lambda: loss(model, batch)) if rates else (NONE, NONE)
-        parameters = sum(c.numel for c in partition if c.name in active)
+        parameters = sum(c.numel for c in trained_components)
         found.append(
             Forecast(
-                name=name, frozen_fraction=frozen / max(1, len(depths)), trained_parameters=parameters,
+                name=name, rank=0 if low_rank is None else low_rank.rank,
+                frozen_fraction=frozen / max(1, len(depths)), trained_parameters=parameters,
                 step_flops=first, cached_step_flops=later, flops=flops, fraction_of_full=flops / (steps * full),
                 memory=forecast_memory(model, trained, lambda: loss(model, batch)),
                 cache_bytes=_cache_bytes(model, partition.layers[frozen - 1], lambda: loss(model, batch)) * length.steps

@@ -70,7 +70,7 @@ class Guide(GuidedRun):
         self, lr: float, *, weight_decay: float = 0.0, classifier_lr: float | None = None,
         decays: Collection[str] | None = None,
     ) -> list[dict[str, Any]]:  # fmt: skip
-        """Parameter groups for any elementwise optimizer: all components, whether on now or not.
+        """Parameter groups for any elementwise optimizer: all components, whether on now or not, in either form.
 
         Args:
             lr: learning rate at multiplier 1.
@@ -87,7 +87,16 @@ class Guide(GuidedRun):
                 is_decayed = len(part.shape) > 1 if decays is None else name in decays
                 decay = weight_decay if is_decayed else 0.0
                 groups.setdefault((rate, decay), []).append(parameter)
+            for parameter, name in self._pairs_of(component.name):
+                decay = weight_decay if decays is None or name in decays else 0.0
+                groups.setdefault((rate, decay), []).append(parameter)
         return [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
+
+    def _pairs_of(self, component: str) -> Iterator[tuple[nn.Parameter, str]]:
+        """Its low-rank pairs, if it may have any, and their names."""
+        low_rank = self._binding.low_rank
+        if low_rank is not None and component in low_rank.sites:
+            yield from zip(low_rank.pairs[component], low_rank.names[component], strict=True)
 
     def scheduler(self, optimizer: Optimizer, *, shape: str = "linear", warmup: float = 0.1) -> LRScheduler:
         """A learning-rate schedule over the share of the run that is spent (FLOPs under a budget, else steps).
@@ -143,6 +152,7 @@ class Guide(GuidedRun):
                 memory.choose(stream, workload, example, self._loss.mean, optimizer=optimizer, may_split=may_split)
             )
             costs = memory.costs(costs)
+        costs = self._executor.with_pairs(costs)
         pace = machine_pace(self.model) if spending.needs_pace else None
         spending.allow(costs, workload, full=full_flops, pace=pace)
         spending.require(self._decisions.plan_cheapest().active(0), workload)
@@ -332,18 +342,19 @@ class Guide(GuidedRun):
         """Inside, the plan stays as it is: nothing is probed or decided."""
         return self._decisions.held()
 
-    def state_dict(self, *, cache: bool = True) -> dict[str, Any]:
+    def state_dict(self, *, cache: bool = True, weights: bool = True) -> dict[str, Any]:
         """All that a resumed run needs, beside model, optimizer and scheduler, to go on bit for bit.
 
         Args:
             cache: whether what the activation cache holds in memory is part of it.
+            weights: whether low-rank pairs are, and the weights beside them (a model's own state has them merged).
         """
         return {
             "config": self.config.to_dict(),
             "step_count": self.step_count,
             **self._decisions.state_dict(),
             "measurement": self._measurement.state_dict() if self._measurement else None,
-            "executor": self._executor.state_dict(cache=cache),
+            "executor": self._executor.state_dict(cache=cache, weights=weights),
             "average": self._average.state_dict(),
             "memory": asdict(self._memory.plan) if self._memory and self._memory.plan else None,
             "spending": self._spending.state_dict(),
@@ -360,6 +371,9 @@ class Guide(GuidedRun):
         Raises:
             ConfigError: the state was made with another configuration.
         """
+        self._load(state, weights=True)
+
+    def _load(self, state: Mapping[str, Any], *, weights: bool) -> None:
         if state["config"] != self.config.to_dict():
             raise ConfigError("the saved state was made with another configuration; resume with the one of its run")
         self._progress.step = state["step_count"]
@@ -367,7 +381,8 @@ class Guide(GuidedRun):
         self._prober.load_state_dict(state["prober"])
         if self._measurement is not None:
             self._measurement.load_state_dict(state["measurement"])
-        self._executor.load_state_dict(state["executor"])
+        self._executor.load_state_dict(state["executor"], weights=weights)
+        self._step.count_pairs()
         self._average.load_state_dict(state["average"])
         self._spending.load_state_dict(state["spending"])
         if state["memory"] is not None:
@@ -378,9 +393,10 @@ class Guide(GuidedRun):
             self._restore_place(state)
 
     def rewind(self, state: Mapping[str, Any]) -> None:
-        """Goes to another point of this run, a `state_dict` without cache: the next `batches` goes on from there.
+        """Goes to another point of this run, a `state_dict` without cache and weights: `batches` goes on from there.
 
-        Weights, optimizer and scheduler are the caller's to put back. What the activation cache has learnt stays.
+        Weights (low-rank pairs among them), optimizer and scheduler are the caller's to put back. What the activation
+        cache has learnt stays.
         """
         stream = self._progress.course
         if not isinstance(stream, BatchStream):
@@ -389,7 +405,7 @@ class Guide(GuidedRun):
             )
         self._step.drop()
         self._left_stream = stream
-        self.load_state_dict(state)
+        self._load(state, weights=False)
         self._restore_data(state)
 
     def _restore_place(self, state: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from rgft.allocation.base import Situation
 from rgft.allocation.selection import matching
-from rgft.assembly import build_cache, build_policy, build_signal
+from rgft.assembly import attach_pairs, build_cache, build_policy, build_signal, find_pair_sites
 from rgft.config import Config
 from rgft.cost import CostModel
 from rgft.deciding import Decisions
@@ -54,10 +54,14 @@ class GuidedRun:
         self.partition = partition(model, self.config.granularity, ffn_blocks=self.config.ffn_blocks)
         matching(self.partition, self.config.stability.always_on, setting="stability.always_on")
         policy, signal = build_policy(self.config), build_signal(self.config)
+        sites = find_pair_sites(self.config, model, self.partition, signal)
         cache = build_cache(self.config, model, self.partition)
         # Whatever may be refused was refused above, while the model was still as it came.
         self._binding = bind(model, self.partition)
+        low_rank = attach_pairs(self.config, model, self._binding, sites)
         self._executor = Executor(model, self._binding, moments=self.config.update.moments, cache=cache)
+        if low_rank is not None:
+            low_rank.begin(frozenset(sites))
         settings = self.config.error_map
         self._measurement = signal and Measurement(
             model, self._binding, signal, self._loss.mean, beta=settings.beta, bias_correction=settings.bias_correction,
@@ -70,7 +74,7 @@ class GuidedRun:
         self._prober = Prober(self._measurement, self.config.probe, self._spending)
         self._decisions = Decisions(
             self.config, self.partition, policy, self._measurement, self._prober, self._memory, self._progress,
-            self._spending,
+            self._spending, low_rank=tuple(sites),
         )  # fmt: skip
         self._step = Step(
             model, self.partition, self._executor, self._average, self._loss, self._progress, self._spending,
@@ -127,7 +131,7 @@ class GuidedRun:
     @property
     def trained_parameters(self) -> list[nn.Parameter]:
         """Parameters of the components that the plan in force updates, if not at every step."""
-        return [p for name in self.plan.active() for p in self._binding.parameters[name]]
+        return [p for name in self.plan.active() for p in self._binding.trained[name]]
 
     @property
     def budget_spent(self) -> float:

@@ -78,13 +78,13 @@ class Measurement:
         """
         if not isinstance(self.signal, GradientSignal):
             return
-        scores = self.signal.score(self._binding.partition, self._parts)
+        scores = self.signal.score(self._binding.as_trained, self._parts)
         self.error_map = self.error_map.observe(scores, step=step)
 
     def observe_own_step(self, step: int) -> None:
         """Scores the optimizer's step on the batch that made it. Call after the step, before gradients are cleared."""
         if self._steps is not None:
-            scores = self._same_batch.score(self._binding.partition, self._parts)
+            scores = self._same_batch.score(self._binding.as_trained, self._parts)
             self.same_batch_map = self.same_batch_map.observe(scores, step=step)
             self._training_looks += 1
 
@@ -93,7 +93,7 @@ class Measurement:
             yield from self._steps.last(component, self._training_looks)
             return
         initials = self._initial[component.name] if self._initial else None
-        for index, parameter in enumerate(self._binding.parameters[component.name]):
+        for index, parameter in enumerate(self._binding.trained[component.name]):
             if parameter.grad is not None:
                 yield PartGradient(
                     weight=parameter.detach(), gradient=parameter.grad, initial=initials[index] if initials else None
@@ -115,7 +115,8 @@ class Measurement:
             scores = self._measure(batch, own if own is not None else batch, step)
             if gradient_norm:
                 self._finite_loss(step)(self._model, batch).backward()
-                gradients = [p.grad for _, parameters in self._binding for p in parameters if p.grad is not None]
+                held = self._binding.held.values()
+                gradients = [p.grad for parameters in held for p in parameters if p.grad is not None]
                 self.gradient_norm_squared = float(
                     torch.stack([at_least_float32(g).square().sum() for g in gradients]).sum()
                 )
@@ -126,9 +127,12 @@ class Measurement:
     def _measure(self, batch: Any, own: Any, step: int) -> dict[str, float]:
         loss = self._finite_loss(step)
         if self._steps is None or not isinstance(self.signal, GradientSignal):
+            # Signals of gradients see what is trained, low-rank pairs as an adapter's; others what a component is.
+            of_gradients, binding = isinstance(self.signal, GradientSignal), self._binding
             probe = Probe(
-                model=self._model, partition=self._binding.partition, parameters=self._binding.parameters, batch=batch,
-                loss=loss, step=step, initial=self._initial.get if self._initial else None,
+                model=self._model, partition=binding.as_trained if of_gradients else binding.partition,
+                parameters=binding.trained if of_gradients else binding.parameters, batch=batch, loss=loss,
+                step=step, initial=self._initial.get if self._initial else None,
             )  # fmt: skip
             return self.signal.measure(probe)
         made, same = self._steps.make(lambda: loss(self._model, own).backward(), self._same_batch, self._probes)

@@ -24,6 +24,8 @@ class UpdatePlan:
             so that a plan decided anew at every step keeps its rhythm.
         cut: depth below which everything is off and backward stops.
         reason: which policy decided, and why, in a few words.
+        low_rank: components that are trained by a low-rank pair in place of their dense dW, while they are on; what is
+            off keeps the form that it has. None: the policy leaves that to the configuration.
     """
 
     step: int
@@ -31,6 +33,7 @@ class UpdatePlan:
     periods: Mapping[str, int] = field(default_factory=dict)
     cut: int = 0
     reason: str = ""
+    low_rank: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         bad = {name: f for name, f in self.multipliers.items() if not 0.0 <= f < float("inf")}
@@ -39,6 +42,9 @@ class UpdatePlan:
         wrong = {name: n for name, n in self.periods.items() if n < 1 or name not in self.multipliers}
         if wrong:
             raise ConfigError(f"periods must be >= 1 and of known components; found {wrong}")
+        unknown = [name for name in self.low_rank or () if name not in self.multipliers]
+        if unknown:
+            raise ConfigError(f"low_rank must name known components; found {unknown}")
 
     def is_on(self, name: str, step: int | None = None) -> bool:
         """Whether the component is updated at all, or (with `step`) at that step."""
@@ -64,13 +70,20 @@ class UpdatePlan:
     def _on(self) -> tuple[str, ...]:
         return tuple(name for name, multiplier in self.multipliers.items() if multiplier != 0.0)
 
+    @cached_property
+    def pairs(self) -> frozenset[str]:
+        """What `low_rank` names."""
+        return frozenset(self.low_rank or ())
+
     def same_effect(self, other: UpdatePlan) -> bool:
         """Whether both plans act alike, whatever their step and reason."""
-        return (self.multipliers, self.periods, self.cut) == (other.multipliers, other.periods, other.cut)
+        own, others = ((plan.multipliers, plan.periods, plan.cut, plan.pairs) for plan in (self, other))
+        return own == others
 
     def digest(self) -> str:
         """Hash of the plan's effect, to be compared between ranks."""
-        content = [sorted(self.multipliers.items()), sorted(self.periods.items()), self.cut]
+        content: list[Any] = [sorted(self.multipliers.items()), sorted(self.periods.items()), self.cut]
+        content += [sorted(self.pairs)] if self.pairs else []
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
@@ -78,7 +91,8 @@ class UpdatePlan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> UpdatePlan:
-        return cls(**data)
+        names = data.get("low_rank")  # plans of older versions have none
+        return cls(**{**data, "low_rank": None if names is None else tuple(names)})
 
     @classmethod
     def all_on(cls, names: tuple[str, ...], *, step: int = 0, reason: str = "all on") -> UpdatePlan:

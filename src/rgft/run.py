@@ -294,7 +294,7 @@ class Run:
             self._advance(started, until=is_decided)
             if self.was_stopped or self._is_over:
                 return False
-            guide.rewind(guide.state_dict(cache=False))  # to where it is: the batches begin anew here
+            guide.rewind(guide.state_dict(cache=False, weights=False))  # to where it is: the batches begin anew here
         rates, lengths = rounds_within(self.rates, guide.steps_left)
         if len(rates) < len(self.rates):
             log.warning(

@@ -253,7 +253,7 @@ class RateSearch:
         assert guide.optimizer is not None
         return _Point(
             values=Snapshot(guide.model, guide.trained_parameters, guide.optimizer),
-            guide=guide.state_dict(cache=False), scheduler=copy.deepcopy(self._scheduler.state_dict()),
+            guide=guide.state_dict(cache=False, weights=False), scheduler=copy.deepcopy(self._scheduler.state_dict()),
         )  # fmt: skip
 
     def _go_to(self, point: _Point) -> None:

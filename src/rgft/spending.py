@@ -218,7 +218,7 @@ class Spending:
         assert self.costs is not None
         below = plan.cut if is_hit else 0
         return self.costs.step_flops(
-            plan.active_set(step), rows=rows, tokens=tokens, cached_below=below, targets=targets
+            plan.active_set(step), rows=rows, tokens=tokens, cached_below=below, targets=targets, low_rank=plan.pairs
         ).total
 
     def _most_targets(self, rows: int, tokens: int) -> int:

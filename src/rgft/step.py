@@ -50,7 +50,7 @@ class Step:
         self._passes = 0  # through the model
         self._loss: Tensor | None = None
         self._started = 0.0
-        self._updated: tuple[frozenset[str], dict[str, int]] = (frozenset(), {})  # names, and their sizes
+        self._updated: tuple[frozenset[str], dict[str, int]] = (frozenset(), {})  # parts, and components' sizes
         self._handles = [
             model.register_forward_pre_hook(eager(self._before_forward), with_kwargs=True),
             model.register_forward_hook(eager(self._after_forward), always_call=True),
@@ -59,10 +59,17 @@ class Step:
     def begin(self, plan: UpdatePlan) -> None:
         """Puts the plan in force."""
         self._cut = plan.cut
+        self._average.before_merge(self._executor.to_merge(plan, self._progress.step))
         self._executor.apply(plan, self._progress.step)
-        self._average.before_step(self._executor.active)
+        self.count_pairs()
+        self._average.before_step(self._executor.parts)
         self.is_open, self._passes = True, 0
         self._started = time.perf_counter()
+
+    def count_pairs(self) -> None:
+        """Tells the costs which low-rank pairs the model has now."""
+        if self._spending.costs is not None:
+            self._spending.costs = self._executor.with_pairs(self._spending.costs)
 
     def loss(self, batch: Any) -> Tensor:
         """Mean loss of a batch of the step."""
@@ -119,13 +126,13 @@ class Step:
 
     def end(self) -> None:
         """After the optimizer's step."""
-        active = self._executor.active
-        if active != self._updated[0]:
-            self._updated = active, {c.name: c.numel for c in self._partition if c.name in active}
+        parts = self._executor.parts
+        if parts != self._updated[0]:
+            self._updated = parts, self._executor.trained_sizes
         self._spending.end_step(seconds=time.perf_counter() - self._started, updated=self._updated[1])
         # Progress counts this step: the last of all is averaged, too.
         if self._average.count or self._progress.share > 1.0 - self._average_last:
-            self._average.after_step(active)
+            self._average.after_step(parts)
         self._progress.step += 1
         self.is_open, self._loss = False, None
 

@@ -93,7 +93,7 @@ class StepScores:
             component: its gradients are those of a training batch.
             turn: which rows are read.
         """
-        for parameter in self._binding.parameters[component.name]:
+        for parameter in self._binding.trained[component.name]:
             gradient = parameter.grad
             if gradient is None:
                 continue
@@ -183,8 +183,8 @@ class StepScores:
             partials[component.name] += [signal.partial(part) for part in parts(parameter, gradient)]
 
         with sparse_gradients(self._sparse):
-            stream_gradients(self._binding.partition, self._binding.parameters, backward, score)
-        return signal.finished(partials, self._binding.partition)
+            stream_gradients(self._binding.as_trained, self._binding.trained, backward, score)
+        return signal.finished(partials, self._binding.as_trained)
 
 
 def _may_be_sparse(model: nn.Module, binding: Binding) -> list[nn.Embedding]:

@@ -47,6 +47,12 @@ Memory = Annotated[
         help="memory that tensors of a step may take on the training device, e.g. 8GB or 7.5GiB  [default: any]"
     ),
 ]
+LowRank = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="train layers by low-rank pairs of this rank in place of dense dW; more: --set update.low_rank.…"
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on standard output, all else on standard error")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress, no tables")]
 
@@ -71,6 +77,7 @@ def train(
     memory: Memory = None,
     preset: Preset = None,
     granularity: Granularity = None,
+    low_rank: LowRank = None,
     lr: LearningRate = None,
     epochs: Annotated[
         float | None, typer.Option(help="of the full fine-tuning that the budget is a share of  [default: 3]")
@@ -102,10 +109,11 @@ def train(
         from rgft.cli.request import budget_of, read_request
         from rgft.cli.train import describe_run, run_training, stored_request
 
-        # A limit beside what is spent, so that it replaces no budget of the file.
-        limits = [] if memory is None else [f"budget.memory={memory}"]
+        # Beside what the file says of the same group, which they do not replace.
+        beside = [] if memory is None else [f"budget.memory={memory}"]
+        beside += [] if low_rank is None else [f"update.low_rank.rank={low_rank}"]
         request = read_request(
-            file=config, overrides=[*limits, *(overrides or ())], stored=stored_request(output) if resume else None,
+            file=config, overrides=[*beside, *(overrides or ())], stored=stored_request(output) if resume else None,
             flags={"model": model, "data": data, "task": task, "text": tuple(text) if text else None, "label": label,
                    "validation": validation, "test": test, "lr": lr, "epochs": epochs, "batch_size": batch_size,
                    "max_length": max_length, "checkpoint_every": checkpoint_every, "seed": seed},
@@ -244,6 +252,9 @@ def plan_costs(
     memory: Annotated[
         str | None, typer.Option(help="say what fits into so much, e.g. 8GB, and what RGFT would do to fit")
     ] = None,
+    low_rank: Annotated[
+        int | None, typer.Option(min=1, help="also say what layers cost by low-rank pairs of this rank, below each cut")
+    ] = None,
     device: Annotated[
         str, typer.Option(help="whose rates the times are for: auto, cpu, cuda, …; none: no times")
     ] = "auto",
@@ -265,7 +276,7 @@ def plan_costs(
         found = planning.plan(
             model=model, task=task, rows=batch_size, tokens=tokens, examples=examples, epochs=epochs, labels=labels,
             dtype=dtype, budget=budget, memory=None if memory is None else parsed_bytes(memory, setting="memory"),
-            device=None if device == "none" else device_of(device),
+            device=None if device == "none" else device_of(device), low_rank=low_rank,
         )  # fmt: skip
         _show(found, planning.show, as_json=as_json, quiet=False)
 

@@ -9,7 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from rgft.cli.preview import memory_text
+from rgft.components import Partition
 from rgft.errors import BudgetError
+from rgft.execution.low_rank import LowRank
 from rgft.forecast import Forecast
 from rgft.memory import MemoryForecast, Setup, Wish, choose
 from rgft.partition import partition
@@ -27,21 +29,27 @@ class MemoryRows:
         whole, adapted: the model, and the model with LoRA; None: there is none.
         batch: of `rows` × `tokens`, the largest.
         loss: (model, batch) → scalar.
+        paired: low-rank pairs, on a model of their own, everything trained; None: there are none.
     """
 
     def __init__(
         self, limit: int, whole: nn.Module, adapted: nn.Module | None, batch: Any, *, rows: int, tokens: int,
-        loss: Loss,
+        loss: Loss, paired: LowRank | None = None,
     ) -> None:  # fmt: skip
-        def forecast(model: nn.Module, granularity: Any, setup: Setup) -> MemoryForecast:
+        def forecast(
+            model: nn.Module, granularity: Any, setup: Setup, parts: Partition | None = None
+        ) -> MemoryForecast:
             return MemoryForecast(
-                model, partition(model, granularity), parameters=dict(model.named_parameters()), batch=batch,
+                model, parts or partition(model, granularity), parameters=dict(model.named_parameters()), batch=batch,
                 rows=rows, tokens=tokens, is_padded=False, loss=loss, setup=setup,
             )  # fmt: skip
 
         self.limit = limit
         self._plain = forecast(whole, "layer", Setup())
         self._guided = forecast(whole, "layer", Setup(averages=True, steps_in_probe=1))
+        self._paired = paired and forecast(
+            paired.model, "layer", Setup(averages=True, steps_in_probe=1), paired.as_trained
+        )
         self._adapted = None if adapted is None else forecast(adapted, "adapter", Setup())
 
     def of(self, row: Forecast) -> dict[str, Any]:
@@ -49,6 +57,8 @@ class MemoryRows:
         forecast = self._guided if row.frozen_fraction else self._plain
         if row.name == "lora" and self._adapted is not None:
             forecast = self._adapted
+        if row.rank and self._paired is not None:
+            forecast = self._paired
         frozen = round(row.frozen_fraction * len(forecast.partition.layers))
         needed = forecast.needed(frozen + 1 if frozen else 0, rows=forecast.rows, checkpointing=False)
         return {"needed": needed, "fits": needed <= self.limit}

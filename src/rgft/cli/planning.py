@@ -11,11 +11,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from rgft.assembly import attach_pairs, find_pair_sites
 from rgft.cli.memory_rows import MemoryRows, limit_text
 from rgft.cli.preparing import silence_transformers
+from rgft.components import Partition
+from rgft.config import Config
 from rgft.cost.memory import StepMemory
 from rgft.cost.rates import measure_rates
 from rgft.errors import ConfigError, DataError
+from rgft.execution.low_rank import LowRank
+from rgft.execution.views import bind
 from rgft.forecast import Forecast, Length, forecast
 from rgft.partition import partition
 
@@ -80,7 +85,7 @@ def empty_batch(model: nn.Module, task: str, *, rows: int, tokens: int, dtype: t
 def plan(
     *, model: str, task: str, rows: int, tokens: int, examples: int, epochs: float, labels: int = 2,
     dtype: str = "fp32", budget: float | None = None, memory: int | None = None, rank: int = 8,
-    device: str | None = None,
+    device: str | None = None, low_rank: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Forecasts of all ways of training, fit for JSON.
 
@@ -93,6 +98,7 @@ def plan(
         memory: limit in bytes; then each row says whether it fits as it is, and `under_limit` what RGFT would do.
         rank: of LoRA, on all linear layers.
         device: whose rates are measured for the times; None: no times.
+        low_rank: rank of pairs in place of dense dW, for rows of their own; None: none.
 
     Raises:
         DataError, ConfigError: see `empty_model`.
@@ -113,8 +119,20 @@ def plan(
             adapted, partition(adapted, "adapter"), batch, length=length, loss=_loss, frozen_fractions=(0.0,),
             rates=rates, reference_flops=full.step_flops, name="lora",
         )  # fmt: skip
+    paired = None
+    if low_rank is not None:
+        model_with_pairs = empty_model(model, task, labels=labels, dtype=kind)
+        parts = partition(model_with_pairs)
+        paired = _with_pairs(model_with_pairs, parts, low_rank)
+        found += forecast(
+            model_with_pairs, parts, batch, length=length, loss=_loss, frozen_fractions=FROZEN, rates=rates,
+            reference_flops=full.step_flops, low_rank=paired,
+        )  # fmt: skip
+        paired.be_trained(frozenset(parts.names))
     limited = (
-        None if memory is None else MemoryRows(memory, whole, adapted, batch, rows=rows, tokens=tokens, loss=_loss)
+        None
+        if memory is None
+        else MemoryRows(memory, whole, adapted, batch, rows=rows, tokens=tokens, loss=_loss, paired=paired)
     )
     return {
         "model": model, "task": task, "dtype": dtype, "rows": rows, "tokens": tokens, "examples": examples,
@@ -148,6 +166,14 @@ def _with_lora(model: nn.Module, rank: int) -> nn.Module | None:
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of one library about the other's names
         return get_peft_model(model, LoraConfig(r=rank, target_modules=sorted(names)))  # type: ignore[arg-type]
+
+
+def _with_pairs(model: nn.Module, parts: Partition, rank: int) -> LowRank:
+    """Pairs on all layers, as `rgft train --low-rank` has them."""
+    config = Config(update={"low_rank": {"rank": rank}})
+    pairs = attach_pairs(config, model, bind(model, parts), find_pair_sites(config, model, parts, None))
+    assert pairs is not None
+    return pairs
 
 
 def _shapes(model: nn.Module, positions: int) -> tuple[tuple[int, int, int], ...]:
@@ -211,6 +237,8 @@ def show(found: Mapping[str, Any], console: Console) -> None:
 def _title(way: Mapping[str, Any]) -> str:
     if way["name"] == "lora":
         return "LoRA"
+    if way["rank"]:
+        return f"RGFT {way['frozen_fraction']:.0%}, pairs of {way['rank']}"
     return f"RGFT {way['frozen_fraction']:.0%}" if way["frozen_fraction"] else "full"
 
 

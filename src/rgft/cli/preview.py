@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rgft.assembly import build_policy
 from rgft.cli.progress import short
 from rgft.cost import CostModel, StepCost
+from rgft.guide import Guide
 from rgft.run import Run
 from rgft.sizes import size_text
 
@@ -40,11 +41,18 @@ def preview(run: Run) -> dict[str, Any]:
         "run_plan": guide.run_plan.to_dict(),
         "learning_rates": list(run.rates),
         "budget": guide.run_plan.flops / guide.run_plan.full_flops,
+        "low_rank": _low_rank(guide),
         "first_plan": {"cut": first.cut, "active": list(first.active(0)), "reason": first.reason},
         "steps_in_full": run.batches_in_full // run.settings.accumulation,
         "typical_batch": {"rows": situation.rows, "tokens": situation.tokens},
         "by_depth": _by_depth(run, guide.costs, situation.rows, situation.tokens),
     }  # fmt: skip
+
+
+def _low_rank(guide: Guide) -> dict[str, Any] | None:
+    """What is trained by low-rank pairs, and of which rank; None: nothing."""
+    settings = guide.config.update.low_rank
+    return settings and {"rank": settings.rank, "alpha": settings.alpha, "components": list(guide.plan.low_rank or ())}
 
 
 def _by_depth(run: Run, costs: CostModel, rows: int, tokens: int) -> list[dict[str, Any]]:
@@ -108,6 +116,13 @@ def show(data: dict[str, Any], console: Console) -> None:
     console.print(costs)
     if plan["memory"] is not None:
         console.print(memory_text(plan["memory"]), highlight=False, soft_wrap=True)
+    if data["low_rank"] is not None:
+        pairs = data["low_rank"]
+        console.print(
+            f"low-rank pairs of rank {pairs['rank']} (alpha {pairs['alpha']:g}) in place of dense dW: "
+            f"{len(pairs['components'])} of {model['components']} components; \"step\" and \"cached\" count them",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
     position = plan["position"]
     skipping = "" if position is None else f"; past the last attention only position {position}, which the loss reads"
     if plan["head_at_targets"]:

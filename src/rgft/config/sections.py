@@ -118,6 +118,21 @@ class ProbeConfig(Section):
     )
 
 
+class LowRankConfig(Section):
+    """Low-rank pairs in place of dense weight gradients: W + (alpha / rank) · B A, of which A and B are trained."""
+
+    rank: int = Field(ge=1, description="inner size of a pair")
+    alpha: float = Field(default=16.0, gt=0, description="a pair counts alpha / rank times")
+    components: Names = Field(
+        default=(), description="kinds (ffn, head, …) or component names that take pairs; none: all in the layers"
+    )
+    others: Literal["dense", "frozen"] = Field(
+        default="dense",
+        description="what of such a component is no weight of a linear layer (biases, norms, kernels, tables): trained "
+        "as it is, or not at all",
+    )
+
+
 class UpdateConfig(Section):
     """How updates are made."""
 
@@ -131,6 +146,9 @@ class UpdateConfig(Section):
         ge=0,
         lt=1,
         description="share of the run, at its end, over whose steps the weights are averaged; 0: the last step's stay",
+    )
+    low_rank: LowRankConfig | None = Field(
+        default=None, description="components that are trained by low-rank pairs, and how; None: none"
     )
 
 

@@ -8,6 +8,9 @@ from rgft.cost.batch_shape import BatchShape
 from rgft.cost.counting import flop_counter
 from rgft.cost.model import CostModel, Operation, Product, StepCost
 from rgft.cost.targets import with_targets
-from rgft.cost.trace import trace_costs
+from rgft.cost.trace import LowRankShapes, trace_costs
 
-__all__ = ["BatchShape", "CostModel", "Operation", "Product", "StepCost", "flop_counter", "trace_costs", "with_targets"]
+__all__ = [
+    "BatchShape", "CostModel", "LowRankShapes", "Operation", "Product", "StepCost", "flop_counter", "trace_costs",
+    "with_targets",
+]  # fmt: skip

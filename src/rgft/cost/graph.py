@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from rgft.components import Component
 from rgft.cost.counting import FUSED_ATTENTION_BACKWARD
-from rgft.cost.model import Operation, Product
+from rgft.cost.model import Operation, PairShare, Product
 from rgft.cost.nodes import FUSED, READERS, VIEWS, Node, is_unreadable, kind
 from rgft.errors import RGFTError
 
@@ -28,10 +28,12 @@ class WeightInfo:
 
     Attributes:
         owners: (component index, fraction of the parameter that it owns); empty for a frozen one.
-        mask: bit mask of the owners.
+        mask: bit mask of the owners; of a weight that is frozen while its owner is trained by pairs, shifted by the
+            number of components.
         depth: of its layer or its owners; 0 when neither is known.
         in_layer: whether it lies in one of the partition's layers.
         is_sliceable: whether dW can be made for active slices alone.
+        pairs: low-rank pairs that its owners may have beside it.
     """
 
     owners: tuple[tuple[int, float], ...]
@@ -39,6 +41,7 @@ class WeightInfo:
     depth: int
     in_layer: bool
     is_sliceable: bool = True
+    pairs: tuple[PairShare, ...] = ()
 
 
 class MaskedAttention(TorchFunctionMode):
@@ -164,7 +167,8 @@ class _Walk:
         owned = [info for info in infos if info is not None]
         owners = owned[0].owners if owned else self._core_owners(node)
         return Operation(
-            kind=kind(node), depth=self.depth[node], flops=_batch(flops), products=products, owners=owners
+            kind=kind(node), depth=self.depth[node], flops=_batch(flops), products=products, owners=owners,
+            pairs=owned[0].pairs if owned else (),
         )  # fmt: skip
 
     def _weight(self, node: Node) -> WeightInfo | None:

@@ -77,6 +77,24 @@ class Product:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PairShare:
+    """A low-rank pair beside the weight of an operation: what x Aᵀ and (x Aᵀ) Bᵀ cost.
+
+    Attributes:
+        component: its index.
+        inputs, outputs: FLOPs of the two products, as shares of the operation's.
+    """
+
+    component: int
+    inputs: float
+    outputs: float
+
+    @property
+    def total(self) -> float:
+        return self.inputs + self.outputs
+
+
+@dataclass(frozen=True, kw_only=True)
 class Operation:
     """One matrix product, convolution or attention core of the forward pass.
 
@@ -90,6 +108,7 @@ class Operation:
             when no component of `mask` is active.
         mask: bit mask of the components upstream of that mask.
         at_targets: made only where the loss has a target (a language model's head), in steps that skip the rest.
+        pairs: that components may have beside its weight.
     """
 
     kind: str
@@ -100,6 +119,7 @@ class Operation:
     fused: Product | None = None
     mask: int = 0
     at_targets: bool = False
+    pairs: tuple[PairShare, ...] = ()
 
     def products_for(self, active: int) -> tuple[Product, ...]:
         return self.products if self.fused is None or active & self.mask else (self.fused,)
@@ -119,6 +139,9 @@ class CostModel:
         target_share: targets per position, where a step's own number is not told.
         recomputes_to: depth of the last layer where training steps compute the layers above the cut twice (gradient
             checkpointing); 0: they do not. An upper bound: what nothing in backward reads is not computed again.
+        low_rank: components that are trained by pairs while they are on, where a step's own are not told.
+        running: components whose pairs are part of the model, whether they are on or off.
+        freezes_others: whether, of a component that is trained by pairs, nothing else is.
     """
 
     names: tuple[str, ...]
@@ -129,6 +152,9 @@ class CostModel:
     skips_to: int = 0
     target_share: float = 1.0
     recomputes_to: int = 0
+    low_rank: frozenset[str] = frozenset()
+    running: frozenset[str] = frozenset()
+    freezes_others: bool = False
     _memo: dict[Any, tuple[_Axes, _Axes]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
@@ -137,7 +163,7 @@ class CostModel:
 
     def step_flops(
         self, active: Collection[str], *, rows: int, tokens: int, cached_below: int = 0, training: bool = True,
-        targets: int | None = None,
+        targets: int | None = None, low_rank: frozenset[str] | None = None,
     ) -> StepCost:  # fmt: skip
         """FLOPs of one step on a batch of `rows` × `tokens`.
 
@@ -148,11 +174,13 @@ class CostModel:
                 runs before the layers (a vision model's stem) still does.
             training: whether the step runs in training mode; False: in eval mode.
             targets: positions at which what is needed at targets alone is computed; None: their share in the run.
+            low_rank: names of the components that are trained by pairs if they are on; None: as the model has it.
 
         Raises:
             RGFTError: a name is unknown, or an active component lies below `cached_below`.
         """
-        key = (active if isinstance(active, frozenset) else frozenset(active), cached_below, training)
+        on = active if isinstance(active, frozenset) else frozenset(active)
+        key = (on, cached_below, training, self.low_rank if low_rank is None else low_rank)
         plan = self._memo.get(key)
         if plan is None:
             if len(self._memo) >= _MEMO_LIMIT:
@@ -166,7 +194,9 @@ class CostModel:
 
     def full_step(self, rows: int, tokens: int) -> StepCost:
         """FLOPs of a step of full fine-tuning: all components active, nothing cached, skipped or computed twice."""
-        step = self.without_skipping.step_flops(self._all, rows=rows, tokens=tokens, targets=rows * tokens)
+        step = self.without_skipping.step_flops(
+            self._all, rows=rows, tokens=tokens, targets=rows * tokens, low_rank=frozenset()
+        )  # fmt: skip
         return replace(step, recomputed=0.0)
 
     @property
@@ -183,10 +213,18 @@ class CostModel:
         plain = self.plain and replace(self.plain, recomputes_to=last_layer)
         return replace(self, plain=plain, recomputes_to=last_layer)
 
+    def with_pairs(self, *, form: frozenset[str], running: frozenset[str]) -> CostModel:
+        """These costs with `form` trained by pairs while on, and the pairs of `running` in the model."""
+        if (form, running) == (self.low_rank, self.running):
+            return self
+        plain = self.plain and self.plain.with_pairs(form=form, running=running)
+        return replace(self, plain=plain, low_rank=form, running=running)
+
     def forward_flops(self, rows: int, tokens: int, below: int | None = None) -> float:
         """FLOPs of a forward pass in eval mode: all of it, or (filling a cache) what lies below a cut."""
         operations = (op for op in self.probing if below is None or op.depth < below)
-        return sum(evaluate(op.flops, rows, tokens) for op in operations)
+        running = frozenset(index for index, name in enumerate(self.names) if name in self.running)
+        return sum(evaluate(op.flops, rows, tokens) * (1.0 + _share(op, running)) for op in operations)
 
     def probe_flops(self, rows: int, tokens: int, weights: bool) -> float:
         """FLOPs of a probe: forward and backward to the bottom in eval mode, with or without dW."""
@@ -199,7 +237,7 @@ class CostModel:
         An operation's F and dX go to the owners of its weight by their share of it; an attention core goes to the
         attention (heads, block or layer) of its layer by size. Weights of no component appear under `FROZEN`.
         """
-        everything = (1 << len(self.names)) - 1
+        everything = (1 << 2 * len(self.names)) - 1
         totals: dict[int, list[Coefficients]] = {index: [_ZERO] * 3 for index in (*range(len(self.names)), -1)}
         for op in self.without_skipping.training:
             dx = _ZERO
@@ -226,7 +264,8 @@ class CostModel:
             "training": [asdict(op) for op in self.training], "probing": [asdict(op) for op in self.probing],
             "plain": None if self.plain is None else self.plain.to_dict(), "skips_to": self.skips_to,
             "target_share": self.target_share,
-            "recomputes_to": self.recomputes_to,
+            "recomputes_to": self.recomputes_to, "low_rank": sorted(self.low_rank), "running": sorted(self.running),
+            "freezes_others": self.freezes_others,
         }  # fmt: skip
 
     @classmethod
@@ -237,14 +276,17 @@ class CostModel:
             probing=tuple(_operation(op) for op in data["probing"]),
             plain=None if data["plain"] is None else cls.from_dict(data["plain"]), skips_to=data["skips_to"],
             target_share=data["target_share"],
-            recomputes_to=data["recomputes_to"],
+            recomputes_to=data["recomputes_to"], low_rank=frozenset(data.get("low_rank", ())),
+            running=frozenset(data.get("running", ())), freezes_others=data.get("freezes_others", False),
         )  # fmt: skip
 
     @cached_property
     def _all(self) -> frozenset[str]:
         return frozenset(self.names)
 
-    def _plan(self, active: frozenset[str], cached_below: int, training: bool) -> tuple[_Axes, _Axes]:
+    def _plan(
+        self, active: frozenset[str], cached_below: int, training: bool, low_rank: frozenset[str]
+    ) -> tuple[_Axes, _Axes]:
         """What is computed at all positions, and at targets alone."""
         unknown = sorted(active - self._all)
         if unknown:
@@ -258,33 +300,75 @@ class CostModel:
                 f"{', '.join(wrong)}; lower cached_below or turn them off"
             )
         if self.plain is not None and all(self.depths[self.names.index(name)] > self.skips_to for name in active):
-            return self.plain._plan(active, cached_below, training)
+            return self.plain._plan(active, cached_below, training, low_rank)
+        paired = active & low_rank
         mask = sum(self._bits[name] for name in active)
+        # Bits of what is frozen in the low-rank form (`graph.WeightInfo.mask`).
+        mask |= sum(self._bits[name] for name in active - paired) << len(self.names)
+        forms = _Forms(
+            on=on, paired=frozenset(i for i, name in enumerate(self.names) if name in paired),
+            carried=frozenset(i for i, name in enumerate(self.names) if name in self.running - active),
+            freezes_others=self.freezes_others,
+        )  # fmt: skip
         operations = self.training if training else self.probing
         lowest = min((depth for depth, is_on in zip(self.depths, on, strict=True) if is_on), default=0)
         twice = range(max(1, lowest), self.recomputes_to + 1 if training and active else 0)
         body, head = ([op for op in operations if op.at_targets is at_targets] for at_targets in (False, True))
-        return _axes(body, mask, on, cached_below, twice), _axes(head, mask, on, cached_below, twice)
+        return _axes(body, mask, forms, cached_below, twice), _axes(head, mask, forms, cached_below, twice)
 
 
-def _axes(operations: Collection[Operation], mask: int, on: Sequence[bool], cached_below: int, twice: range) -> _Axes:
-    """FLOPs of operations with the components of `mask` (`on`, by index) active, those of depths `twice` recomputed."""
+@dataclass(frozen=True, kw_only=True)
+class _Forms:
+    """What components do in a step, by index.
+
+    Attributes:
+        on: whether it is on.
+        paired: on, and trained by pairs.
+        carried: off, with pairs that are part of the model.
+        freezes_others: see `CostModel`.
+    """
+
+    on: Sequence[bool]
+    paired: frozenset[int]
+    carried: frozenset[int]
+    freezes_others: bool
+
+    def is_dense(self, index: int, op: Operation) -> bool:
+        """Whether the component's dW of that operation's weight is made."""
+        if index not in self.paired:
+            return self.on[index]
+        return not self.freezes_others and all(pair.component != index for pair in op.pairs)
+
+
+def _axes(operations: Collection[Operation], mask: int, forms: _Forms, cached_below: int, twice: range) -> _Axes:
+    """FLOPs of operations with the components of `mask` active, those of depths `twice` recomputed."""
     forward = dx = dw = recomputed = _ZERO
     for op in operations:
+        carried, paired = _share(op, forms.carried), _share(op, forms.paired)
         if op.depth >= cached_below or op.depth == 0:
-            forward = add(forward, op.flops)
+            forward = add(forward, op.flops, 1.0 + carried + paired)
         if op.depth in twice:
-            recomputed = add(recomputed, op.flops)
+            recomputed = add(recomputed, op.flops, 1.0 + carried + paired)
+        if paired:  # of a pair that is trained, dA, dB, and the gradient of x Aᵀ, which dA needs
+            dw = add(dw, op.flops, paired)
+            dx = add(dx, op.flops, sum(pair.outputs for pair in op.pairs if pair.component in forms.paired))
         for product in op.products_for(mask):
             if not product.upstream & mask:
                 continue
             if product.shares is None:
-                dx = add(dx, product.flops)
-            else:
-                counts_all = product.is_whole  # some owner is active, or the product would not be needed
-                share = sum(share for index, share in product.shares if counts_all or on[index])
-                dw = add(dw, product.flops, share)
+                through = carried + sum(pair.inputs for pair in op.pairs if pair.component in forms.paired)
+                dx = add(dx, product.flops, 1.0 + through)
+                continue
+            dense = [share for index, share in product.shares if forms.is_dense(index, op)]
+            # A product that is made for the whole weight is made as soon as one owner wants it.
+            share = sum(share for _, share in product.shares) if product.is_whole and dense else sum(dense)
+            dw = add(dw, product.flops, share)
     return forward, dx, dw, recomputed
+
+
+def _share(op: Operation, components: frozenset[int]) -> float:
+    """What the pairs of these components add to the operation, as a share of it."""
+    return sum(pair.total for pair in op.pairs if pair.component in components)
 
 
 def _product(data: Mapping[str, Any]) -> Product:
@@ -302,7 +386,7 @@ def _operation(data: Mapping[str, Any]) -> Operation:
         products=tuple(_product(product) for product in data["products"]),
         owners=tuple((int(i), float(f)) for i, f in data["owners"]),
         fused=None if data["fused"] is None else _product(data["fused"]), mask=data["mask"],
-        at_targets=data["at_targets"],
+        at_targets=data["at_targets"], pairs=tuple(PairShare(**pair) for pair in data.get("pairs", ())),
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -14,7 +14,7 @@ from rgft.components import Partition
 from rgft.cost.batch_shape import BatchShape
 from rgft.cost.counting import flop_counter
 from rgft.cost.graph import MaskedAttention, WeightInfo, read_operations
-from rgft.cost.model import Coefficients, CostModel, Operation, Product, evaluate
+from rgft.cost.model import Coefficients, CostModel, Operation, PairShare, Product, evaluate
 from rgft.cost.undisturbed import undisturbed
 from rgft.errors import ConfigError, PartitionError, RGFTError
 
@@ -28,7 +28,7 @@ TRACE_ROWS = 2
 
 def trace_costs(
     model: nn.Module, partition: Partition, batch: Any, loss: Loss | None = None, *, elementwise: Collection[str] = (),
-    is_sliceable: Callable[[nn.Module], bool] = lambda module: True,
+    is_sliceable: Callable[[nn.Module], bool] = lambda module: True, pairs: LowRankShapes | None = None,
 ) -> CostModel:  # fmt: skip
     """Reads a model's costs off its autograd graph.
 
@@ -51,13 +51,14 @@ def trace_costs(
         elementwise: names (`…Backward`) of custom autograd functions that hold no matrix product.
         is_sliceable: whether a module's dW is made for its active slices alone (of kernels, which have more than two
             dimensions, for slices along the first); of any other it is made whole.
+        pairs: low-rank pairs that components may be trained by; None: there are none. The model itself has none.
 
     Raises:
         PartitionError: a trainable parameter belongs to no component, or a component's parameter is not there.
         RGFTError: quantised weights, work that cannot be read off the graph, products that change with the batch, or
             a modelled forward pass more than 2 % away from the counted one.
     """
-    weights = _weights(model, partition, is_sliceable)
+    weights = _weights(model, partition, is_sliceable, pairs)
     shape = BatchShape.of(batch)
     small = replace(shape, rows=min(shape.rows, TRACE_ROWS))
     parts = _lengths(small)
@@ -74,8 +75,36 @@ def trace_costs(
             modelled = sum(evaluate(op.flops, held_out.rows, held_out.tokens or 1) for op in modes[False])
             _compare(modelled, counted, held_out)
     return CostModel(
-        names=partition.names, depths=tuple(c.depth for c in partition), training=modes[True], probing=modes[False]
-    )
+        names=partition.names, depths=tuple(c.depth for c in partition), training=modes[True], probing=modes[False],
+        low_rank=frozenset() if pairs is None else pairs.components,
+        freezes_others=pairs is not None and pairs.freezes_others,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankShapes:
+    """Low-rank pairs that components may be trained by.
+
+    Attributes:
+        sizes: parameter → (component, inputs, outputs) of each slice of it that may have a pair.
+        rank: of all pairs.
+        freezes_others: whether nothing else of such a component is trained then.
+    """
+
+    sizes: Mapping[str, Sequence[tuple[str, int, int]]]
+    rank: int
+    freezes_others: bool = False
+
+    @property
+    def components(self) -> frozenset[str]:
+        return frozenset(name for found in self.sizes.values() for name, _, _ in found)
+
+    def of(self, parameter: str, numel: int, indices: Mapping[str, int]) -> tuple[PairShare, ...]:
+        """Those beside a parameter, as shares of its product's FLOPs."""
+        return tuple(
+            PairShare(component=indices[name], inputs=self.rank * i / numel, outputs=self.rank * o / numel)
+            for name, i, o in self.sizes.get(parameter, ())
+        )
 
 
 class _Run:
@@ -210,7 +239,7 @@ def _polynomial(flops: Sequence[float], shapes: Sequence[BatchShape]) -> Coeffic
 
 
 def _weights(
-    model: nn.Module, partition: Partition, is_sliceable: Callable[[nn.Module], bool]
+    model: nn.Module, partition: Partition, is_sliceable: Callable[[nn.Module], bool], pairs: LowRankShapes | None
 ) -> dict[int, WeightInfo]:  # fmt: skip
     """What the graph walk needs to know of each parameter; all problems are reported together."""
     owners: dict[str, dict[int, float]] = {}
@@ -238,12 +267,16 @@ def _weights(
             "same architecture unquantised: its FLOPs are the same"
         )
     weights: dict[int, WeightInfo] = {}
+    indices = {component.name: index for index, component in enumerate(partition)}
+    freezing = {indices[n] for n in pairs.components} if pairs is not None and pairs.freezes_others else set()
     for name, parameter in named.items():
+        beside = () if pairs is None else pairs.of(name, parameter.numel(), indices)
         mine = owners.get(name, {})
         layer = next((i for i, path in enumerate(partition.layers) if name.startswith(f"{path}.")), None)
         known = [partition.components[index].depth for index in mine]
         weights[id(parameter)] = WeightInfo(
-            owners=tuple(mine.items()), mask=sum(1 << index for index in mine),
+            owners=tuple(mine.items()), pairs=beside,
+            mask=sum(1 << index + len(indices) * (index in freezing and not beside) for index in mine),
             depth=max(known) if known else (0 if layer is None else layer + 1), in_layer=layer is not None,
             is_sliceable=name not in across and is_sliceable(model.get_submodule(name.rpartition(".")[0])),
         )  # fmt: skip

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rgft.cost import CostModel
 from rgft.errors import AttachError
 from rgft.execution.activation_cache import ActivationCache
 from rgft.execution.binding import Binding
@@ -48,12 +49,33 @@ class Executor:
         self.optimizer: Optimizer | None = None
         self.cache = cache
         self.positions: ReadPositions | None = None
-        self._on: frozenset[str] = frozenset()  # in the last step, also when that was before a resume
+        self._on: frozenset[str] = frozenset()  # parts, in the last step, also when that was before a resume
 
     @property
     def active(self) -> frozenset[str]:
         """Names of the components that are on in this step."""
         return self._switch.active
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """The parts of the binding that are on in this step."""
+        return self._binding.parts_on(self._switch.active)
+
+    @property
+    def trained_sizes(self) -> dict[str, int]:
+        """Number of elements that this step updates, by component."""
+        active = self._switch.active
+        return {c.name: c.numel for c in self._binding.as_trained if c.name in active}
+
+    def to_merge(self, plan: UpdatePlan, step: int) -> list[str]:
+        """Components whose low-rank pairs `apply` would merge into their weights."""
+        low_rank = self._binding.low_rank
+        return [] if low_rank is None else low_rank.to_merge(plan.pairs, plan.active_set(step))
+
+    def with_pairs(self, costs: CostModel) -> CostModel:
+        """The costs of steps on the model with the low-rank pairs that it has now."""
+        low_rank = self._binding.low_rank
+        return costs if low_rank is None else costs.with_pairs(form=low_rank.in_form, running=low_rank.running)
 
     def set_optimizer(self, optimizer: Optimizer) -> None:
         """Attaches to the optimizer.
@@ -66,7 +88,9 @@ class Executor:
             raise AttachError("this guide has another optimizer; one guide works with one optimizer")
         check_optimizer(optimizer, self._binding)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        missing = [c.name for c, parameters in self._binding if any(id(p) not in held for p in parameters)]
+        missing = [
+            name for name, parameters in self._binding.held.items() if any(id(p) not in held for p in parameters)
+        ]
         if missing:
             raise AttachError(
                 f"the optimizer lacks parameters of {len(missing)} components, first {missing[0]!r}: they would get "
@@ -80,8 +104,10 @@ class Executor:
     def apply(self, plan: UpdatePlan, step: int) -> None:
         """Puts the plan into force for `step`."""
         before = self._on
+        if self._binding.low_rank is not None:
+            self._binding.low_rank.take_forms(plan.pairs, plan.active_set(step))
         self._switch.apply(plan, step)
-        self._on = active = self._switch.active
+        self._on = active = self.parts
         if self._multipliers is not None:
             self._multipliers.set(plan.multipliers)
         if self._moments is not None and before and before != active:
@@ -124,7 +150,7 @@ class Executor:
         """‖∇_{θ_k} L‖² of every active component with a gradient; one device synchronisation."""
         gradients: list[Tensor] = []
         ends: dict[str, int] = {}
-        for name, parameters in self._binding.parameters.items():
+        for name, parameters in self._binding.held.items():
             gradients += [gradient for parameter in parameters if (gradient := parameter.grad) is not None]
             ends[name] = len(gradients)
         if not gradients:
@@ -139,16 +165,27 @@ class Executor:
             if start < end
         }
 
-    def state_dict(self, *, cache: bool = True) -> dict[str, Any]:
-        """What `load_state_dict` restores, with what the activation cache holds or without."""
+    def state_dict(self, *, cache: bool = True, weights: bool = True) -> dict[str, Any]:
+        """What `load_state_dict` restores, with what the activation cache holds or without.
+
+        Args:
+            cache: whether what the activation cache holds is part of it.
+            weights: whether low-rank pairs, and the weights beside them, are.
+        """
+        low_rank = self._binding.low_rank
         return {
             "on": sorted(self._on),
             "moments": self._moments.state_dict() if self._moments else {},
             "cache": self.cache.state_dict() if self.cache and cache else None,
+            "low_rank": None if low_rank is None else low_rank.state_dict(values=weights),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], *, weights: bool = True) -> None:
         """Restores `state_dict`, after `set_optimizer`.
+
+        Args:
+            state: to go to.
+            weights: whether low-rank pairs, and the weights beside them, are restored; else the caller does it.
 
         Raises:
             AttachError: no optimizer is known yet, so that its moments could not be looked after.
@@ -156,6 +193,8 @@ class Executor:
         if self._moments is None and state["on"]:
             raise AttachError("call guide.set_optimizer(optimizer) first: the saved state is about its moments too")
         self._on = frozenset(state["on"])
+        if self._binding.low_rank is not None:
+            self._binding.low_rank.load_state_dict(state["low_rank"], values=weights)
         if self._moments is not None:
             self._moments.load_state_dict(state["moments"])
         if self.cache is not None and state["cache"] is not None:
@@ -172,4 +211,6 @@ class Executor:
         if self.positions is not None:
             self.positions.detach()
         self._switch.detach()
+        if self._binding.low_rank is not None:
+            self._binding.low_rank.leave()
         self._binding.restore()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rgft.components import Partition
 from rgft.execution.disk_states import tensor_bytes
+from rgft.execution.pairs import CHILD, LowRankPairs
 
 #: Raised when what is stored, or what it means, changes.
 FORMAT = 2
@@ -44,7 +45,8 @@ def prefix_fingerprint(model: nn.Module, partition: Partition, cut: int, storage
         return name not in above and not f"{name}.".startswith(tuple(outside))
 
     digest = hashlib.blake2b(digest_size=16)
-    modules = [(path, _described(module)) for path, module in model.named_modules() if is_below(path)]
+    found = [(path, module) for path, module in model.named_modules() if is_below(path)]
+    modules = [(path, _described(module)) for path, module in found if not isinstance(module, LowRankPairs)]
     device = next(model.parameters()).device.type
     facts = [FORMAT, cut, storage, device, torch.__version__, modules, _configuration(model)]
     digest.update(_text(facts).encode())
@@ -53,6 +55,9 @@ def prefix_fingerprint(model: nn.Module, partition: Partition, cut: int, storage
         if isinstance(tensor, Tensor) and is_below(name):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor_bytes(tensor))
+    for path, module in found:  # a state has pairs merged: computed beside their weights, they differ in the last bits
+        for a, b in module.running() if isinstance(module, LowRankPairs) else ():
+            digest.update(path.encode() + tensor_bytes(a.detach()) + tensor_bytes(b.detach()))
     return digest.hexdigest()
 
 
@@ -69,7 +74,7 @@ def _modules_of(model: nn.Module, parameters: set[str]) -> list[str]:
     """Modules all of whose parameters are among `parameters`: classifiers, say, with their attributes."""
     found: list[str] = []
     for path, module in model.named_modules():
-        names = [f"{path}.{name}" for name, _ in module.named_parameters()]
+        names = [f"{path}.{name}" for name, _ in module.named_parameters() if f".{CHILD}." not in f".{name}"]
         if path and names and parameters.issuperset(names):
             found.append(path)
     return found

@@ -29,11 +29,16 @@ class Moments:
         self._off_since: dict[str, int] = {}
 
     def switch(self, *, turned_off: Iterable[str], turned_on: Iterable[str], step: int) -> None:
-        """Called when a plan comes into force, before the step `step`."""
+        """Called when a plan comes into force, before the step `step`.
+
+        Args:
+            turned_off, turned_on: parts of the binding.
+            step: the next one.
+        """
         for name in turned_off:
             self._off_since[name] = step
             if self._mode == "reset":
-                for parameter in self._binding.parameters[name]:
+                for parameter in self._binding.parts[name]:
                     self._optimizer.state.pop(parameter, None)
             elif self._mode == "offload":
                 self._move(name, to_cpu=True)
@@ -54,13 +59,13 @@ class Moments:
             }  # fmt: skip
             for parameter in group["params"]:
                 factors[id(parameter)] = table
-        for parameter in self._binding.parameters[name]:
+        for parameter in self._binding.parts[name]:
             for key, value in self._optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor) and id(parameter) in factors and key in factors[id(parameter)]:
                     value.mul_(factors[id(parameter)][key])
 
     def _move(self, name: str, *, to_cpu: bool) -> None:
-        for parameter in self._binding.parameters[name]:
+        for parameter in self._binding.parts[name]:
             state = self._optimizer.state.get(parameter, {})
             target = torch.device("cpu") if to_cpu else parameter.device
             for key, value in state.items():

@@ -52,9 +52,9 @@ class Multipliers:
         self._multipliers = dict(multipliers)
         self._parts.clear()
         self._by_parameter = {
-            id(parameter): multipliers[component.name]
-            for component, parameters in self._binding
-            if multipliers.get(component.name, 1.0) != 1.0
+            id(parameter): multipliers[name]
+            for name, parameters in self._binding.held.items()
+            if multipliers.get(name, 1.0) != 1.0
             for parameter in parameters
         }
 

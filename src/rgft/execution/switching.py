@@ -8,7 +8,7 @@ that its output depends on the example alone and may be cached. BatchNorm of any
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -43,23 +43,26 @@ class Switch:
         self._fast_paths: list[bool] = []
         self.plan: UpdatePlan | None = None
         self.active: frozenset[str] = frozenset()
+        self._parts: frozenset[str] = frozenset()
 
     def apply(self, plan: UpdatePlan, step: int) -> None:
         """Puts `plan` into force for `step`. Cheap when nothing changes."""
         active = plan.active_set(step)
-        if self.plan is not None and active == self.active and plan.cut == self.plan.cut:
+        parts = self._binding.parts_on(active)
+        is_cut_there = self.plan is not None and plan.cut == self.plan.cut
+        if is_cut_there and active == self.active and parts == self._parts:
             self.plan = plan
             return
         self._binding.check()
-        for component, parameters in self._binding:
-            on = component.name in active
+        for part, parameters in self._binding.parts.items():
+            on = part in parts
             for parameter in parameters:
                 parameter.requires_grad_(on)
                 if not on:
                     parameter.grad = None
-        if self.plan is None or self.plan.cut != plan.cut or active != self.active:
+        if not is_cut_there or active != self.active:
             self._install(plan.cut, active)
-        self.plan, self.active = plan, active
+        self.plan, self.active, self._parts = plan, active, parts
 
     def detach(self) -> None:
         """Restores `requires_grad` and training modes; the model is as it was."""
@@ -186,12 +189,14 @@ def _outermost(modules: set[nn.Module]) -> list[nn.Module]:
 
 @contextmanager
 def everything_on(binding: Binding) -> Iterator[None]:
-    """All components require gradients inside; afterwards the flags are as before."""
-    flags = [(p, p.requires_grad) for _, params in binding for p in params]
+    """All components require gradients inside, in the form that each has; afterwards the flags are as before."""
+    on = binding.parts_on(binding.partition.names)
+    flags = [(p, p.requires_grad) for part in on for p in binding.parts[part]]
     try:
         for parameter, _ in flags:
             parameter.requires_grad_(True)
-        yield
+        with nullcontext() if binding.low_rank is None else binding.low_rank.all_computed():
+            yield
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)

@@ -148,6 +148,10 @@ def _refuse_config(config: Config) -> None:
         problems.append(
             f"signal: {signal.name!r} is measured in probes only, for which a callback has no data; {remedy}"
         )
+    if config.update.low_rank is not None:
+        problems.append(
+            f"update.low_rank: when a callback hears of it, the optimizer exists already, without the pairs; {remedy}"
+        )
     if config.execution.cache == "memory":
         problems.append(f"execution.cache: a callback does not see which examples a batch holds; {remedy}")
     if problems:

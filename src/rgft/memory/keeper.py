@@ -113,6 +113,10 @@ class MemoryKeeper:
     ) -> MemoryForecast:  # fmt: skip
         with self._binding.plain():
             parameters = dict(self._model.named_parameters())
+        low_rank = self._binding.low_rank
+        if low_rank is not None:
+            for name, pairs in low_rank.pairs.items():
+                parameters.update(zip(low_rank.names[name], pairs, strict=True))
         rows, tokens = largest_batch(stream, workload)
         by_norm = self._config.scaling is not None and self._config.scaling.name == "gradient_normalised"
         setup = Setup(
@@ -122,7 +126,7 @@ class MemoryKeeper:
             keeps_moments=self._keeps_moments(parameters),
         )  # fmt: skip
         return MemoryForecast(
-            self._model, self._binding.partition, parameters=parameters, batch=batch, rows=rows, tokens=tokens,
+            self._model, self._binding.as_trained, parameters=parameters, batch=batch, rows=rows, tokens=tokens,
             is_padded=_is_padded(batch) or len({length for _, length in workload.shapes}) > 1, loss=loss, setup=setup,
         )  # fmt: skip
 

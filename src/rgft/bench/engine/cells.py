@@ -25,6 +25,7 @@ class EngineCell:
         dw: share of the weight gradients above the cut that are computed.
         granularity: what is on or off above the cut: whole layers, or heads and neuron blocks.
         cache: whether the frozen prefix is read from the activation cache (its steps are those of later epochs).
+        low_rank: rank of the pairs by which layers are trained in place of dW, and nothing else of them; 0: dense.
     """
 
     kind: Kind
@@ -32,6 +33,7 @@ class EngineCell:
     dw: float = 1.0
     granularity: Literal["layer", "head"] = "layer"
     cache: bool = False
+    low_rank: int = 0
 
     @property
     def name(self) -> str:
@@ -40,6 +42,7 @@ class EngineCell:
         parts = [self.kind, f"frozen{round(100 * self.frozen_fraction)}"]
         if self.kind == "rgft":
             parts += [f"dw{round(100 * self.dw)}", self.granularity, "cache" if self.cache else "nocache"]
+            parts += [f"rank{self.low_rank}"] if self.low_rank else []
         return "-".join(parts)
 
 
@@ -55,16 +58,20 @@ def all_cells() -> Iterator[EngineCell]:
             for granularity in ("layer", "head"):
                 for dw in (1.0, 0.5, 0.25):
                     yield EngineCell(kind="rgft", frozen_fraction=frozen, dw=dw, granularity=granularity, cache=cache)
+    for cache in (False, True):
+        yield EngineCell(kind="rgft", frozen_fraction=0.5, cache=cache, low_rank=8)
 
 
 def few_cells() -> Iterator[EngineCell]:
-    """The six that say most, for workloads whose steps are slow."""
+    """The eight that say most, for workloads whose steps are slow."""
     yield EngineCell(kind="full")
     yield EngineCell(kind="lora")
     yield EngineCell(kind="frozen", frozen_fraction=0.5)
     yield EngineCell(kind="rgft", frozen_fraction=0.5)
     yield EngineCell(kind="rgft", frozen_fraction=0.5, cache=True)
     yield EngineCell(kind="rgft", frozen_fraction=0.5, dw=0.5, granularity="head", cache=True)
+    for cache in (False, True):
+        yield EngineCell(kind="rgft", frozen_fraction=0.5, cache=cache, low_rank=8)
 
 
 def cut_at(components: Sequence[Component], frozen_fraction: float) -> int:

@@ -105,6 +105,7 @@ def _measured(
     return {
         "schema": SCHEMA, "workload": workload.name, "cell": cell.name, "kind": cell.kind,
         "frozen_fraction": cell.frozen_fraction, "dw": cell.dw, "granularity": cell.granularity, "cache": cell.cache,
+        "low_rank": cell.low_rank,
         "rows": workload.rows, "dtype": str(workload.dtype).removeprefix("torch."), "device": str(device),
         "steps": STEPS, "step_seconds": own, "full_step_seconds": full,
         "time_of_full": median(own) / median(full), "flops": flops, "flops_of_full": flops / full_flops,

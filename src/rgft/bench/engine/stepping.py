@@ -112,6 +112,7 @@ def _guided(
         preset="full", granularity=cell.granularity, ffn_blocks=blocks,
         policy=None if is_plain else {"name": "static", "plan": plan.to_dict()},
         execution={"cache": "memory" if cell.cache else "none"},
+        update={"low_rank": {"rank": cell.low_rank, "others": "frozen"}} if cell.low_rank else {},
     )  # fmt: skip
     guide = Guide(model, config, loss=lambda m, batch: _loss(m, moved(batch, device)))
     optimizer = adamw(guide.param_groups(lr=LR, weight_decay=0.01), lr=LR)

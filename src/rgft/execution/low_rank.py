@@ -1,0 +1,390 @@
+"""The two forms in which a component is trained: by dense weight gradients, or by low-rank pairs in their place.
+
+Every candidate has its pairs from the start, so that an optimizer knows them; the plan says which form is in force. In
+the low-rank form the dense weights are frozen, and a pair begins as nothing (B = 0): the model computes what it did.
+When a component that is on becomes dense again, and when RGFT leaves the model, pairs are merged into their weights.
+What is off keeps its form, its pairs and its weights, to the last bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rgft.components import ParameterSlice, Partition
+from rgft.cost import LowRankShapes
+from rgft.errors import AttachError
+from rgft.execution.binding import Binding
+from rgft.execution.pair_sites import PairSite
+from rgft.execution.pairs import CHILD, LowRankPairs, add_to, attach
+
+Parameters = tuple[nn.Parameter, ...]
+
+
+class LowRank:
+    """The pairs of a bound model. Attaches to model and binding; `leave` takes everything back.
+
+    The parameters of a candidate are three parts, which go on and off by themselves: its weights that have a pair, its
+    pairs, and what else it owns. Any other component is one part, itself.
+
+    Args:
+        model, binding: what is trained.
+        sites: component → where its pairs are (`find_sites`).
+        rank: of the pairs.
+        alpha: pairs count alpha / rank times.
+        freezes_others: whether, in the low-rank form, what has no pair is not trained.
+        seed: of A, which is drawn as PEFT draws it; from a generator of its own.
+    """
+
+    def __init__(
+        self, model: nn.Module, binding: Binding, sites: Mapping[str, tuple[PairSite, ...]], *, rank: int, alpha: float,
+        freezes_others: bool, seed: int,
+    ) -> None:  # fmt: skip
+        self.model, self._binding = model, binding
+        self.sites, self.rank, self.freezes_others = sites, rank, freezes_others
+        self._holders: dict[str, LowRankPairs] = {}  # by module
+        self._places: dict[str, list[tuple[LowRankPairs, int]]] = {}  # by component, aligned with its sites
+        self._handles: list[Any] = []
+        kinds = {c.name: c.kind if c.index is None else f"{c.kind}_{c.index}" for c in binding.partition}
+        for name, found in sites.items():
+            for site in found:
+                self._attach(site, kinds[name], alpha / rank, seed)
+        self.in_form: frozenset[str] = frozenset()
+        self._running: set[str] = set()
+        self._last: tuple[frozenset[str], frozenset[str]] | None = None
+        self._seen: Partition | None = None
+        self._known: tuple[tuple[frozenset[str], frozenset[str]], frozenset[str]] | None = None
+        self._show_plain_without_pairs()
+        binding.low_rank = self
+
+    def _attach(self, site: PairSite, kind: str, scale: float, seed: int) -> None:
+        module = self.model.get_submodule(site.module)
+        holder = self._holders.get(site.module)
+        if holder is None:
+            if CHILD in module._modules or hasattr(module, CHILD):
+                raise AttachError(f"{site.module!r} has something named {CHILD!r} already, where its pairs were to go")
+            holder = self._holders[site.module] = LowRankPairs(site.layout, site.part.dim, scale)
+            self._handles += attach(module, holder)
+        weight = self._binding.parameters[site.component][site.position]
+        count = sum(1 for known, _ in self._places.get(site.component, ()) if known is holder)
+        stem = f"{kind}_part_{count}" if count else kind
+        a, b = first_values(site, self.rank, weight, seed=seed)
+        self._places.setdefault(site.component, []).append((holder, holder.add(stem, site.part, a, b)))
+
+    def _show_plain_without_pairs(self) -> None:
+        inner = self._binding.plain
+
+        @contextmanager
+        def plain() -> Iterator[None]:
+            with self.hidden(), inner():
+                yield
+
+        self._binding.plain = plain
+
+    # ---------------------------------------------------------------- what a component consists of
+
+    @cached_property
+    def pairs(self) -> Mapping[str, Parameters]:
+        """Candidate → A, B, A, B, … of its sites."""
+        return {
+            name: tuple(p for holder, place in places for p in holder.pair(place))
+            for name, places in self._places.items()
+        }
+
+    @cached_property
+    def names(self) -> Mapping[str, tuple[str, ...]]:
+        """Names of `pairs` as the model shows them."""
+        return {
+            name: tuple(
+                f"{site.module}.{CHILD}.{own}"
+                for site, (holder, place) in zip(self.sites[name], places, strict=True)
+                for own in holder.names[place]
+            )
+            for name, places in self._places.items()
+        }  # fmt: skip
+
+    @cached_property
+    def held(self) -> Mapping[str, Parameters]:
+        """Component → all parameters that it may ever train."""
+        return {c.name: (*parameters, *self.pairs.get(c.name, ())) for c, parameters in self._binding}
+
+    @cached_property
+    def parts(self) -> Mapping[str, Parameters]:
+        """Part → parameters. A candidate's own name stands for what of it has no pair."""
+        parts: dict[str, Parameters] = {}
+        for component, parameters in self._binding:
+            name = component.name
+            with_pair = {site.position for site in self.sites.get(name, ())}
+            parts[name] = tuple(p for i, p in enumerate(parameters) if i not in with_pair)
+            if with_pair:
+                parts[_dense(name)] = tuple(parameters[site.position] for site in self.sites[name])
+                parts[_paired(name)] = self.pairs[name]
+        return parts
+
+    def parts_on(self, active: Collection[str]) -> frozenset[str]:
+        """Parts that are trained while `active` is on, each in the form that it has."""
+        key = (frozenset(active), self.in_form)
+        if self._known is None or self._known[0] != key:
+            self._known = (key, self._parts_on(active))
+        return self._known[1]
+
+    def _parts_on(self, active: Collection[str]) -> frozenset[str]:
+        on: set[str] = set()
+        for name in active:
+            if name not in self.sites:
+                on.add(name)
+            elif name in self.in_form:
+                on |= {_paired(name)} if self.freezes_others else {name, _paired(name)}
+            else:
+                on |= {name, _dense(name)}
+        return frozenset(on)
+
+    @property
+    def trained(self) -> Mapping[str, Parameters]:
+        """Component → what is trained of it in the form that it has, aligned with `as_trained`."""
+        self._look()
+        return self._trained
+
+    @property
+    def as_trained(self) -> Partition:
+        """The partition with the slices that are trained in the forms that components have: pairs, as an adapter's."""
+        self._look()
+        assert self._seen is not None
+        return self._seen
+
+    def _look(self) -> None:
+        if self._seen is not None:
+            return
+        components, trained = [], dict[str, Parameters]()
+        for component, parameters in self._binding:
+            name = component.name
+            if name not in self.in_form:
+                components.append(component)
+                trained[name] = parameters
+                continue
+            with_pair = {site.position for site in self.sites[name]}
+            others = [] if self.freezes_others else [i for i in range(len(parameters)) if i not in with_pair]
+            slices = [component.slices[i] for i in others]
+            slices += [
+                ParameterSlice(parameter=own, shape=tuple(p.shape))
+                for own, p in zip(self.names[name], self.pairs[name], strict=True)
+            ]
+            components.append(replace(component, slices=tuple(slices)))
+            trained[name] = (*(parameters[i] for i in others), *self.pairs[name])
+        self._seen = replace(self._binding.partition, components=tuple(components))
+        self._trained = trained
+
+    @cached_property
+    def shapes(self) -> LowRankShapes:
+        """What the cost model must know of the pairs."""
+        sizes: dict[str, list[tuple[str, int, int]]] = {}
+        for name, sites in self.sites.items():
+            for site in sites:
+                sizes.setdefault(site.part.parameter, []).append((name, site.inputs, site.outputs))
+        return LowRankShapes(sizes=sizes, rank=self.rank, freezes_others=self.freezes_others)
+
+    @property
+    def running(self) -> frozenset[str]:
+        """Components whose pairs have been trained since they were last merged, and so are part of the model."""
+        return frozenset(self._running)
+
+    # ---------------------------------------------------------------- taking form
+
+    def to_merge(self, wanted: Collection[str], active: Collection[str]) -> list[str]:
+        """Components whose pairs `take_forms` would merge into their weights."""
+        return [name for name in self.sites if name in self._running and name in active and name not in wanted]
+
+    def take_forms(self, wanted: frozenset[str], active: frozenset[str]) -> None:
+        """Gives what is on the form that a plan says. Cheap when nothing changes.
+
+        Args:
+            wanted: components that are to be in the low-rank form.
+            active: components that are on in the next step.
+        """
+        if self._last == (wanted, active):
+            return
+        for name in self.to_merge(wanted, active):
+            self._merge(name)
+        on = [name for name in self.sites if name in active]
+        paired = [name for name in on if name in wanted]
+        for name in paired:
+            self._run(name, True)
+        self._set_forms(self.in_form.difference(on).union(paired))
+        self._last = (wanted, active)
+
+    def begin(self, wanted: frozenset[str]) -> None:
+        """The forms at the beginning: nothing is trained yet."""
+        self._set_forms(wanted.intersection(self.sites))
+        on = self.parts_on(self._binding.partition.names)
+        for part, parameters in self.parts.items():
+            for parameter in parameters:
+                parameter.requires_grad_(part in on)
+
+    def be_trained(self, active: frozenset[str]) -> None:
+        """The forms of a run that trains `active` by pairs and never trained anything else. For looking ahead."""
+        self._set_forms(frozenset(self.sites))
+        for name in self.sites:
+            self._run(name, name in active)
+        self._last = None
+
+    def _set_forms(self, names: frozenset[str]) -> None:
+        if names != self.in_form:
+            self.in_form, self._seen = names, None
+
+    def _run(self, name: str, is_running: bool) -> None:
+        for holder, place in self._places[name]:
+            holder.is_running[place] = is_running
+        (self._running.add if is_running else self._running.discard)(name)
+
+    @torch.no_grad()
+    def _merge(self, name: str) -> None:
+        for weight, delta in zip(self.parts[_dense(name)], self.deltas(name, self.pairs[name]), strict=True):
+            add_to(weight, delta)
+        for _, b in _couples(self.pairs[name]):
+            b.zero_()
+        self._run(name, False)
+
+    def deltas(self, name: str, pairs: Collection[Tensor]) -> list[Tensor]:
+        """What pairs like a component's would add to each of its weights that has one."""
+        return [
+            holder.delta(a, b) for (holder, _), (a, b) in zip(self._places[name], _couples(pairs), strict=True)
+        ]  # fmt: skip
+
+    def weight_part(self, name: str) -> str:
+        """The part that its weights with a pair are."""
+        return _dense(name)
+
+    def pair_part(self, name: str) -> str:
+        """The part that its pairs are."""
+        return _paired(name)
+
+    # ---------------------------------------------------------------- for a while
+
+    @contextmanager
+    def all_computed(self) -> Iterator[None]:
+        """Inside, pairs in the low-rank form are computed, whether ever trained or not, so that they have gradients."""
+        idle = [place for name in self.in_form - self._running for place in self._places[name]]
+        try:
+            for holder, place in idle:
+                holder.is_running[place] = True
+            yield
+        finally:
+            for holder, place in idle:
+                holder.is_running[place] = False
+
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """Inside, the model has no pairs."""
+        modules = [(self.model.get_submodule(path), holder) for path, holder in self._holders.items()]
+        try:
+            for module, _ in modules:
+                del module._modules[CHILD]
+            yield
+        finally:
+            for module, holder in modules:
+                module._modules[CHILD] = holder
+
+    @contextmanager
+    def seeing_calls(self) -> Iterator[Callable[[], None]]:
+        """Inside, calls of the modules with pairs are noted.
+
+        Yields:
+            A function that raises AttachError if some module was not called: one that reads the weight instead (a
+            fused kernel) would never see its pair.
+        """
+        called: set[str] = set()
+        handles = [
+            self.model.get_submodule(path).register_forward_pre_hook(lambda *_, path=path: called.add(path))
+            for path in self._holders
+        ]
+
+        def check() -> None:
+            if missed := [path for path in self._holders if path not in called]:
+                raise AttachError(
+                    f"low-rank pairs: {len(missed)} modules are never called, e.g. {missed[0]!r}. Their weights are read by "
+                    "others (a fused kernel), or not used on this batch: pairs beside them would not be trained. Leave "
+                    "these components out of update.low_rank.components"
+                )
+
+        try:
+            yield check
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    # ---------------------------------------------------------------- saving and leaving
+
+    def state_dict(self, *, values: bool) -> dict[str, Any]:
+        """Forms; with `values` also pairs, and the weights beside those that run: a model's state has them merged."""
+        state: dict[str, Any] = {"in_form": sorted(self.in_form), "running": sorted(self._running)}
+        if values:
+            state["pairs"] = {name: [p.detach().clone() for p in pairs] for name, pairs in self.pairs.items()}
+            state["weights"] = {
+                name: [p.detach().clone() for p in self.parts[_dense(name)]] for name in sorted(self._running)
+            }
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any], *, values: bool) -> None:
+        """Restores `state_dict`.
+
+        Args:
+            state: of these same pairs.
+            values: whether weights and pairs are restored, too.
+        """
+        if values:
+            for saved, live in (
+                (state["pairs"], self.pairs),
+                (state["weights"], {name: self.parts[_dense(name)] for name in state["weights"]}),
+            ):
+                for name, tensors in saved.items():
+                    for parameter, value in zip(live[name], tensors, strict=True):
+                        parameter.copy_(value)
+        self._set_forms(frozenset(state["in_form"]))
+        running = set(state["running"])
+        for name in self.sites:
+            self._run(name, name in running)
+        self._last = None
+
+    def leave(self) -> None:
+        """Merges all pairs into their weights and takes them from the model."""
+        for name in sorted(self._running):
+            self._merge(name)
+        for handle in self._handles:
+            handle.remove()
+        for path in self._holders:
+            del self.model.get_submodule(path)._modules[CHILD]
+        self._handles.clear()
+        self._holders.clear()
+
+
+def first_values(site: PairSite, rank: int, weight: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
+    """A [R, I], uniform within ±1/√I, and B [O, R], zero; in fp32 at least, where the weight is."""
+    text = f"{seed}/{site.component}/{site.part.parameter}/{site.part.start}"
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big"))
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    a = torch.empty(rank, site.inputs)
+    nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
+    b = torch.zeros(site.outputs, rank, dtype=dtype, device=weight.device)
+    return a.to(device=weight.device, dtype=dtype), b
+
+
+def _couples(pairs: Collection[Any]) -> Iterator[tuple[Any, Any]]:
+    ordered = iter(pairs)
+    return zip(ordered, ordered, strict=True)
+
+
+def _dense(name: str) -> str:
+    return f"{name} (weights)"
+
+
+def _paired(name: str) -> str:
+    return f"{name} (pairs)"

@@ -137,7 +137,7 @@ class CostModel:
 
     def step_flops(
         self, active: Collection[str], *, rows: int, tokens: int, cached_below: int = 0, training: bool = True,
-        targets: int | None = None,
+        targets: int | None = None, dx_into: int = 0,
     ) -> StepCost:  # fmt: skip
         """FLOPs of one step on a batch of `rows` × `tokens`.
 
@@ -148,6 +148,8 @@ class CostModel:
                 runs before the layers (a vision model's stem) still does.
             training: whether the step runs in training mode; False: in eval mode.
             targets: positions at which what is needed at targets alone is computed; None: their share in the run.
+            dx_into: the plan's cut, where the gradient of the states there is computed, which no plan with that cut
+                needs (the cache does once, to see whether padding is read); 0: it is not.
 
         Raises:
             RGFTError: a name is unknown, or an active component lies below `cached_below`.
@@ -162,7 +164,16 @@ class CostModel:
         body, head = ([evaluate(axis, rows, tokens) for axis in axes] for axes in plan)
         head = [share * flops for flops in head]
         forward, dx, dw, recomputed = (b + h for b, h in zip(body, head, strict=True))
+        dx += self._dx_into(dx_into, active, rows, tokens) if dx_into else 0.0
         return StepCost(forward=forward, dx=dx, dw=dw, head=sum(head), recomputed=recomputed)
+
+    def _dx_into(self, cut: int, active: Collection[str], rows: int, tokens: int) -> float:
+        mask = sum(self._bits[name] for name in active)
+        return sum(
+            evaluate(product.flops, rows, tokens)
+            for op in self.training if op.depth == cut
+            for product in op.products_for(mask) if product.shares is None and not product.upstream & mask
+        )  # fmt: skip
 
     def full_step(self, rows: int, tokens: int) -> StepCost:
         """FLOPs of a step of full fine-tuning: all components active, nothing cached, skipped or computed twice."""
@@ -183,9 +194,20 @@ class CostModel:
         plain = self.plain and replace(self.plain, recomputes_to=last_layer)
         return replace(self, plain=plain, recomputes_to=last_layer)
 
-    def forward_flops(self, rows: int, tokens: int, below: int | None = None) -> float:
-        """FLOPs of a forward pass in eval mode: all of it, or (filling a cache) what lies below a cut."""
-        operations = (op for op in self.probing if below is None or op.depth < below)
+    def forward_flops(
+        self, rows: int, tokens: int, *, below: int | None = None, cached_below: int = 0
+    ) -> float:  # fmt: skip
+        """FLOPs of a forward pass in eval mode: all of it, or (filling a cache) what lies below a cut.
+
+        Args:
+            rows, tokens: of the batch.
+            below: only layers of lower depth run.
+            cached_below: a lower cut, where it is read from the cache.
+        """
+        operations = (
+            op for op in self.probing
+            if (below is None or op.depth < below) and (op.depth >= cached_below or op.depth == 0)
+        )  # fmt: skip
         return sum(evaluate(op.flops, rows, tokens) for op in operations)
 
     def probe_flops(self, rows: int, tokens: int, weights: bool) -> float:

@@ -234,6 +234,19 @@ class ActivationCache:
             self.misses += len(ids)
         return self._level
 
+    def read_ahead(self, ids: Sequence[int], tokens: int | None = None) -> None:
+        """Begins to read the states of examples that come next from disk, beside the step in hand.
+
+        An example is found by its content, and so only if this run has seen it before.
+
+        Args:
+            ids: of the examples.
+            tokens: as in `begin`; None: a mask will tell.
+        """
+        if self._replaced and self._levels.is_on_disk:
+            keys = [self._digests.get((example, length)) for example in ids for length in {None, tokens}]
+            self._levels.read_ahead([key for key in keys if key is not None])
+
     @property
     def proves_padding(self) -> bool:
         """Whether the gradient of the states at the cut is looked at in the pass that was announced."""

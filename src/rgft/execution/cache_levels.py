@@ -6,7 +6,7 @@ known there alone is computed from there on, once, and then is known at the new 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,13 @@ class CacheLevels:
             if state is not None and fits(state):
                 return level.cut, state
         return None
+
+    def read_ahead(self, keys: Collection[Key]) -> None:
+        """Begins to read examples from disk, each at the highest cut at which it is known."""
+        for level in self._levels:
+            if isinstance(level.states, DiskStates):
+                level.states.read_ahead([key for key in keys if key in level.states])
+                keys = [key for key in keys if key not in level.states]
 
     def put(self, key: Key, state: CachedState) -> bool:
         """Stores states at the cut, in place of those of lower cuts; False where there is no room."""

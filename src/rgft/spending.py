@@ -107,18 +107,22 @@ class Spending:
     # ---------------------------------------------------------------- booking
 
     def book_pass(
-        self, active: Collection[str], *, rows: int, tokens: int, cached_below: int, targets: int | None = None
-    ) -> None:
+        self, active: Collection[str], *, rows: int, tokens: int, cached_below: int, targets: int | None = None,
+        dx_into: int = 0,
+    ) -> None:  # fmt: skip
         """A training pass with `active` on, below `cached_below` read from the cache.
 
         Args:
             active, cached_below: of the plan.
             rows, tokens: of the batch.
             targets: at which the head was computed; None: at all positions.
+            dx_into: see `CostModel.step_flops`.
         """
         if self.costs is not None:
             spent, all_positions = (
-                costs.step_flops(active, rows=rows, tokens=tokens, cached_below=cached_below, targets=at)
+                costs.step_flops(
+                    active, rows=rows, tokens=tokens, cached_below=cached_below, targets=at, dx_into=dx_into
+                )
                 for costs, at in (
                     (self.costs, rows * tokens if targets is None else targets),
                     (self.costs.without_skipping, rows * tokens),
@@ -129,10 +133,18 @@ class Spending:
                 all_positions=all_positions,
             )  # fmt: skip
 
-    def book_fill(self, rows: int, tokens: int, *, below: int, seconds: float) -> None:
-        """A forward pass that filled the cache."""
+    def book_fill(self, rows: Mapping[int, int], tokens: int, *, below: int, seconds: float) -> None:
+        """Forward passes that filled the cache up to a cut: rows by the cut that they were read at."""
         if self.costs is not None:
-            self.ledger.add_fill(flops=self.costs.forward_flops(rows, tokens, below=below), seconds=seconds)
+            self.ledger.add_fill(flops=self._filling(rows, tokens, below=below), seconds=seconds)
+
+    def _filling(self, rows: Mapping[int, int], tokens: int, *, below: int) -> float:
+        assert self.costs is not None
+        return sum(
+            self.costs.forward_flops(number, tokens, below=below, cached_below=level)
+            for level, number in rows.items()
+            if level < below
+        )
 
     def end_step(self, *, seconds: float, updated: Mapping[str, int]) -> None:
         """A step's end; see `Ledger.end_step`."""
@@ -188,38 +200,42 @@ class Spending:
         if self.costs is None or not self.is_limited:
             return True
         rows, tokens = self.typical if batch is None else batch_shape(batch)
-        fill, hit = 0.0, False
-        if self._cache is not None and batch is not None and self._cache.cut == plan.cut:
+        fill, cached_below = 0.0, 0
+        if self._cache is not None and batch is not None and ids is not None and self._cache.cut == plan.cut:
             mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-            unknown = len(self._cache.unknown_rows(ids, mask, tokens)) if ids is not None else rows
-            hit = unknown < rows
-            fill = self.costs.forward_flops(unknown, tokens, below=plan.cut) if hit and unknown else 0.0
+            known = self._cache.rows_by_level(ids, mask, tokens)
+            if len(known) == 1:
+                (cached_below,) = known
+            else:
+                cached_below = plan.cut
+                fill = self._filling({level: len(some) for level, some in known.items()}, tokens, below=plan.cut)
         targets = self.count(batch) if self.count is not None and batch is not None else None
         if targets is not None and self.accumulation > 1:  # of the other micro-batches it is not known yet
             targets = self._most_targets(rows, tokens)
-        flops = fill + self._step(plan, step, rows, tokens, is_hit=hit, targets=targets)
+        flops = fill + self._step(plan, step, rows, tokens, cached_below=cached_below, targets=targets)
         return beside + self.accumulation * flops <= self.left
 
     def pays_for_typical(self, plan: UpdatePlan, step: int, *, is_hit: bool) -> bool:
         """Whether it still pays for a step on typical batches, which the cache knows or does not."""
         if self.costs is None or not self.is_limited:
             return True
-        return self.accumulation * self._step(plan, step, *self.typical, is_hit=is_hit) <= self.left
+        cached_below = plan.cut if is_hit else 0
+        return self.accumulation * self._step(plan, step, *self.typical, cached_below=cached_below) <= self.left
 
     def steps_left(self, plan: UpdatePlan, step: int) -> float:
         """How many steps of the plan it pays for, on typical batches that the cache does not know."""
         if self.costs is None or not self.is_limited:
             return math.inf
-        return self.left / (self.accumulation * self._step(plan, step, *self.typical, is_hit=False))
+        return self.left / (self.accumulation * self._step(plan, step, *self.typical, cached_below=0))
 
     def _step(
-        self, plan: UpdatePlan, step: int, rows: int, tokens: int, *, is_hit: bool, targets: int | None = None
+        self, plan: UpdatePlan, step: int, rows: int, tokens: int, *, cached_below: int, targets: int | None = None
     ) -> float:
         assert self.costs is not None
-        below = plan.cut if is_hit else 0
         return self.costs.step_flops(
-            plan.active_set(step), rows=rows, tokens=tokens, cached_below=below, targets=targets, low_rank=plan.pairs
-        ).total
+            plan.active_set(step), rows=rows, tokens=tokens, cached_below=cached_below, targets=targets,
+            low_rank=plan.pairs,
+        ).total  # fmt: skip
 
     def _most_targets(self, rows: int, tokens: int) -> int:
         return math.ceil(self._largest_target_share * rows * tokens)

@@ -156,10 +156,10 @@ class Step:
         if filled:
             self._spending.book_fill(filled, tokens, below=cut, seconds=time.perf_counter() - started)
         self._executor.skip_positions(cut <= len(self._partition.layers))
-        hit = self._executor.begin_forward(ids, kwargs.get("attention_mask"), tokens)
+        cached_below = self._executor.begin_forward(ids, kwargs.get("attention_mask"), tokens)
         self._spending.book_pass(
-            self._executor.active, rows=rows, tokens=tokens, cached_below=cut if hit else 0,
-            targets=self._training_loss.targets,
+            self._executor.active, rows=rows, tokens=tokens, cached_below=cached_below,
+            targets=self._training_loss.targets, dx_into=cut if self._executor.proves_padding else 0,
         )  # fmt: skip
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rgft import Config, Guide
 from rgft.errors import CacheError, NonFiniteError
+from rgft.telemetry.flop_counter import flop_counter
 from tests.families import FAMILIES, loss_of
 from tests.integration.loops import Examples, adamw, collate, trimmed
 from tests.integration.policies import Scripted, steer
@@ -171,3 +172,38 @@ def test_a_deep_copy_books_nothing_on_the_original() -> None:
     loss_of(copy.deepcopy(guide.model), batch)
     assert guide.ledger.spent_flops == before
     guide.step(optimizer)
+
+
+def deepened(cache: str, *, audits: list[tuple[float, float]] | None = None, tokens: int = 12) -> Guide:
+    """Three epochs of examples in two lengths; from the second on, one layer more is frozen."""
+    family = FAMILIES["bert"]
+    torch.manual_seed(0)
+    guide = Guide(family.build(), Config(preset="rgft", execution={"cache": cache}), loss=loss_of)
+    depth = {c.name: c.depth for c in guide.partition}
+    steer(guide, Scripted(lambda s: {name for name in depth if depth[name] >= (2 if s.step < 4 else 3)}))
+    optimizer = adamw(guide, lr=1e-3)
+    data = Examples(family, count=16, tokens=tokens)
+    for batch in guide.batches(data, batch_size=4, collate_fn=trimmed, epochs=3):
+        before = guide.ledger.spent_flops
+        with flop_counter() as counter:
+            guide.loss(batch).backward()
+        if audits is not None:
+            audits.append((float(counter.get_total_flops()), guide.ledger.spent_flops - before))
+        guide.step(optimizer)
+        optimizer.zero_grad()
+    guide.detach()
+    return guide
+
+
+def test_a_cut_that_is_moved_up_goes_on_from_what_is_known() -> None:
+    audits: list[tuple[float, float]] = []
+    cached, plain = deepened("memory", audits=audits), deepened("none")
+    for (key, found), expected in zip(cached.model.named_parameters(), plain.model.parameters(), strict=True):
+        assert torch.allclose(found, expected, atol=2e-5), key
+    assert cached.cache is not None
+    assert (cached.cache.misses, cached.cache.upgrades, cached.cache.hits) == (16, 16, 16)
+    for counted, modelled in audits:
+        assert modelled == pytest.approx(counted, rel=0.02)
+    # The first epoch computes one frozen layer, the second the next one alone, the third none.
+    first, second, third = (counted for counted, _ in audits[::4])
+    assert first > second > third

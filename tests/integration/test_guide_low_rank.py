@@ -1,4 +1,4 @@
-"""Components that are trained by low-rank pairs, through the guide: what changes, what must not, and with what it goes."""
+"""Components that are trained by low-rank pairs: what changes, what must not, and what they go with."""
 
 from __future__ import annotations
 
@@ -406,11 +406,17 @@ def test_dw_is_not_made_and_the_ledger_says_so() -> None:
         settings = config(rank=1) if form == "pairs" else Config(preset="full")
         guide = Guide(family.build(), settings)
         guided(guide, adamw(guide), Examples(family), steps=3)
-        spent[form] = guide.ledger.to_dict()
+        ledger = guide.ledger
+        spent[form] = ledger.to_dict()
         guide.detach()
-    flops = {form: ledger["flops"] if "flops" in ledger else ledger for form, ledger in spent.items()}
-    assert flops["pairs"]["dw"] < 0.35 * flops["dense"]["dw"]
-    assert flops["dense"]["forward"] < flops["pairs"]["forward"] < 1.2 * flops["dense"]["forward"]
+    dense, pairs = spent["dense"], spent["pairs"]
+    assert dense["pair_flops"] == 0.0 < pairs["pair_flops"] < 0.3 * dense["dw_flops"]
+    assert pairs["dw_flops"] < 0.1 * dense["dw_flops"]  # of what lies outside the layers
+    assert pairs["dw_flops"] + pairs["dw_skipped_flops"] == pytest.approx(dense["dw_flops"])
+    for axis in ("forward_flops", "dx_flops", "reference_flops"):
+        assert pairs[axis] == dense[axis]
+    rows = ledger.as_rows()
+    assert sum(flops for _, flops, _ in rows[:-1]) == pytest.approx(rows[-1][1])
 
 
 def test_multipliers_scale_the_rate_of_pairs() -> None:
@@ -486,7 +492,9 @@ def test_signals_of_weights_are_refused(signal: str) -> None:
 
 
 def test_components_without_a_linear_layer_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"update.low_rank.components: expected a component with the weight of a linear"):
+    with pytest.raises(
+        ConfigError, match=r"update.low_rank.components: expected a component with the weight of a linear"
+    ):
         Guide(FAMILIES["resnet"].build(), config())
     with pytest.raises(ConfigError, match=r"update.low_rank.components.*'ffns'.*nearest: ffn"):
         Guide(FAMILIES["bert"].build(), config(update={"low_rank": {"rank": 2, "components": ["ffns"]}}))
@@ -496,7 +504,9 @@ def test_components_without_a_linear_layer_are_refused() -> None:
 def test_adapters_are_refused(granularity: str) -> None:
     wanted = {"rank": 2, "components": ["adapter", "layer"]}
     with pytest.raises(ConfigError, match="holds, an adapter already"):
-        Guide(FAMILIES["peft_lora"].build(), Config(preset="full", granularity=granularity, update={"low_rank": wanted}))
+        Guide(
+            FAMILIES["peft_lora"].build(), Config(preset="full", granularity=granularity, update={"low_rank": wanted})
+        )
 
 
 class Shared(nn.Module):

@@ -84,7 +84,7 @@ def test_probes_and_evaluation_execute_what_is_modelled(others: str) -> None:
 
 
 def test_a_pair_costs_what_its_shapes_say() -> None:
-    """2 N r (I + O) forward, as much for dA and dB, and dX through both factors; no dense dW is left."""
+    """2 N r (I + O) forward, as much for dA and dB, and what leads there; no dense dW is left."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RGFTWarning)
         guide = attached("mlp", "frozen", granularity="layer")
@@ -97,7 +97,8 @@ def test_a_pair_costs_what_its_shapes_say() -> None:
     weight = 2 * 5 * site.inputs * site.outputs
     pair = 2 * 5 * rank * (site.inputs + site.outputs)
     assert model.get_submodule(site.module).weight.numel() == site.inputs * site.outputs
-    assert paired.forward - dense.forward == pytest.approx(pair)
+    assert dense.pairs == paired.dw == 0.0
     assert dense.dw == pytest.approx(weight)
-    assert paired.dw == pytest.approx(pair)
-    assert paired.dx - dense.dx == pytest.approx(2 * 5 * rank * site.outputs)
+    assert (paired.forward, paired.dx) == (dense.forward, dense.dx)
+    # Forward, dA and dB, and the gradient of x Aᵀ; of x, which is data, none is wanted.
+    assert paired.pairs == pytest.approx(2 * pair + 2 * 5 * rank * site.outputs)

@@ -17,7 +17,6 @@ from rgft.allocation.threshold import TargetSparsity
 from rgft.assembly import build_cache, build_policy, build_signal
 from rgft.errors import CacheError
 from rgft.execution.activation_cache import ActivationCache
-from rgft.execution.states import MemoryStates
 from rgft.partition import partition
 from rgft.signals.decrease import GeneralisingDecrease
 from rgft.signals.gradient import GradNorm
@@ -96,8 +95,7 @@ def test_caches(tmp_path: Path) -> None:
     cache = build_cache(Config(execution={"cache_dtype": "bfloat16", "cache_max_bytes": 77}), model, whole)
     assert isinstance(cache, ActivationCache)
     assert (cache._dtype, cache._required, cache.place) == (torch.bfloat16, False, "memory")
-    assert isinstance(cache._states, MemoryStates)
-    assert cache._states._max_bytes == 77
+    assert cache._levels._max_bytes == 77
     cache = build_cache(Config(execution={"cache": "memory"}), model, whole)
     assert cache is not None
     assert cache._required

@@ -1,13 +1,11 @@
-"""Tables from result files: means over seeds, costs, and paired comparisons with one contender."""
+"""Tables from result files: means over seeds, costs, and paired comparisons with RGFT."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
+from rgft.bench.finals import LOWER_IS_BETTER, Finals, Group, final_results
 from rgft.bench.statistics import Comparison, compare
 from rgft.errors import DataError
 from rgft.telemetry.atomic_write import write_bytes
@@ -15,50 +13,17 @@ from rgft.telemetry.atomic_write import write_bytes
 START, END = "<!-- results -->", "<!-- /results -->"
 
 
-Results = dict[str, dict[int, dict[str, Any]]]
+def markdown(folder: Path) -> str:
+    """The comparisons as Markdown tables: one for each task and budget, all contenders against RGFT, seed by seed.
 
-
-def final_results(folder: Path) -> dict[str, Results]:
-    """Comparison → contender → seed → result, of all final runs below `folder`.
-
-    A comparison is of runs on the same task. Fixed cuts are one of their own, with RGFT's runs on that task.
-
-    Raises:
-        DataError: there are none.
+    Where RGFT has no runs at a budget (full fine-tuning at 1.0), its runs at the highest lower one are compared.
     """
-    found: dict[str, Results] = {}
-    for path in sorted(folder.glob("**/*--final--*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        found.setdefault(_title(result), {}).setdefault(result["contender"], {})[result["seed"]] = result
-    if not found:
-        raise DataError(f"{folder}: expected results of final runs, found none; run the experiment first")
-    for title, results in found.items():
-        if title.endswith(CUTS) and "rgft" in (whole := found.get(title.removesuffix(CUTS), {})):
-            results["rgft"] = whole["rgft"]
-    return found
-
-
-CUTS = ", the cut fixed by hand"
-
-
-def _title(result: Mapping[str, Any]) -> str:
-    task, run = result["task"], result["run"]
-    name = {"rotten_tomatoes": "Rotten Tomatoes", "sst2": "SST-2", "cola": "CoLA", "mrpc": "MRPC"}[
-        task.get("name", "rotten_tomatoes")
-    ]
-    epochs = "one epoch" if run["epochs"] == 1 else f"{run['epochs']:g} epochs"
-    return f"{name}, {task['train_size']:,} examples, {epochs}" + (CUTS if result["method"] == "cut" else "")
-
-
-def metric(results: Mapping[int, Mapping[str, Any]], name: str) -> dict[int, float]:
-    """Seed → value on the test split."""
-    return {seed: result["metrics"]["test"][name] for seed, result in results.items()}
-
-
-def markdown(folder: Path, *, reference: str = "rgft") -> str:
-    """The comparisons as Markdown tables; every other contender is compared with `reference`, seed by seed."""
-    found = final_results(folder)
-    tables = [_table(title, results, reference) for title, results in sorted(found.items())]
+    tables: list[str] = []
+    for group, contenders in final_results(folder).items():
+        tables += [
+            _table(group, budget, [finals for finals in contenders if finals.budget == budget], contenders)
+            for budget in sorted({finals.budget for finals in contenders})
+        ]
     note = (
         "Test split, mean ± standard deviation over seeds; learning rates chosen on validation data with other seeds; "
         "differences with 95 % intervals, paired by seed. Seconds are in the result files; they are comparable only "
@@ -67,38 +32,42 @@ def markdown(folder: Path, *, reference: str = "rgft") -> str:
     return "\n\n".join([*tables, note])
 
 
-def _table(title: str, found: Results, reference: str) -> str:
+def _table(group: Group, budget: float, rows: list[Finals], contenders: list[Finals]) -> str:
+    reference = _reference(contenders, budget)
+    cuts = ", the cut fixed by hand" if group.fixes_cuts else ""
     lines = [
-        f"**{title}**",
+        f"**{group.title}{cuts}, {budget:g} of full fine-tuning's FLOPs**",
         "",
         "| | lr | FLOPs | steps | accuracy | held-out loss | RGFT's accuracy higher by | RGFT's loss lower by | |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for label in sorted(found, key=lambda name: (name != reference, name)):
-        results, comparisons = found[label], None
-        if label != reference and reference in found and len(set(found[reference]) & set(results)) > 1:
-            comparisons = tuple(
-                compare(metric(found[reference], name), metric(results, name), higher_is_better=name == "accuracy")
-                for name in ("accuracy", "loss")
-            )
-        lines.append(_row(label, results, comparisons))
+    lines += [_row(finals, reference) for finals in sorted(rows, key=lambda row: (row is not reference, row.label))]
     return "\n".join(lines)
 
 
-def _row(label: str, results: Mapping[int, Mapping[str, Any]], comparisons: tuple[Comparison, ...] | None) -> str:
-    fraction = mean(r["ledger"]["flops"]["fraction_of_full"] for r in results.values())
-    steps = mean(r["steps"] for r in results.values())
-    lr = "/".join(sorted({f"{r['lr']:g}" for r in results.values()}))
+def _reference(contenders: list[Finals], budget: float) -> Finals | None:
+    plain = [finals for finals in contenders if finals.method == "rgft" and finals.is_plain]
+    return max((finals for finals in plain if finals.budget <= budget), key=lambda row: row.budget, default=None)
+
+
+def _row(finals: Finals, reference: Finals | None) -> str:
     cells = [
-        f"{label} ({len(results)} seeds)", lr, f"{fraction:.2f}", f"{steps:.0f}",
-        _spread(list(metric(results, "accuracy").values())), _spread(list(metric(results, "loss").values())),
+        f"{finals.label} ({len(finals.by_seed)} seeds)", finals.rates, f"{finals.flops:.2f}", f"{finals.steps:.0f}",
+        _spread(list(finals.metric("accuracy").values())), _spread(list(finals.metric("loss").values())),
     ]  # fmt: skip
-    if comparisons is None:
-        cells += ["", "", ""]
-    else:
-        cells += [f"{c.difference:+.3f} [{c.low:+.3f}, {c.high:+.3f}]" for c in comparisons]
-        cells.append(", ".join(dict.fromkeys(c.verdict for c in comparisons)))
+    if reference is None or finals is reference or len(set(reference.by_seed) & set(finals.by_seed)) < 2:
+        return "| " + " | ".join([*cells, "", "", ""]) + " |"
+    comparisons = [difference(reference, finals, name) for name in ("accuracy", "loss")]
+    cells += [f"{c.difference:+.3f} [{c.low:+.3f}, {c.high:+.3f}]" for c in comparisons]
+    cells.append(", ".join(dict.fromkeys(c.verdict for c in comparisons)))
     return "| " + " | ".join(cells) + " |"
+
+
+def difference(method: Finals, baseline: Finals, metric: str, *, margin: float = 0.0) -> Comparison:
+    """How much better a contender is than another, seed by seed; see `compare`."""
+    return compare(
+        method.metric(metric), baseline.metric(metric), higher_is_better=metric not in LOWER_IS_BETTER, margin=margin
+    )
 
 
 def _spread(values: list[float]) -> str:

@@ -17,6 +17,10 @@ from rgft.tasks.files import read_rows
 #: Environment variable with the folder of data sets that come in no package: GLUE's, as SST-2/train.tsv and so on.
 DATA_FOLDER = "RGFT_BENCH_DATA"
 
+TITLES = {"rotten_tomatoes": "Rotten Tomatoes", "sst2": "SST-2", "cola": "CoLA", "mrpc": "MRPC"}
+#: Where a task's examples come from: SST-2's are phrases out of Rotten Tomatoes' reviews.
+SOURCES = {"rotten_tomatoes": "movie reviews", "sst2": "movie reviews", "cola": "CoLA", "mrpc": "MRPC"}
+
 TEST_SIZE, VALIDATION_SIZE = 2500, 1000
 T = TypeVar("T")
 

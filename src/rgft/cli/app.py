@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from rgft.cli.benching import bench
+
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Residual-guided fine-tuning.")
-bench = typer.Typer(no_args_is_help=True, help="Compare methods: run experiments, make tables.")
 app.add_typer(bench, name="bench")
 
 Model = Annotated[str | None, typer.Option(help="hub name or folder of a pre-trained model")]
@@ -291,89 +292,6 @@ def env(as_json: AsJson = False) -> None:
         from rgft.telemetry.environment import environment
 
         _show(environment(), summary.show_nested, as_json=as_json, quiet=False)
-
-
-@bench.command("run")
-def bench_run(
-    experiment: Annotated[Path, typer.Argument(help="an experiment file, see benchmarks/experiments")],
-    results: Annotated[Path, typer.Option(help="folder of all results")] = Path("benchmarks/results"),
-    minutes: Annotated[float | None, typer.Option(help="begin no new run after this time")] = None,
-) -> None:
-    """Run what an experiment still lacks; it can be stopped and started again."""
-    from rgft.cli.failures import reported
-
-    with reported():
-        from rgft.bench.experiment import Experiment
-        from rgft.bench.runner import run_experiment
-
-        loaded = Experiment.load(experiment)
-        for path in run_experiment(loaded, results / loaded.name, stop_after_seconds=minutes and minutes * 60):
-            typer.echo(path)
-
-
-@bench.command("table")
-def bench_table(
-    results: Annotated[Path, typer.Argument(help="folder with results of final runs")],
-    update: Annotated[Path | None, typer.Option(help="Markdown file whose marked part is replaced")] = None,
-) -> None:
-    """Print the comparison as a Markdown table, or put it into a document."""
-    from rgft.cli.failures import reported
-
-    with reported():
-        from rgft.bench import table
-
-        text = table.markdown(results)
-        if update is None:
-            typer.echo(text)
-        else:
-            table.update(update, text)
-
-
-@bench.command("engine")
-def bench_engine(
-    workload: Annotated[str, typer.Argument(help="minilm, smollm2, llama_1b, vit_b or resnet_50; or overheads")],
-    results: Annotated[Path, typer.Option(help="folder of all results")] = Path("benchmarks/results/engine"),
-    device: Annotated[str, typer.Option(help="auto: an accelerator where there is one, else the CPU")] = "auto",
-    minutes: Annotated[float | None, typer.Option(help="begin no new cell after this time")] = None,
-    small: Annotated[bool, typer.Option("--small", help="overheads of tiny models: to see that it works")] = False,
-) -> None:
-    """Time, FLOPs and memory of a training step, beside full fine-tuning's; it can be stopped and started again.
-
-    `overheads` measures what RGFT itself costs: seconds of a plan's switch on a model of 1 B parameters, the guide's
-    own time per step, a step with everything on beside a plain loop's, and memory above a cut beside theory.
-    """
-    from rgft.cli.failures import reported
-
-    with reported():
-        if workload == "overheads":
-            _bench_overheads(results, device, stop_after_seconds=minutes and minutes * 60, small=small)
-            return
-        import torch
-
-        from rgft.bench.engine.runner import run_engine, table
-        from rgft.bench.engine.workloads import workload as chosen
-        from rgft.cli.preparing import device_of
-
-        model, place = chosen(workload), torch.device(device_of(device))
-        folder = results / f"{model.name}-{place.type}"
-        for path in run_engine(model, folder, device=place, stop_after_seconds=minutes and minutes * 60):
-            typer.echo(path, err=True)
-        typer.echo(table(folder))
-
-
-def _bench_overheads(results: Path, device: str, *, stop_after_seconds: float | None, small: bool) -> None:
-    import torch
-
-    from rgft.bench.engine.overheads.runner import run_overheads, table
-    from rgft.bench.engine.overheads.sizes import SMALL, USUAL
-    from rgft.cli.preparing import device_of
-
-    place = torch.device(device_of(device))
-    sizes = SMALL if small else USUAL
-    folder = results / f"overheads-{place.type}{'-small' if small else ''}"
-    for path in run_overheads(sizes, folder, device=place, stop_after_seconds=stop_after_seconds):
-        typer.echo(path, err=True)
-    typer.echo(table(folder))
 
 
 def _show(data: dict[str, Any], show: Any, *, as_json: bool, quiet: bool) -> None:

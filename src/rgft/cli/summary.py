@@ -31,8 +31,8 @@ def show(report: Mapping[str, Any], console: Console) -> None:
         ("positions not read", -saved["unread_positions"]), ("probes", flops["probes"]),
         ("cache filling", flops["cache_filling"]), ("search", flops["search"]), ("spent", flops["spent"]),
     )  # fmt: skip
-    if flops["recomputed"]:
-        rows = (*rows[:5], ("computed twice", flops["recomputed"]), *rows[5:])
+    added = (("computed twice", flops["recomputed"]), ("low-rank pairs", flops["low_rank_pairs"]))
+    rows = (*rows[:5], *(row for row in added if row[1]), *rows[5:])
     if flops["head_at_targets"]:
         rows = (*rows, ("of it a language model's head", flops["head_at_targets"]))
     for name, value in rows:

@@ -20,8 +20,8 @@ Coefficients = tuple[float, float, float]
 #: Key of `by_component` for the work of weights that belong to no component.
 FROZEN = "(frozen)"
 
-#: F, dX, dW, and F done again.
-_Axes = tuple[Coefficients, Coefficients, Coefficients, Coefficients]
+#: F, dX, dW of the model's own weights, F done again, and all that low-rank pairs cost beside.
+_Axes = tuple[Coefficients, Coefficients, Coefficients, Coefficients, Coefficients]
 
 _ZERO: Coefficients = (0.0, 0.0, 0.0)
 _MEMO_LIMIT = 4096
@@ -46,6 +46,7 @@ class StepCost:
         forward, dx, dw: by axis.
         head: what of them is made at targets alone, in models that know of such work.
         recomputed: forward work done again by gradient checkpointing.
+        pairs: what low-rank pairs cost beside the model's own weights, all axes together.
     """
 
     forward: float
@@ -53,10 +54,11 @@ class StepCost:
     dw: float
     head: float = 0.0
     recomputed: float = 0.0
+    pairs: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.forward + self.dx + self.dw + self.recomputed
+        return self.forward + self.dx + self.dw + self.recomputed + self.pairs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +165,7 @@ class CostModel:
 
     def step_flops(
         self, active: Collection[str], *, rows: int, tokens: int, cached_below: int = 0, training: bool = True,
-        targets: int | None = None, low_rank: frozenset[str] | None = None,
+        targets: int | None = None, dx_into: int = 0, low_rank: frozenset[str] | None = None,
     ) -> StepCost:  # fmt: skip
         """FLOPs of one step on a batch of `rows` × `tokens`.
 
@@ -174,6 +176,8 @@ class CostModel:
                 runs before the layers (a vision model's stem) still does.
             training: whether the step runs in training mode; False: in eval mode.
             targets: positions at which what is needed at targets alone is computed; None: their share in the run.
+            dx_into: the plan's cut, where the gradient of the states there is computed, which no plan with that cut
+                needs (the cache does once, to see whether padding is read); 0: it is not.
             low_rank: names of the components that are trained by pairs if they are on; None: as the model has it.
 
         Raises:
@@ -189,8 +193,20 @@ class CostModel:
         share = self.target_share if targets is None else targets / (rows * tokens)
         body, head = ([evaluate(axis, rows, tokens) for axis in axes] for axes in plan)
         head = [share * flops for flops in head]
-        forward, dx, dw, recomputed = (b + h for b, h in zip(body, head, strict=True))
-        return StepCost(forward=forward, dx=dx, dw=dw, head=sum(head), recomputed=recomputed)
+        forward, dx, dw, recomputed, pairs = (b + h for b, h in zip(body, head, strict=True))
+        if dx_into:
+            more = self._dx_into(dx_into, self._forms(on, key[-1]), rows, tokens)
+            dx, pairs = dx + more[0], pairs + more[1]
+        return StepCost(forward=forward, dx=dx, dw=dw, head=sum(head), recomputed=recomputed, pairs=pairs)
+
+    def _dx_into(self, cut: int, forms: _Forms, rows: int, tokens: int) -> tuple[float, float]:
+        """Of the weights, and of the pairs beside them."""
+        products = [
+            (evaluate(product.flops, rows, tokens), _share_of_dx(op, forms))
+            for op in self.training if op.depth == cut
+            for product in op.products_for(forms.mask) if product.shares is None and not product.upstream & forms.mask
+        ]  # fmt: skip
+        return sum(flops for flops, _ in products), sum(flops * share for flops, share in products)
 
     def full_step(self, rows: int, tokens: int) -> StepCost:
         """FLOPs of a step of full fine-tuning: all components active, nothing cached, skipped or computed twice."""
@@ -220,16 +236,27 @@ class CostModel:
         plain = self.plain and self.plain.with_pairs(form=form, running=running)
         return replace(self, plain=plain, low_rank=form, running=running)
 
-    def forward_flops(self, rows: int, tokens: int, below: int | None = None) -> float:
-        """FLOPs of a forward pass in eval mode: all of it, or (filling a cache) what lies below a cut."""
-        operations = (op for op in self.probing if below is None or op.depth < below)
+    def forward_flops(
+        self, rows: int, tokens: int, *, below: int | None = None, cached_below: int = 0
+    ) -> float:  # fmt: skip
+        """FLOPs of a forward pass in eval mode: all of it, or (filling a cache) what lies below a cut.
+
+        Args:
+            rows, tokens: of the batch.
+            below: only layers of lower depth run.
+            cached_below: a lower cut, where it is read from the cache.
+        """
+        operations = (
+            op for op in self.probing
+            if (below is None or op.depth < below) and (op.depth >= cached_below or op.depth == 0)
+        )  # fmt: skip
         running = frozenset(index for index, name in enumerate(self.names) if name in self.running)
         return sum(evaluate(op.flops, rows, tokens) * (1.0 + _share(op, running)) for op in operations)
 
     def probe_flops(self, rows: int, tokens: int, weights: bool) -> float:
-        """FLOPs of a probe: forward and backward to the bottom in eval mode, with or without dW."""
+        """FLOPs of a probe: forward and backward to the bottom in eval mode, with or without (dense) dW."""
         cost = self.step_flops(self._all, rows=rows, tokens=tokens, training=False)
-        return cost.total if weights else cost.forward + cost.dx
+        return cost.total if weights else cost.total - cost.dw
 
     def by_component(self, rows: int, tokens: int) -> dict[str, StepCost]:
         """A full step's FLOPs attributed to components, for reports; the values add up to `full_step`.
@@ -291,7 +318,6 @@ class CostModel:
         unknown = sorted(active - self._all)
         if unknown:
             raise RGFTError(f"the cost model knows no component named {', '.join(map(repr, unknown))}")
-        on = [name in active for name in self.names]
         below = [name for name, depth in zip(self.names, self.depths, strict=True) if depth < cached_below]
         wrong = [name for name in below if name in active]
         if wrong:
@@ -301,20 +327,22 @@ class CostModel:
             )
         if self.plain is not None and all(self.depths[self.names.index(name)] > self.skips_to for name in active):
             return self.plain._plan(active, cached_below, training, low_rank)
-        paired = active & low_rank
-        mask = sum(self._bits[name] for name in active)
-        # Bits of what is frozen in the low-rank form (`graph.WeightInfo.mask`).
-        mask |= sum(self._bits[name] for name in active - paired) << len(self.names)
-        forms = _Forms(
-            on=on, paired=frozenset(i for i, name in enumerate(self.names) if name in paired),
-            carried=frozenset(i for i, name in enumerate(self.names) if name in self.running - active),
-            freezes_others=self.freezes_others,
-        )  # fmt: skip
+        forms = self._forms(active, low_rank)
         operations = self.training if training else self.probing
-        lowest = min((depth for depth, is_on in zip(self.depths, on, strict=True) if is_on), default=0)
+        lowest = min((depth for depth, is_on in zip(self.depths, forms.on, strict=True) if is_on), default=0)
         twice = range(max(1, lowest), self.recomputes_to + 1 if training and active else 0)
         body, head = ([op for op in operations if op.at_targets is at_targets] for at_targets in (False, True))
-        return _axes(body, mask, forms, cached_below, twice), _axes(head, mask, forms, cached_below, twice)
+        return _axes(body, forms, cached_below, twice), _axes(head, forms, cached_below, twice)
+
+    def _forms(self, active: frozenset[str], low_rank: frozenset[str]) -> _Forms:
+        paired, mask = active & low_rank, sum(self._bits[name] for name in active)
+        # Bits of what is frozen in the low-rank form (`graph.WeightInfo.mask`).
+        mask |= sum(self._bits[name] for name in active - paired) << len(self.names)
+        return _Forms(
+            mask=mask, on=tuple(name in active for name in self.names), freezes_others=self.freezes_others,
+            paired=frozenset(i for i, name in enumerate(self.names) if name in paired),
+            carried=frozenset(i for i, name in enumerate(self.names) if name in self.running - active),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,12 +350,14 @@ class _Forms:
     """What components do in a step, by index.
 
     Attributes:
+        mask: bits of what is on.
         on: whether it is on.
         paired: on, and trained by pairs.
         carried: off, with pairs that are part of the model.
         freezes_others: see `CostModel`.
     """
 
+    mask: int
     on: Sequence[bool]
     paired: frozenset[int]
     carried: frozenset[int]
@@ -340,30 +370,34 @@ class _Forms:
         return not self.freezes_others and all(pair.component != index for pair in op.pairs)
 
 
-def _axes(operations: Collection[Operation], mask: int, forms: _Forms, cached_below: int, twice: range) -> _Axes:
-    """FLOPs of operations with the components of `mask` active, those of depths `twice` recomputed."""
-    forward = dx = dw = recomputed = _ZERO
+def _axes(operations: Collection[Operation], forms: _Forms, cached_below: int, twice: range) -> _Axes:
+    """FLOPs of operations with components on in these forms, those of depths `twice` recomputed."""
+    forward = dx = dw = recomputed = pairs = _ZERO
     for op in operations:
-        carried, paired = _share(op, forms.carried), _share(op, forms.paired)
+        own = _share(op, forms.carried) + _share(op, forms.paired)
         if op.depth >= cached_below or op.depth == 0:
-            forward = add(forward, op.flops, 1.0 + carried + paired)
+            forward, pairs = add(forward, op.flops), add(pairs, op.flops, own)
         if op.depth in twice:
-            recomputed = add(recomputed, op.flops, 1.0 + carried + paired)
-        if paired:  # of a pair that is trained, dA, dB, and the gradient of x Aᵀ, which dA needs
-            dw = add(dw, op.flops, paired)
-            dx = add(dx, op.flops, sum(pair.outputs for pair in op.pairs if pair.component in forms.paired))
-        for product in op.products_for(mask):
-            if not product.upstream & mask:
+            recomputed = add(recomputed, op.flops, 1.0 + own)
+        if own:  # of a pair that is trained: dA, dB, and the gradient of x Aᵀ, which dA needs
+            trained = [pair for pair in op.pairs if pair.component in forms.paired]
+            pairs = add(pairs, op.flops, sum(pair.total + pair.outputs for pair in trained))
+        for product in op.products_for(forms.mask):
+            if not product.upstream & forms.mask:
                 continue
             if product.shares is None:
-                through = carried + sum(pair.inputs for pair in op.pairs if pair.component in forms.paired)
-                dx = add(dx, product.flops, 1.0 + through)
+                dx, pairs = add(dx, product.flops), add(pairs, product.flops, _share_of_dx(op, forms))
                 continue
             dense = [share for index, share in product.shares if forms.is_dense(index, op)]
             # A product that is made for the whole weight is made as soon as one owner wants it.
             share = sum(share for _, share in product.shares) if product.is_whole and dense else sum(dense)
             dw = add(dw, product.flops, share)
-    return forward, dx, dw, recomputed
+    return forward, dx, dw, recomputed, pairs
+
+
+def _share_of_dx(op: Operation, forms: _Forms) -> float:
+    """What pairs add to the gradient of the operation's input, as a share of it."""
+    return _share(op, forms.carried) + sum(pair.inputs for pair in op.pairs if pair.component in forms.paired)
 
 
 def _share(op: Operation, components: frozenset[int]) -> float:

@@ -3,7 +3,8 @@
 A folder holds one folder per fingerprint of what the states depend on (weights below the cut, cut, way of storing),
 and in it one file per run that wrote: records one after the other, each with a checksum, only ever appended to.
 Several runs may read and write at the same time. A record that was torn by a crash, or damaged since, is never used:
-its example is computed again.
+its example is computed again. Files are read at a place, not mapped: of a file that another process cuts short, a map
+would end the run.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import os
 import re
 import secrets
 import struct
+import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BufferedIOBase
 from pathlib import Path
@@ -67,6 +70,9 @@ class DiskStates:
         self._records: dict[Key, _Record] = {}
         self._bytes = self._used = self._others = 0  # live content; all that its files take; other fingerprints' files
         self._readers: dict[Path, BufferedIOBase] = {}
+        self._reading: dict[Key, Future[CachedState]] = {}  # ahead of being asked for
+        self._thread: ThreadPoolExecutor | None = None
+        self._place = threading.Lock()  # of the readers, which two threads use
         self._writer: BufferedIOBase | None = None
         self._own: Path | None = None
         self._is_writable = True
@@ -95,19 +101,32 @@ class DiskStates:
         self._others = sum(_size(path) for path in self._other_folders())
 
     def get(self, key: Key) -> CachedState | None:
-        record = self._records.get(key)
+        record, ahead = self._records.get(key), self._reading.pop(key, None)
         if record is None:
             return None
         try:
-            data = self._read(record)
-            if zlib.crc32(data) != record.checksum:
-                raise ValueError("the checksum is another")
-            return _decoded(data[: record.description], data[record.description :])
+            return self._load(self._reader(record.file), record) if ahead is None else ahead.result()
         except (OSError, ValueError) as error:
             log.warning("activation cache: %s is damaged (%s); what it lost is computed again", record.file, error)
             del self._records[key]
             self._bytes -= record.content
             return None
+
+    def read_ahead(self, keys: Collection[Key]) -> None:
+        """Begins to read what will be asked for next, beside what the caller does; what was begun before is let go."""
+        for future in self._reading.values():
+            future.cancel()
+        self._reading.clear()
+        for key in keys:
+            record = self._records.get(key)
+            if record is None or key in self._reading:
+                continue
+            if self._thread is None:
+                self._thread = ThreadPoolExecutor(1, thread_name_prefix="rgft-read-ahead")
+            try:
+                self._reading[key] = self._thread.submit(self._load, self._reader(record.file), record)
+            except OSError:  # said when it is asked for
+                return
 
     def put(self, key: Key, state: CachedState) -> bool:
         if self._folder is None or not self._is_writable or not isinstance(key, bytes):
@@ -151,6 +170,10 @@ class DiskStates:
 
     def close(self) -> None:
         """Closes the files; what was written stays for other runs."""
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+            self._thread = None
+        self._reading.clear()
         for file in (*self._readers.values(), *((self._writer,) if self._writer else ())):
             with contextlib.suppress(OSError):  # what a full disk did not take is torn, and left out when read
                 file.close()
@@ -160,15 +183,21 @@ class DiskStates:
         self._is_writable = True
         self._bytes = self._used = self._others = 0
 
-    def _read(self, record: _Record) -> bytes:
-        reader = self._readers.get(record.file)
+    def _reader(self, path: Path) -> BufferedIOBase:
+        reader = self._readers.get(path)
         if reader is None:
-            reader = self._readers[record.file] = record.file.open("rb")
-        reader.seek(record.start)
-        data = reader.read(record.description + record.content)
+            reader = self._readers[path] = path.open("rb")
+        return reader
+
+    def _load(self, reader: BufferedIOBase, record: _Record) -> CachedState:
+        with self._place:
+            reader.seek(record.start)
+            data = reader.read(record.description + record.content)
         if len(data) < record.description + record.content:
             raise ValueError("it ends early")
-        return data
+        if zlib.crc32(data) != record.checksum:
+            raise ValueError("the checksum is another")
+        return _decoded(data[: record.description], data[record.description :])
 
     def _gives_up(self, error: OSError) -> None:
         """The run goes on without storing more."""

@@ -117,22 +117,33 @@ class Executor:
 
     def fill_cache(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], ids: Sequence[int] | None, tokens: int | None
-    ) -> int:  # fmt: skip
-        """Computes the prefix of the rows that the cache lacks, where it knows others; returns how many these were."""
+    ) -> dict[int, int]:  # fmt: skip
+        """Computes the prefix of the rows that the cache lacks, where it knows others.
+
+        Returns:
+            How many rows were computed, by the cut that they were computed from.
+        """
         if self.cache is None or ids is None:
-            return 0
+            return {}
         self.cache.identify(ids, args, kwargs, tokens)
-        rows = self.cache.unknown_rows(ids, kwargs.get("attention_mask"), tokens)
-        if not 0 < len(rows) < len(ids):
-            return 0
-        self.cache.fill(self._model, args, kwargs, ids, rows, tokens)
-        return len(rows)
+        rows = self.cache.rows_by_level(ids, kwargs.get("attention_mask"), tokens)
+        if len(rows) < 2:  # all are read, or all are computed by the pass itself
+            return {}
+        lacking = {level: some for level, some in rows.items() if level < self.cache.cut}
+        for some in lacking.values():
+            self.cache.fill(self._model, args, kwargs, ids, some, tokens)
+        return {level: len(some) for level, some in lacking.items()}
 
     def begin_forward(
         self, ids: Sequence[int] | None, attention_mask: Tensor | None, tokens: int | None
-    ) -> bool:  # fmt: skip
-        """Announces a training forward; returns whether the prefix will be read from the cache."""
-        return self.cache is not None and self.cache.begin(ids, attention_mask, tokens)
+    ) -> int:  # fmt: skip
+        """Announces a training forward; returns the cut below which it is read from the cache, 0 for none."""
+        return 0 if self.cache is None else self.cache.begin(ids, attention_mask, tokens)
+
+    @property
+    def proves_padding(self) -> bool:
+        """Whether the pass that was announced computes the gradient of the states at the cut, too."""
+        return self.cache is not None and self.cache.proves_padding
 
     def skip_positions(self, skips: bool) -> None:
         """Whether forwards from here on skip positions that the loss does not read, where that is possible.

@@ -24,6 +24,7 @@ class BatchRows:
         spans: of each row's tokens; None: the mask does not tell.
         width: of a row, where the mask tells.
         states: by row; None where not known.
+        levels: the cut of each row's states; 0 where not known.
     """
 
     ids: tuple[int, ...]
@@ -32,6 +33,7 @@ class BatchRows:
     spans: list[Span] | None
     width: int | None
     states: list[CachedState | None] = field(default_factory=list)
+    levels: list[int] = field(default_factory=list)
 
     @classmethod
     def of(cls, ids: Sequence[int], mask: Tensor | None, tokens: int | None) -> BatchRows:

@@ -122,6 +122,16 @@ class MemoryStates:
         self._states[key] = state
         return True
 
+    def drop(self, key: Key) -> None:
+        """Forgets an example's states, if there are any."""
+        self._bytes -= self.size_of(key)
+        self._states.pop(key, None)
+
+    def size_of(self, key: Key) -> int:
+        """Bytes of an example's states."""
+        state = self._states.get(key)
+        return 0 if state is None else state.nbytes
+
     def __contains__(self, key: Key) -> bool:
         return key in self._states
 

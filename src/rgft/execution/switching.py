@@ -74,7 +74,11 @@ class Switch:
 
     def _install(self, cut: int, active: frozenset[str]) -> None:
         self._remove_hooks()
-        self._quiet = {module for module, depth in self._depths.items() if depth < cut}
+        # A list of layers is never called: its hooks would not run, nor those of the layers inside it.
+        self._quiet = {
+            module for module, depth in self._depths.items()
+            if depth < cut and not isinstance(module, nn.ModuleList | nn.ModuleDict)
+        }  # fmt: skip
         if cut > 0:
             self._quiet |= self._before_layers
         inactive_norms = {

@@ -55,6 +55,7 @@ class Ledger:
         forward_cached_flops, dx_truncated_flops, dw_skipped_flops: what they saved against the reference, by axis.
         unread_flops: what they saved beside, on all axes, by skipping positions that the loss does not read.
         head_flops: part of what they spent: of a language model's head, where it is computed at targets alone.
+        pair_flops: what low-rank pairs cost beside the model's own weights, on all axes.
         recomputed_flops: what gradient checkpointing added to them, where a memory budget turned it on.
         probe_flops, fill_flops, search_flops: scoring, filling the activation cache, and candidates of a search that
             lost; part of what is spent.
@@ -89,6 +90,7 @@ class Ledger:
     unread_flops: float = 0.0
     head_flops: float = 0.0
     recomputed_flops: float = 0.0
+    pair_flops: float = 0.0
     probe_flops: float = 0.0
     probes: int = 0
     fill_flops: float = 0.0
@@ -142,8 +144,10 @@ class Ledger:
         self.dx_truncated_flops += full.dx - planned.dx
         self.dw_skipped_flops += full.dw - planned.dw
         self.recomputed_flops += spent.recomputed
-        # Of what is computed twice, skipped positions are spared twice; what is left of that is `recomputed`.
-        self.unread_flops += planned.total - planned.recomputed - (spent.total - spent.recomputed)
+        self.pair_flops += spent.pairs
+        # Of what is computed twice, skipped positions are spared twice; what is left of that is `recomputed`. So with
+        # low-rank pairs.
+        self.unread_flops += planned.forward + planned.dx + planned.dw - (spent.forward + spent.dx + spent.dw)
         self.head_flops += spent.head
 
     def end_step(self, *, seconds: float, updated: Mapping[str, int]) -> None:
@@ -219,7 +223,7 @@ class Ledger:
     @property
     def training_flops(self) -> float:
         """Spent by training passes."""
-        return self.forward_flops + self.dx_flops + self.dw_flops + self.recomputed_flops
+        return self.forward_flops + self.dx_flops + self.dw_flops + self.recomputed_flops + self.pair_flops
 
     @property
     def spent_flops(self) -> float:
@@ -253,7 +257,7 @@ class Ledger:
             `parameters`.
         """
         saved = self.forward_cached_flops + self.dx_truncated_flops + self.dw_skipped_flops + self.unread_flops
-        added = self.probe_flops + self.fill_flops + self.search_flops + self.recomputed_flops
+        added = self.probe_flops + self.fill_flops + self.search_flops + self.recomputed_flops + self.pair_flops
         return {
             "steps": self.steps,
             "flops": {
@@ -265,7 +269,7 @@ class Ledger:
                 "forward": self.forward_flops, "dx": self.dx_flops, "dw": self.dw_flops,
                 "head_at_targets": self.head_flops,
                 "probes": self.probe_flops, "cache_filling": self.fill_flops, "search": self.search_flops,
-                "recomputed": self.recomputed_flops,
+                "recomputed": self.recomputed_flops, "low_rank_pairs": self.pair_flops,
                 "scoring_fraction": self.probe_flops / self.spent_flops if self.spent_flops else None,
                 "saved": {
                     "dw_skipped": self.dw_skipped_flops, "dx_truncated": self.dx_truncated_flops,
@@ -325,6 +329,7 @@ class Ledger:
             ("F cached", -self.forward_cached_flops),
             ("positions not read", -self.unread_flops),
             ("computed twice", self.recomputed_flops),
+            ("low-rank pairs", self.pair_flops),
             ("probes", self.probe_flops),
             ("cache filling", self.fill_flops),
             ("search", self.search_flops),

@@ -3,18 +3,21 @@ from pathlib import Path
 
 import pytest
 
-from rgft.bench.table import END, START, final_results, markdown, update
+from rgft.bench.finals import final_results
+from rgft.bench.table import END, START, markdown, update
 from rgft.errors import DataError
 
 
 def write(
-    folder: Path, label: str, seed: int, loss: float, *, kind: str = "final", task: str = "sst2", method: str = "full"
-) -> None:
+    folder: Path, label: str, seed: int, loss: float, *, kind: str = "final", task: str = "sst2", method: str = "",
+    budget: float = 0.3,
+) -> None:  # fmt: skip
+    folder.mkdir(exist_ok=True, parents=True)
     result = {
-        "method": method, "task": {"name": task, "train_size": 2000}, "run": {"epochs": 3.0}, "contender": label,
-        "seed": seed, "lr": 1e-4, "steps": 10 if label == "full" else 25,
-        "metrics": {"test": {"loss": loss, "accuracy": 1 - loss}},
-        "ledger": {"flops": {"fraction_of_full": 0.3}},
+        "method": method or label, "task": {"name": task, "train_size": 2000}, "run": {"epochs": 3.0},
+        "contender": label, "seed": seed, "lr": 1e-4, "steps": 10 if label == "full" else 25, "budget": budget,
+        "seconds": 100 * budget, "metrics": {"test": {"loss": loss, "accuracy": 1 - loss}}, "settings": {},
+        "ledger": {"flops": {"fraction_of_full": budget}},
     }  # fmt: skip
     (folder / f"{label}--{kind}--lr0.0001--seed{seed}.json").write_text(json.dumps(result))
 
@@ -35,15 +38,28 @@ def test_tasks_are_kept_apart_and_cuts_stand_beside_rgft(tmp_path: Path) -> None
     for seed in range(2):
         write(tmp_path, "rgft", seed, 0.4 + seed / 10)
         write(tmp_path, "frozen-1", seed, 0.42 + seed / 9, method="cut")
-        (tmp_path / "other").mkdir(exist_ok=True)
         write(tmp_path / "other", "rgft", seed, 0.6, task="rotten_tomatoes")
     found = final_results(tmp_path)
-    assert {title: set(results) for title, results in found.items()} == {
-        "SST-2, 2,000 examples, 3 epochs": {"rgft"},
-        "SST-2, 2,000 examples, 3 epochs, the cut fixed by hand": {"rgft", "frozen-1"},
-        "Rotten Tomatoes, 2,000 examples, 3 epochs": {"rgft"},
+    assert {(group.title, group.fixes_cuts): {row.label for row in rows} for group, rows in found.items()} == {
+        ("SST-2, 2,000 examples, 3 epochs", False): {"rgft"},
+        ("SST-2, 2,000 examples, 3 epochs", True): {"rgft", "frozen-1"},
+        ("Rotten Tomatoes, 2,000 examples, 3 epochs", False): {"rgft"},
     }
     assert markdown(tmp_path).count("**") == 6
+
+
+def test_budgets_have_tables_of_their_own_and_rgft_at_the_same_one_as_reference(tmp_path: Path) -> None:
+    for seed in range(3):
+        write(tmp_path, "rgft", seed, 0.40 + seed / 100)
+        write(tmp_path, "rgft-0.1", seed, 0.50 + seed / 50, method="rgft", budget=0.1)
+        write(tmp_path, "lora-0.1", seed, 0.53 + seed / 50, method="lora", budget=0.1)
+        write(tmp_path, "full", seed, 0.41 + seed / 100, budget=1.0)
+    low, middle, high = markdown(tmp_path).split("**SST-2")[1:]
+    assert "0.1 of full" in low
+    assert "+0.030 [+0.030, +0.030]" in low
+    assert "| rgft (3 seeds)" in middle
+    assert "| full (3 seeds)" in high
+    assert "+0.010 [+0.010, +0.010]" in high  # RGFT at 0.3, the highest budget that it has
 
 
 def test_update_replaces_what_is_between_the_markers_only(tmp_path: Path) -> None:

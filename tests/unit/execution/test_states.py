@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -192,3 +193,50 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CacheError, match="cache_dir"):
         DiskStates(tmp_path / "file" / "below", 100)
+
+
+def test_what_is_read_ahead_is_read_in_another_thread_and_no_second_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = on_disk(tmp_path)
+    for number in range(4):
+        first.put(key(number), stored(number))
+    found = on_disk(tmp_path)
+    threads: list[str] = []
+    load = DiskStates._load
+
+    def noted(self: DiskStates, *args: Any) -> CachedState:
+        threads.append(threading.current_thread().name)
+        return load(self, *args)
+
+    monkeypatch.setattr(DiskStates, "_load", noted)
+    found.read_ahead([key(0), key(1), key(1), key(9)])
+    found.read_ahead([key(1), key(2)])  # 0 is let go
+    for number in (0, 1, 2, 3):
+        state = found.get(key(number))
+        assert state is not None
+        assert torch.equal(state.values, states(seed=number))
+    assert found.get(key(9)) is None
+    in_hand = [name for name in threads if name == "MainThread"]
+    assert len(in_hand) == 2
+    assert all(name.startswith("rgft-read-ahead") for name in threads if name not in in_hand)
+    found.close()
+    assert not any(thread.name.startswith("rgft-read-ahead") for thread in threading.enumerate())
+
+
+def test_damage_that_is_found_while_reading_ahead_is_said_when_it_is_asked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = on_disk(tmp_path)
+    first.put(key(0), stored())
+    first.close()
+    (file,) = files(tmp_path)
+    found = on_disk(tmp_path)
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    found.read_ahead([key(0)])
+    assert found.get(key(0)) is None
+    assert "the checksum is another" in caplog.text
+    assert key(0) not in found
+    found.close()

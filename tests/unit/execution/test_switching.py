@@ -40,6 +40,12 @@ def test_the_prefix_is_deterministic_and_what_lies_above_is_not() -> None:
     assert all(m.training for m in model.modules())
 
 
+def test_a_stack_that_is_frozen_as_a_whole_is_deterministic_too() -> None:
+    model = Toy().train()
+    Switch(model, toy_binding(model)).apply(plan({"head"}, cut=4), 0)
+    assert torch.equal(model(toy_batch()), model(toy_batch()))
+
+
 def test_training_mode_returns_even_when_the_forward_raises() -> None:
     model = Toy().train()
     switch = Switch(model, toy_binding(model))

@@ -34,6 +34,21 @@ def small() -> Ledger:
     return ledger
 
 
+def test_pairs_are_an_axis_of_their_own() -> None:
+    """What they cost is no saving of another axis gone wrong; rows add up, also where positions are skipped."""
+    ledger = Ledger()
+    planned = StepCost(forward=100.0, dx=80.0, dw=5.0, pairs=30.0)
+    spent = StepCost(forward=60.0, dx=50.0, dw=3.0, pairs=18.0, recomputed=8.0)
+    ledger.add_forward(full=FULL, spent=spent, all_positions=planned, rows=4, tokens=40)
+    assert (ledger.forward_cached_flops, ledger.dx_truncated_flops, ledger.dw_skipped_flops) == (0.0, 10.0, 95.0)
+    assert (ledger.unread_flops, ledger.pair_flops) == (72.0, 18.0)
+    assert ledger.spent_flops == spent.total == 139.0
+    rows = ledger.as_rows()
+    assert sum(flops for _, flops, _ in rows[:-1]) == rows[-1][1]
+    saved = ledger.summary()["flops"]["saved"]
+    assert saved["net"] == FULL.total - spent.total
+
+
 def test_every_figure_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "peak_memory_bytes", lambda: 1234)
     summary = small().summary(full_flops=10_000.0)
@@ -43,7 +58,7 @@ def test_every_figure_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
             "spent": 290 + 90 + 90 + 60 + 7 + 5, "full": 10_000.0, "fraction_of_full": 0.0542,
             "same_batches_in_full": 870.0, "fraction_of_same_batches": 542 / 870,
             "forward": 180.0, "dx": 150.0, "dw": 140.0, "head_at_targets": 24.0, "probes": 60.0, "cache_filling": 7.0,
-            "search": 5.0, "recomputed": 0.0,
+            "search": 5.0, "recomputed": 0.0, "low_rank_pairs": 0.0,
             "scoring_fraction": 60 / 542,
             "saved": {
                 "dw_skipped": 160.0, "dx_truncated": 120.0, "forward_cached": 120.0, "unread_positions": 0.0,

@@ -47,7 +47,7 @@ class GreenTrainer(SelectionPolicy):
 
         def step(names: Collection[str]) -> tuple[float, float, float]:
             cost = costs.step_flops(names, rows=situation.rows, tokens=situation.tokens)
-            return cost.total, cost.dx, cost.dw
+            return cost.total, cost.dx, cost.dw + cost.pairs
 
         full = step([component.name for component in situation.components])[0]
         alone = {component.name: step([component.name]) for component in situation.components}

@@ -1,0 +1,135 @@
+"""Results of final runs, as they are compared: by task and budget, contender and seed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from rgft.bench.tasks import SOURCES, TITLES
+from rgft.errors import DataError
+
+#: Metrics of which less is better.
+LOWER_IS_BETTER = frozenset({"loss", "calibration_error"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """A comparison: runs on one task, data and length.
+
+    Attributes:
+        task: its name.
+        title: in words.
+        fixes_cuts: whether these are cuts fixed by hand, beside RGFT's own.
+    """
+
+    task: str
+    title: str
+    fixes_cuts: bool
+
+    @property
+    def source(self) -> str:
+        """Where the examples come from: tasks with one source are not independent."""
+        return SOURCES[self.task]
+
+    @classmethod
+    def of(cls, result: Mapping[str, Any]) -> Group:
+        task, run = result["task"], result["run"]
+        name = task.get("name", "rotten_tomatoes")
+        epochs = "one epoch" if run["epochs"] == 1 else f"{run['epochs']:g} epochs"
+        return cls(
+            task=name, title=f"{TITLES[name]}, {task['train_size']:,} examples, {epochs}",
+            fixes_cuts=result["method"] == "cut",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finals:
+    """A contender's final runs.
+
+    Attributes:
+        label: its row in tables, without its budget.
+        method: name in `methods.METHODS`.
+        budget: share of full fine-tuning's FLOPs that it was given.
+        is_plain: whether the method ran with its own settings.
+        by_seed: results.
+    """
+
+    label: str
+    method: str
+    budget: float
+    is_plain: bool
+    by_seed: Mapping[int, Mapping[str, Any]]
+
+    def metric(self, name: str) -> dict[int, float]:
+        """Seed → value on the test split.
+
+        Raises:
+            DataError: it was not measured.
+        """
+        try:
+            return {seed: float(result["metrics"]["test"][name]) for seed, result in self.by_seed.items()}
+        except KeyError as error:
+            known = sorted({key for result in self.by_seed.values() for key in result["metrics"]["test"]})
+            raise DataError(f"{self.label}: expected the metric {name!r} in its results, found {known}") from error
+
+    @property
+    def flops(self) -> float:
+        """What it spent, as a share of full fine-tuning, in the mean."""
+        return mean(float(result["ledger"]["flops"]["fraction_of_full"]) for result in self.by_seed.values())
+
+    @property
+    def seconds(self) -> float:
+        """Of training, in the mean."""
+        return mean(float(result["seconds"]) for result in self.by_seed.values())
+
+    @property
+    def steps(self) -> float:
+        return mean(result["steps"] for result in self.by_seed.values())
+
+    @property
+    def rates(self) -> str:
+        return "/".join(sorted({f"{result['lr']:g}" for result in self.by_seed.values()}))
+
+
+def final_results(folder: Path) -> dict[Group, list[Finals]]:
+    """All final runs below `folder`.
+
+    Raises:
+        DataError: there are none, or a file is damaged.
+    """
+    found: dict[Group, dict[str, dict[int, Any]]] = {}
+    for path in sorted(folder.glob("**/*--final--*.json")):
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(f"{path}: expected a result in JSON, found a damaged file; delete it") from error
+        found.setdefault(Group.of(result), {}).setdefault(result["contender"], {})[result["seed"]] = result
+    if not found:
+        raise DataError(f"{folder}: expected results of final runs, found none; run the experiment first")
+    groups = {
+        group: [_finals(label, results) for label, results in contenders.items()]
+        for group, contenders in sorted(found.items(), key=lambda item: (item[0].title, item[0].fixes_cuts))
+    }
+    return {group: finals + (_beside(group, groups) if group.fixes_cuts else []) for group, finals in groups.items()}
+
+
+def _finals(contender: str, results: Mapping[int, Mapping[str, Any]]) -> Finals:
+    first = next(iter(results.values()))
+    return Finals(
+        label=contender.removesuffix(f"-{first['budget']:g}"), method=first["method"], budget=first["budget"],
+        is_plain=not first.get("settings"), by_seed=results,
+    )  # fmt: skip
+
+
+def _beside(cuts: Group, groups: Mapping[Group, list[Finals]]) -> list[Finals]:
+    """RGFT's own choice, at the budgets of the fixed cuts."""
+    budgets = {finals.budget for finals in groups[cuts]}
+    return [
+        finals
+        for group, others in groups.items() if group.title == cuts.title and not group.fixes_cuts
+        for finals in others if finals.method == "rgft" and finals.is_plain and finals.budget in budgets
+    ]  # fmt: skip

@@ -1,0 +1,147 @@
+"""`rgft bench`: the commands that run experiments and compare their results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+bench = typer.Typer(no_args_is_help=True, help="Compare methods: run experiments, make tables.")
+
+RESULTS = Path("benchmarks/results")
+Results = Annotated[Path, typer.Argument(help="folder with results of final runs")]
+Metric = Annotated[str, typer.Option(help="of the test split: loss, accuracy, f1, …")]
+
+
+@bench.command("run")
+def bench_run(
+    experiment: Annotated[Path, typer.Argument(help="an experiment file, see benchmarks/experiments")],
+    results: Annotated[Path, typer.Option(help="folder of all results")] = Path("benchmarks/results"),
+    minutes: Annotated[float | None, typer.Option(help="begin no new run after this time")] = None,
+) -> None:
+    """Run what an experiment still lacks; it can be stopped and started again."""
+    from rgft.cli.failures import reported
+
+    with reported():
+        from rgft.bench.experiment import Experiment
+        from rgft.bench.runner import run_experiment
+
+        loaded = Experiment.load(experiment)
+        for path in run_experiment(loaded, results / loaded.name, stop_after_seconds=minutes and minutes * 60):
+            typer.echo(path)
+
+
+@bench.command("table")
+def bench_table(
+    results: Results = RESULTS,
+    update: Annotated[Path | None, typer.Option(help="Markdown file whose marked part is replaced")] = None,
+) -> None:
+    """Print the comparison as a Markdown table, or put it into a document."""
+    from rgft.cli.failures import reported
+
+    with reported():
+        from rgft.bench import table
+
+        text = table.markdown(results)
+        if update is None:
+            typer.echo(text)
+        else:
+            table.update(update, text)
+
+
+@bench.command("compare")
+def bench_compare(
+    method: Annotated[str, typer.Argument(help="label of a contender")],
+    baseline: Annotated[str, typer.Argument(help="label of the contender that it is held against")],
+    results: Results = RESULTS,
+    metric: Metric = "loss",
+    margin: Annotated[
+        float, typer.Option(help="how much worse still counts as non-inferior, in the metric's unit")
+    ] = 0,
+    against: Annotated[float | None, typer.Option(help="budget of the baseline's runs  [default: the same]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on standard output")] = False,
+) -> None:
+    """Say whether a method is better than another, non-inferior or worse: on each task, and over the tasks."""
+    from rgft.cli.failures import reported
+
+    with reported():
+        from rgft.bench.verdict import verdicts
+        from rgft.cli import verdicts as shown
+
+        found = verdicts(results, method, baseline, metric=metric, margin=margin, against_budget=against)
+        if as_json:
+            typer.echo(json.dumps(shown.as_dict(found)))
+        else:
+            shown.show(found, method=method, baseline=baseline, metric=metric)
+
+
+@bench.command("frontier")
+def bench_frontier(
+    results: Results = RESULTS,
+    metric: Metric = "loss",
+    against: Annotated[str, typer.Option(help="what methods cost: flops or seconds")] = "flops",
+    picture: Annotated[Path | None, typer.Option(help="where to draw it, as .svg or .png")] = None,
+) -> None:
+    """List all methods by what they cost, mark those that nothing beats at their cost, and draw them."""
+    from rgft.cli.failures import reported
+
+    with reported():
+        from rgft.bench.frontier import draw, frontiers
+        from rgft.cli import verdicts as shown
+        from rgft.errors import ConfigError
+
+        if against not in ("flops", "seconds"):
+            raise ConfigError(f"against: expected flops or seconds, found {against!r}")
+        found = frontiers(results, metric=metric, against=against)
+        shown.show_frontiers(found, metric=metric, against=against)
+        if picture is not None:
+            typer.echo(draw(found, picture, metric=metric, against=against))
+
+
+@bench.command("engine")
+def bench_engine(
+    workload: Annotated[str, typer.Argument(help="minilm, smollm2, llama_1b, vit_b or resnet_50; or overheads")],
+    results: Annotated[Path, typer.Option(help="folder of all results")] = Path("benchmarks/results/engine"),
+    device: Annotated[str, typer.Option(help="auto: an accelerator where there is one, else the CPU")] = "auto",
+    minutes: Annotated[float | None, typer.Option(help="begin no new cell after this time")] = None,
+    small: Annotated[bool, typer.Option("--small", help="overheads of tiny models: to see that it works")] = False,
+) -> None:
+    """Time, FLOPs and memory of a training step, beside full fine-tuning's; it can be stopped and started again.
+
+    `overheads` measures what RGFT itself costs: seconds of a plan's switch on a model of 1 B parameters, the guide's
+    own time per step, a step with everything on beside a plain loop's, and memory above a cut beside theory.
+    """
+    from rgft.cli.failures import reported
+
+    with reported():
+        if workload == "overheads":
+            _bench_overheads(results, device, stop_after_seconds=minutes and minutes * 60, small=small)
+            return
+        import torch
+
+        from rgft.bench.engine.runner import run_engine, table
+        from rgft.bench.engine.workloads import workload as chosen
+        from rgft.cli.preparing import device_of
+
+        model, place = chosen(workload), torch.device(device_of(device))
+        folder = results / f"{model.name}-{place.type}"
+        for path in run_engine(model, folder, device=place, stop_after_seconds=minutes and minutes * 60):
+            typer.echo(path, err=True)
+        typer.echo(table(folder))
+
+
+def _bench_overheads(results: Path, device: str, *, stop_after_seconds: float | None, small: bool) -> None:
+    import torch
+
+    from rgft.bench.engine.overheads.runner import run_overheads, table
+    from rgft.bench.engine.overheads.sizes import SMALL, USUAL
+    from rgft.cli.preparing import device_of
+
+    place = torch.device(device_of(device))
+    sizes = SMALL if small else USUAL
+    folder = results / f"overheads-{place.type}{'-small' if small else ''}"
+    for path in run_overheads(sizes, folder, device=place, stop_after_seconds=stop_after_seconds):
+        typer.echo(path, err=True)
+    typer.echo(table(folder))

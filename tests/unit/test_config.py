@@ -18,7 +18,7 @@ from rgft.plan import Budget
 from rgft.signals import SIGNALS
 
 COMMON: dict[str, Any] = {
-    "budget": None, "ffn_blocks": 1, "period": None, "policy": None, "update": {"moments": "keep", "average_last": 0.0},
+    "budget": None, "ffn_blocks": 1, "period": None, "policy": None, "update": {"moments": "keep", "average_last": 0.0, "low_rank": None},
     "classifier_lr_multiplier": 1.0, "seed": 0,
 }  # fmt: skip
 STABILITY: dict[str, Any] = {
@@ -36,7 +36,7 @@ TABLE: dict[str, dict[str, Any]] = {
         "error_map": {"beta": 0.9, "bias_correction": True},
         "stability": {**STABILITY, "preserve_mean": True, "always_on": ["classifier"]},
         "probe": {"interval": "auto", "size": "auto", "max_fraction": 0.01, "row_stride": 4},
-        "update": {"moments": "keep", "average_last": 0.3},
+        "update": {"moments": "keep", "average_last": 0.3, "low_rank": None},
         "execution": {**EXECUTION, "cache": "auto", "positions": "auto"}, "warmup_fraction": 0.1,
     },
     "proposal_a": {

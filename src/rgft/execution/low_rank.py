@@ -310,8 +310,8 @@ class LowRank:
             if missed := [path for path in self._holders if path not in called]:
                 raise AttachError(
                     f"low-rank pairs: {len(missed)} modules are never called, e.g. {missed[0]!r}. Their weights are "
-                    "read by others (a fused kernel), or not used on this batch: pairs beside them would not be trained. "
-                    "Leave these components out of update.low_rank.components"
+                    "read by others (a fused kernel), or not used on this batch: pairs beside them would not be "
+                    "trained. Leave these components out of update.low_rank.components"
                 )
 
         try:

@@ -83,7 +83,7 @@ class LowRankPairs(nn.Module):
         ]  # fmt: skip
         if not placed:
             return y
-        if not torch.is_autocast_enabled(x.device.type):
+        if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
             placed = [(start, stop, a.to(x.dtype), b.to(x.dtype)) for start, stop, a, b in placed]
         x_NI, y_NO = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
         placed.sort(key=lambda pair: pair[0])

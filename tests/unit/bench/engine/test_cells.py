@@ -8,7 +8,7 @@ from tests.unit.bench.engine.tiny import tiny_llama
 
 def test_names_tell_all_cells_apart() -> None:
     names = [cell.name for cell in all_cells()]
-    assert len(set(names)) == len(names) == 41
+    assert len(set(names)) == len(names) == 43
     assert {cell.name for cell in few_cells()} <= set(names)
 
 

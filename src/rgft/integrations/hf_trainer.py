@@ -85,7 +85,15 @@ def enable(
     config = chosen_config(config, settings)
     refuse_unsupported(trainer.args, accelerator=trainer.accelerator)
     _refuse_late(trainer)
-    if config.scaling is config.mask is config.period is config.policy is config.budget is None:
+    if (
+        config.scaling
+        is config.mask
+        is config.period
+        is config.policy
+        is config.budget
+        is config.update.low_rank
+        is None
+    ):
         warnings.warn(
             f"preset {config.preset!r} decides nothing and has no budget: training will be what it is without RGFT",
             RGFTWarning, stacklevel=2,

@@ -15,6 +15,7 @@ from rgft import Config, Guide
 from rgft.allocation.base import Policy, Situation
 from rgft.allocation.selection import make_plan
 from rgft.errors import AttachError, ConfigError, RGFTWarning
+from rgft.execution.fingerprint import prefix_fingerprint
 from rgft.execution.low_rank import LowRank
 from rgft.plan import UpdatePlan
 from tests.families import FAMILIES, loss_of
@@ -329,7 +330,7 @@ def test_resumed_equals_uninterrupted(name: str) -> None:
 
 def trained(
     granularity: str, *, precision: str = "fp32", dtype: torch.dtype = torch.float32, checkpointing: bool = False,
-    accumulation: int = 1, batch_size: int = 4, cache: str = "none", fused: bool = False, compiles: bool = False,
+    accumulation: int = 1, batch_size: int = 4, cache: str = "none", fused: bool = False,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Weights after six steps above a cut, under settings that should not matter."""
     family = FAMILIES["bert"]
@@ -347,14 +348,7 @@ def trained(
     guide = Guide(model, settings, loss=loss)
     guide.accumulation = accumulation
     optimizer = AdamW(guide.param_groups(1e-3), lr=1e-3, fused=fused)
-    epochs = 2
-    waiting = 0
-    for batch in guide.batches(Examples(family), batch_size=batch_size, collate_fn=collate, epochs=epochs):
-        (guide.loss(batch) / accumulation).backward()
-        waiting += 1
-        if waiting % accumulation == 0:
-            guide.step(optimizer, max_grad_norm=0.5)
-            optimizer.zero_grad()
+    guided(guide, optimizer, Examples(family), batch_size=batch_size, accumulation=accumulation, clip=0.5, epochs=2)
     assert guide.step_count == 12
     if cache != "none":
         assert guide.cache is not None
@@ -558,3 +552,28 @@ def test_plans_with_pairs_need_pairs() -> None:
 def test_a_rank_that_saves_nothing_is_said() -> None:
     with pytest.warns(RGFTWarning, match=r"pairs of rank 8 save nothing at \d+ of \d+ places.*expected less than 6.4"):
         Guide(FAMILIES["bert"].build(), config("head", rank=8))
+
+
+def test_states_at_a_cut_depend_on_the_pairs_below_it() -> None:
+    """Or a cache on disk would hand out another run's; pairs that were never trained make no difference."""
+    family = FAMILIES["bert"]
+    model = family.build()
+
+    def digest() -> str:
+        return prefix_fingerprint(model, guide.partition, 2, "model")
+
+    guide = Guide(model, Config(preset="full"))
+    guide.detach()
+    plain = digest()
+    guide = Guide(model, config())
+    assert digest() == plain
+    steer(guide, Forms(lambda step: guide.partition.names[2:], lambda step: set(pairs_of(guide).sites)))
+    optimizer = adamw(guide)
+    guided(guide, optimizer, Examples(family), steps=2)
+    assert guide.plan.cut == 2
+    assert digest() == plain
+    steer(guide, Forms(lambda step: guide.partition.names[1:], lambda step: set(pairs_of(guide).sites)))
+    guided(guide, optimizer, Examples(family), steps=4)
+    beside = digest()
+    guide.detach()
+    assert len({plain, beside, digest()}) == 3

@@ -18,7 +18,8 @@ from rgft.plan import Budget
 from rgft.signals import SIGNALS
 
 COMMON: dict[str, Any] = {
-    "budget": None, "ffn_blocks": 1, "period": None, "policy": None, "update": {"moments": "keep", "average_last": 0.0, "low_rank": None},
+    "budget": None, "ffn_blocks": 1, "period": None, "policy": None,
+    "update": {"moments": "keep", "average_last": 0.0, "low_rank": None},
     "classifier_lr_multiplier": 1.0, "seed": 0,
 }  # fmt: skip
 STABILITY: dict[str, Any] = {
@@ -438,3 +439,19 @@ def test_every_setting_is_described_and_typed() -> None:
         for name, field in group.model_fields.items():
             assert field.description, f"{group.__name__}.{name}"
     assert set(Settings.__annotations__) == set(Config.model_fields)
+
+
+def test_low_rank_pairs_are_off_by_default_and_survive_every_form() -> None:
+    assert Config().update.low_rank is None
+    for given in ({"rank": 4}, {"rank": 4, "alpha": 8, "components": ["ffn", "head"], "others": "frozen"}):
+        config = Config(update={"low_rank": given})
+        assert config.update.average_last == 0.3  # of the preset, beside it
+        again = Config.from_dict(json.loads(json.dumps(config.to_dict())))
+        assert again == config
+        assert config.update.low_rank is not None
+        assert config.update.low_rank.rank == 4
+        assert isinstance(config.update.low_rank.components, tuple)
+    with pytest.raises(ConfigError) as caught:
+        Config(update={"low_rank": {"rank": 0, "alpha": 0.0, "others": "half", "ranks": 3}})
+    for key in ("rank", "alpha", "others", "ranks"):
+        assert f"update.low_rank.{key}" in str(caught.value)

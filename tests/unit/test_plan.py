@@ -40,3 +40,22 @@ def test_bad_periods_and_budgets() -> None:
     for share in (0.0, 1.5, -1.0):
         with pytest.raises(ConfigError, match=r"budget\.flops"):
             Budget(flops=share)
+
+
+def test_the_form_of_components_is_part_of_a_plan() -> None:
+    dense = UpdatePlan(step=1, multipliers={"a": 1.0, "b": 1.0})
+    paired = UpdatePlan(step=1, multipliers={"a": 1.0, "b": 1.0}, low_rank=("b",))
+    assert UpdatePlan.from_dict(json.loads(json.dumps(paired.to_dict()))) == paired
+    assert not dense.same_effect(paired)
+    assert dense.digest() != paired.digest()
+    nothing = UpdatePlan(step=1, multipliers={"a": 1.0, "b": 1.0}, low_rank=())
+    assert dense.same_effect(nothing)
+    assert dense.digest() == nothing.digest() == "540db4bfce29c459"  # as before there were forms
+    with pytest.raises(ConfigError, match=r"low_rank must name known components; found \['c'\]"):
+        UpdatePlan(step=1, multipliers={"a": 1.0}, low_rank=("c",))
+
+
+def test_plans_saved_before_there_were_forms_load() -> None:
+    data = UpdatePlan(step=3, multipliers={"a": 1.0, "b": 0.0}, cut=1).to_dict()
+    del data["low_rank"]
+    assert UpdatePlan.from_dict(data).pairs == frozenset()

@@ -13,6 +13,7 @@ from rgft.architectures.adapters import adapter_of, adapter_paths
 from rgft.components import Component, ParameterSlice, Partition
 from rgft.errors import ConfigError, RGFTWarning
 from rgft.execution.linear import Layout, layout_of
+from rgft.execution.pairs import CHILD
 
 SETTING = "update.low_rank.components"
 
@@ -92,6 +93,9 @@ def find_sites(
                     f"{component.name}: {part.parameter!r} is shared by {', '.join(map(repr, shared))}, and a pair "
                     "would belong to one of them only"
                 )
+                continue
+            if hasattr(module, CHILD):
+                problems.append(f"{path!r} has something named {CHILD!r} already, where its pairs were to go")
                 continue
             whole = part if part.fraction < 1.0 else ParameterSlice(parameter=part.parameter, shape=part.shape)
             found[component.name].append(

@@ -73,7 +73,7 @@ class Guide(GuidedRun):
         """Parameter groups for any elementwise optimizer: all components, whether on now or not, in either form.
 
         Args:
-            lr: learning rate at multiplier 1.
+            lr: learning rate at multiplier 1; of low-rank pairs times `update.low_rank.lr_multiplier`.
             weight_decay: for weights; biases and norms (one-dimensional parameters) have none.
             classifier_lr: for classifier components; None is `lr` × `config.classifier_lr_multiplier`.
             decays: names of the parameters that decay, as the model shows them now; None: as under `weight_decay`.
@@ -89,8 +89,13 @@ class Guide(GuidedRun):
                 groups.setdefault((rate, decay), []).append(parameter)
             for parameter, name in self._pairs_of(component.name):
                 decay = weight_decay if decays is None or name in decays else 0.0
-                groups.setdefault((rate, decay), []).append(parameter)
+                groups.setdefault((rate * self._pair_lr_multiplier, decay), []).append(parameter)
         return [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
+
+    @property
+    def _pair_lr_multiplier(self) -> float:
+        settings = self.config.update.low_rank
+        return 1.0 if settings is None else settings.lr_multiplier
 
     def _pairs_of(self, component: str) -> Iterator[tuple[nn.Parameter, str]]:
         """Its low-rank pairs, if it may have any, and their names."""

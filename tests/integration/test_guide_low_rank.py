@@ -430,6 +430,17 @@ def test_multipliers_scale_the_rate_of_pairs() -> None:
         assert torch.allclose(step[step > 0], torch.tensor(1e-3 * factors[name]), rtol=1e-3)
 
 
+def test_pairs_may_have_a_rate_of_their_own() -> None:
+    guide = Guide(
+        FAMILIES["bert"].build(),
+        config(update={"low_rank": {"rank": 2, "lr_multiplier": 5.0}}, classifier_lr_multiplier=10.0),
+    )
+    rates = {id(p): group["lr"] for group in guide.param_groups(1e-3) for p in group["params"]}
+    low_rank = pairs_of(guide)
+    assert {rates[id(p)] for pairs in low_rank.pairs.values() for p in pairs} == {5e-3}
+    assert {rates[id(p)] for _, parameters in guide._binding for p in parameters} == {1e-3, 1e-2}
+
+
 # ---------------------------------------------------------------- signals
 
 

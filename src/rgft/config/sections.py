@@ -123,6 +123,9 @@ class LowRankConfig(Section):
 
     rank: int = Field(ge=1, description="inner size of a pair")
     alpha: float = Field(default=16.0, gt=0, description="a pair counts alpha / rank times")
+    lr_multiplier: float = Field(
+        default=1.0, gt=0, description="learning rate of pairs, as a multiple of what their components have otherwise"
+    )
     components: Names = Field(
         default=(), description="kinds (ffn, head, …) or component names that take pairs; none: all in the layers"
     )

@@ -30,6 +30,7 @@ contracts: $(SETUP)
 	$(BIN)/lint-imports --no-cache
 
 bench: $(SETUP)  ## the committed quality comparison; resumes where it stopped
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement requirements/bench.txt
 	$(BIN)/rgft bench run benchmarks/experiments/rotten_tomatoes.json
 	$(BIN)/rgft bench run benchmarks/experiments/rotten_tomatoes_full.json
 	$(BIN)/rgft bench run benchmarks/experiments/cuts.json

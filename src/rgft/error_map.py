@@ -103,6 +103,16 @@ class ErrorMap:
         weight = (1.0 - self.beta) * (1.0 + power) / ((1.0 + self.beta) * (1.0 - power))
         return math.sqrt(variance * weight / (1.0 - weight)) if weight < 1.0 else None
 
+    def uncertainty(self, name: str) -> float | None:
+        """Standard deviation of what Ê_k may truly be; None while nothing is known of it.
+
+        The standard error comes from the same n observations: given these, the true value has Student's t distribution
+        with n − 1 degrees of freedom, whose variance is (n−1)/(n−3) times the squared error, and none for n <= 3: two
+        observations that happen to be alike prove nothing.
+        """
+        error, count = self.standard_error(name), self.counts.get(name, 0)
+        return error * math.sqrt((count - 1) / (count - 3)) if error is not None and count > 3 else None
+
     def captured(self, names: Iterable[str]) -> float | None:
         """Share of all positive values that `names` hold together; None when nothing is positive."""
         values = {name: max(0.0, value) for name, value in self.values().items()}

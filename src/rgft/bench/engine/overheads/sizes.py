@@ -23,6 +23,8 @@ class Sizes:
         deep_encoder: its memory is measured at several cuts; of a number of layers that has quarters.
         switches: timed plan switches.
         steps: timed steps of each loop.
+        sweeps: timed sweeps of trials that share a cache.
+        sweep_batches: batches of a trial's epoch.
     """
 
     name: str
@@ -32,6 +34,8 @@ class Sizes:
     deep_encoder: EngineWorkload
     switches: int
     steps: int
+    sweeps: int
+    sweep_batches: int
 
 
 def llama(
@@ -108,6 +112,8 @@ USUAL = Sizes(
     ),
     switches=20,
     steps=40,
+    sweeps=3,
+    sweep_batches=8,
 )  # fmt: skip
 
 SMALL = Sizes(
@@ -130,6 +136,8 @@ SMALL = Sizes(
     ),
     switches=4,
     steps=4,
+    sweeps=1,
+    sweep_batches=2,
 )  # fmt: skip
 
 SIZES: Mapping[str, Sizes] = {sizes.name: sizes for sizes in (USUAL, SMALL)}

@@ -1,48 +1,26 @@
-"""The tasks of the bench: real labelled sentences, split so that no test sentence was seen in training."""
+"""GLUE's tasks (Wang et al. 2019), from a folder of its files: their test labels are not public, so all split anew."""
 
 from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
 
-from rgft.errors import ConfigError, DataError
+from rgft.bench.tasks.splits import shuffled
+from rgft.errors import DataError
 from rgft.tasks.base import PreparedTask
-from rgft.tasks.demo import Labelled, demo_task, encoder_task
+from rgft.tasks.demo import Labelled, encoder_task
 from rgft.tasks.files import read_rows
 
 #: Environment variable with the folder of data sets that come in no package: GLUE's, as SST-2/train.tsv and so on.
 DATA_FOLDER = "RGFT_BENCH_DATA"
 
-TITLES = {"rotten_tomatoes": "Rotten Tomatoes", "sst2": "SST-2", "cola": "CoLA", "mrpc": "MRPC"}
-#: Where a task's examples come from: SST-2's are phrases out of Rotten Tomatoes' reviews.
-SOURCES = {"rotten_tomatoes": "movie reviews", "sst2": "movie reviews", "cola": "CoLA", "mrpc": "MRPC"}
-
 TEST_SIZE, VALIDATION_SIZE = 2500, 1000
-T = TypeVar("T")
 
 #: Shorter phrases are no sentences to test on.
 MIN_WORDS = 8
-
-
-def bench_task(settings: Mapping[str, Any], *, seed: int) -> PreparedTask:
-    """The task of an experiment: its `name` ("rotten_tomatoes" where none is given), and the settings of that task.
-
-    Raises:
-        ConfigError: there is no such task.
-        DataError: its data are missing.
-    """
-    rest = dict(settings)
-    name = rest.pop("name", "rotten_tomatoes")
-    tasks: dict[str, Callable[..., PreparedTask]] = {
-        "rotten_tomatoes": demo_task, "sst2": sst2, "cola": cola, "mrpc": mrpc,
-    }  # fmt: skip
-    if name not in tasks:
-        raise ConfigError(f"task.name: expected one of {', '.join(tasks)}, found {name!r}")
-    return tasks[name](seed=seed, **rest)
 
 
 def sst2(*, train_size: int, seed: int) -> PreparedTask:
@@ -82,23 +60,17 @@ def mrpc(*, train_size: int, seed: int) -> PreparedTask:
 def _cola_splits(folder: Path) -> dict[str, Labelled]:
     rows = [row for name in ("train", "dev") for row in _tab_separated(folder / f"{name}.tsv", columns=4)]
     labelled = {text.strip(): int(label) for _, label, _, text in rows}
-    return _split(sorted(labelled.items()), name="cola", test=2500, validation=1000)
+    return shuffled(sorted(labelled.items()), name="cola", test=2500, validation=1000)
 
 
 @cache
 def _mrpc_splits(folder: Path) -> dict[str, list[tuple[tuple[str, str], int]]]:
     rows = [row for name in ("train", "dev") for row in _tab_separated(folder / f"{name}.tsv", columns=5)[1:]]
     labelled = {(first.strip(), second.strip()): int(label) for label, _, _, first, second in rows}
-    splits = _split(sorted(labelled.items()), name="mrpc", test=1000, validation=500)
+    splits = shuffled(sorted(labelled.items()), name="mrpc", test=1000, validation=500)
     held = {sentence for name in ("test", "validation") for pair, _ in splits[name] for sentence in pair}
     splits["train"] = [(pair, label) for pair, label in splits["train"] if not held.intersection(pair)]
     return splits
-
-
-def _split(rows: list[T], *, name: str, test: int, validation: int) -> dict[str, list[T]]:
-    """The same split for all runs and seeds."""
-    random.Random(name).shuffle(rows)
-    return {"test": rows[:test], "validation": rows[test : test + validation], "train": rows[test + validation :]}
 
 
 def _tab_separated(path: Path, *, columns: int) -> list[list[str]]:

@@ -147,7 +147,10 @@ class Prober:
         if costs is None:
             return 0.0
         passes = sum(costs.probe_flops(*shape, weights=True) for shape in shapes)
-        return passes * (1.0 if self._ratio is None else self._ratio)
+        # The step that the optimizer would make is found out for every component.
+        makes_step = self._measurement is not None and self._measurement.signal.needs_update
+        step = sum(self._spending.optimizer_flops.values()) if makes_step else 0.0
+        return passes * (1.0 if self._ratio is None else self._ratio) + step
 
     def _fits(self, flops: float, pays: Callable[[float], bool]) -> bool:
         share = self._settings.max_fraction * self._spending.allowed if self.schedule.number else math.inf

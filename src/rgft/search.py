@@ -88,11 +88,16 @@ def are_rates(rates: Sequence[Any]) -> bool:
     return bool(rates) and are_numbers and len(set(rates)) == len(rates)
 
 
-def candidate_rates(model: nn.Module) -> tuple[float, ...]:
-    """Learning rates to try on a model, rising."""
+def candidate_rates(model: nn.Module, *, factor: float = 1.0) -> tuple[float, ...]:
+    """Learning rates to try on a model, rising.
+
+    Args:
+        model: to be trained.
+        factor: of the optimizer's usual rate against AdamW's.
+    """
     widths = [parameter.shape[-1] for parameter in model.parameters() if parameter.dim() == 2]
-    reference = REFERENCE_RATE * REFERENCE_WIDTH / median(widths) if widths else REFERENCE_RATE
-    return tuple(float(f"{factor * reference:.2g}") for factor in FACTORS)
+    reference = factor * (REFERENCE_RATE * REFERENCE_WIDTH / median(widths) if widths else REFERENCE_RATE)
+    return tuple(float(f"{times * reference:.2g}") for times in FACTORS)
 
 
 def first_rate(rates: Sequence[float]) -> float:

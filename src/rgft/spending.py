@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from rgft.cost import CostModel
@@ -33,6 +33,7 @@ class Spending:
         typical: (rows, tokens) of a typical batch.
         count: targets of a batch, where steps compute what they can at these alone; else None.
         accumulation: micro-batches per optimizer step; a step is begun only if all of them are paid for.
+        optimizer_flops: component → FLOPs of products in the optimizer's own step (Muon's); others make none.
     """
 
     def __init__(self, budget: Budget | None, cache: ActivationCache | None) -> None:
@@ -50,6 +51,7 @@ class Spending:
         self.count: Callable[[Any], int] | None = None
         self._largest_target_share = 1.0
         self.accumulation = 1
+        self.optimizer_flops: dict[str, float] = {}
 
     @property
     def needs_pace(self) -> bool:
@@ -84,7 +86,7 @@ class Spending:
                 active, rows=rows, tokens=tokens, targets=self._most_targets(rows, tokens)
             ).total
             for rows, tokens in workload.shapes
-        )  # fmt: skip
+        ) + self._of_optimizer(active)  # fmt: skip
         if self._seconds is not None and self._pace is not None and flops > 2.0 * self._seconds * self._pace:
             raise BudgetError(
                 f"the budget of {self._seconds:g} s is less than a step of the cheapest plan takes here, about "
@@ -134,10 +136,14 @@ class Spending:
         if self.costs is not None:
             self.ledger.add_fill(flops=self.costs.forward_flops(rows, tokens, below=below), seconds=seconds)
 
+    def book_dry_step(self, active: Collection[str]) -> None:
+        """What finding out an optimizer's step costs, beside making it."""
+        self.ledger.add_scoring(flops=self._of_optimizer(active), seconds=0.0)
+
     def end_step(self, *, seconds: float, updated: Mapping[str, int]) -> None:
         """A step's end; see `Ledger.end_step`."""
         ledger = self.ledger
-        ledger.end_step(seconds=seconds, updated=updated)
+        ledger.end_step(seconds=seconds, updated=updated, optimizer_flops=self._of_optimizer(updated))
         flops, elapsed = ledger.spent_flops - self._seen[0], ledger.elapsed - self._seen[1]
         self._seen = (ledger.spent_flops, ledger.elapsed)
         if self._seconds is not None and flops > 0.0 and elapsed > 0.0:
@@ -198,19 +204,26 @@ class Spending:
         if targets is not None and self.accumulation > 1:  # of the other micro-batches it is not known yet
             targets = self._most_targets(rows, tokens)
         flops = fill + self._step(plan, step, rows, tokens, is_hit=hit, targets=targets)
-        return beside + self.accumulation * flops <= self.left
+        return beside + self.accumulation * flops + self._of_optimizer(plan.active_set(step)) <= self.left
 
     def pays_for_typical(self, plan: UpdatePlan, step: int, *, is_hit: bool) -> bool:
         """Whether it still pays for a step on typical batches, which the cache knows or does not."""
         if self.costs is None or not self.is_limited:
             return True
-        return self.accumulation * self._step(plan, step, *self.typical, is_hit=is_hit) <= self.left
+        return self._typical(plan, step, is_hit=is_hit) <= self.left
 
     def steps_left(self, plan: UpdatePlan, step: int) -> float:
         """How many steps of the plan it pays for, on typical batches that the cache does not know."""
         if self.costs is None or not self.is_limited:
             return math.inf
-        return self.left / (self.accumulation * self._step(plan, step, *self.typical, is_hit=False))
+        return self.left / self._typical(plan, step, is_hit=False)
+
+    def _typical(self, plan: UpdatePlan, step: int, *, is_hit: bool) -> float:
+        passes = self.accumulation * self._step(plan, step, *self.typical, is_hit=is_hit)
+        return passes + self._of_optimizer(plan.active_set(step))
+
+    def _of_optimizer(self, active: Iterable[str]) -> float:
+        return sum(self.optimizer_flops.get(name, 0.0) for name in active) if self.optimizer_flops else 0.0
 
     def _step(
         self, plan: UpdatePlan, step: int, rows: int, tokens: int, *, is_hit: bool, targets: int | None = None

@@ -36,6 +36,13 @@ MaxLength = Annotated[
 ]
 Preset = Annotated[str | None, typer.Option(help="rgft (default), proposal_a, proposal_b or full")]
 Granularity = Annotated[str | None, typer.Option(help="layer (default), block, head or adapter")]
+Optimizer = Annotated[
+    str | None,
+    typer.Option(
+        help="adamw (default), sgd, adafactor, lion, muon, schedule-free or adamw-8bit; each has a default learning "
+        "rate of its own"
+    ),
+]
 Seed = Annotated[int | None, typer.Option(help="of splits, new weights, data order and dropout  [default: 0]")]
 File = Annotated[Path | None, typer.Option("--config", help="YAML: run settings, and RGFT's own below `rgft:`; flags "
                                                              "override it")]  # fmt: skip
@@ -71,6 +78,7 @@ def train(
     memory: Memory = None,
     preset: Preset = None,
     granularity: Granularity = None,
+    optimizer: Optimizer = None,
     lr: LearningRate = None,
     epochs: Annotated[
         float | None, typer.Option(help="of the full fine-tuning that the budget is a share of  [default: 3]")
@@ -107,7 +115,8 @@ def train(
         request = read_request(
             file=config, overrides=[*limits, *(overrides or ())], stored=stored_request(output) if resume else None,
             flags={"model": model, "data": data, "task": task, "text": tuple(text) if text else None, "label": label,
-                   "validation": validation, "test": test, "lr": lr, "epochs": epochs, "batch_size": batch_size,
+                   "validation": validation, "test": test, "optimizer": optimizer, "lr": lr,
+                   "epochs": epochs, "batch_size": batch_size,
                    "max_length": max_length, "checkpoint_every": checkpoint_every, "seed": seed},
             rgft_flags={"budget": budget_of(budget, seconds), "preset": preset, "granularity": granularity},
         )  # fmt: skip

@@ -33,6 +33,8 @@ def show(report: Mapping[str, Any], console: Console) -> None:
     )  # fmt: skip
     if flops["recomputed"]:
         rows = (*rows[:5], ("computed twice", flops["recomputed"]), *rows[5:])
+    if flops["optimizer"]:
+        rows = (*rows[:5], ("optimizer's products", flops["optimizer"]), *rows[5:])
     if flops["head_at_targets"]:
         rows = (*rows, ("of it a language model's head", flops["head_at_targets"]))
     for name, value in rows:

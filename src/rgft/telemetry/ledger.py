@@ -56,6 +56,7 @@ class Ledger:
         unread_flops: what they saved beside, on all axes, by skipping positions that the loss does not read.
         head_flops: part of what they spent: of a language model's head, where it is computed at targets alone.
         recomputed_flops: what gradient checkpointing added to them, where a memory budget turned it on.
+        optimizer_flops: products in the optimizer's own steps (Muon's).
         probe_flops, fill_flops, search_flops: scoring, filling the activation cache, and candidates of a search that
             lost; part of what is spent.
         evaluation_flops: not part of it.
@@ -89,6 +90,7 @@ class Ledger:
     unread_flops: float = 0.0
     head_flops: float = 0.0
     recomputed_flops: float = 0.0
+    optimizer_flops: float = 0.0
     probe_flops: float = 0.0
     probes: int = 0
     fill_flops: float = 0.0
@@ -146,14 +148,16 @@ class Ledger:
         self.unread_flops += planned.total - planned.recomputed - (spent.total - spent.recomputed)
         self.head_flops += spent.head
 
-    def end_step(self, *, seconds: float, updated: Mapping[str, int]) -> None:
+    def end_step(self, *, seconds: float, updated: Mapping[str, int], optimizer_flops: float = 0.0) -> None:
         """Books the end of an optimizer step.
 
         Args:
             seconds: wall-clock of the step, scoring excluded.
             updated: name → number of parameters, of the components that were updated.
+            optimizer_flops: of products in the optimizer's own step.
         """
         self.steps += 1
+        self.optimizer_flops += optimizer_flops
         self.seconds["step"] += seconds
         self.last_updated_parameters = sum(updated.values())
         self.updated_parameters += self.last_updated_parameters
@@ -168,8 +172,9 @@ class Ledger:
         self.probe_flops += flops
         self.seconds["probe"] += seconds
 
-    def add_scoring(self, *, seconds: float) -> None:
+    def add_scoring(self, *, seconds: float, flops: float = 0.0) -> None:
         """Books time spent on scoring a training step's own gradients, which needs no pass of its own."""
+        self.probe_flops += flops
         self.seconds["probe"] += seconds
 
     def add_fill(self, *, flops: float, seconds: float) -> None:
@@ -223,8 +228,9 @@ class Ledger:
 
     @property
     def spent_flops(self) -> float:
-        """What counts against the budget: training, probes, cache filling and search; evaluation does not."""
-        return self.training_flops + self.probe_flops + self.fill_flops + self.search_flops
+        """What counts against the budget: training, its optimizer's products, probes, cache filling and search;
+        evaluation does not."""
+        return self.training_flops + self.optimizer_flops + self.probe_flops + self.fill_flops + self.search_flops
 
     @property
     def elapsed(self) -> float:
@@ -253,7 +259,7 @@ class Ledger:
             `parameters`.
         """
         saved = self.forward_cached_flops + self.dx_truncated_flops + self.dw_skipped_flops + self.unread_flops
-        added = self.probe_flops + self.fill_flops + self.search_flops + self.recomputed_flops
+        added = self.probe_flops + self.fill_flops + self.search_flops + self.recomputed_flops + self.optimizer_flops
         return {
             "steps": self.steps,
             "flops": {
@@ -265,7 +271,7 @@ class Ledger:
                 "forward": self.forward_flops, "dx": self.dx_flops, "dw": self.dw_flops,
                 "head_at_targets": self.head_flops,
                 "probes": self.probe_flops, "cache_filling": self.fill_flops, "search": self.search_flops,
-                "recomputed": self.recomputed_flops,
+                "recomputed": self.recomputed_flops, "optimizer": self.optimizer_flops,
                 "scoring_fraction": self.probe_flops / self.spent_flops if self.spent_flops else None,
                 "saved": {
                     "dw_skipped": self.dw_skipped_flops, "dx_truncated": self.dx_truncated_flops,
@@ -325,6 +331,7 @@ class Ledger:
             ("F cached", -self.forward_cached_flops),
             ("positions not read", -self.unread_flops),
             ("computed twice", self.recomputed_flops),
+            ("optimizer's products", self.optimizer_flops),
             ("probes", self.probe_flops),
             ("cache filling", self.fill_flops),
             ("search", self.search_flops),

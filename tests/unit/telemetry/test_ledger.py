@@ -43,7 +43,7 @@ def test_every_figure_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
             "spent": 290 + 90 + 90 + 60 + 7 + 5, "full": 10_000.0, "fraction_of_full": 0.0542,
             "same_batches_in_full": 870.0, "fraction_of_same_batches": 542 / 870,
             "forward": 180.0, "dx": 150.0, "dw": 140.0, "head_at_targets": 24.0, "probes": 60.0, "cache_filling": 7.0,
-            "search": 5.0, "recomputed": 0.0,
+            "search": 5.0, "recomputed": 0.0, "optimizer": 0.0,
             "scoring_fraction": 60 / 542,
             "saved": {
                 "dw_skipped": 160.0, "dx_truncated": 120.0, "forward_cached": 120.0, "unread_positions": 0.0,

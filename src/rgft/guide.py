@@ -36,6 +36,7 @@ from rgft.plan import MemoryPlan, RunPlan
 from rgft.probe_schedule import ProbePool
 from rgft.progress import Course
 from rgft.schedule import learning_rate_schedule
+from rgft.telemetry.energy import EnergyMeter
 from rgft.training_loss import Loss
 from rgft.workload import Workload
 
@@ -167,6 +168,12 @@ class Guide(GuidedRun):
             )
             costs = memory.costs(costs)
         pace = machine_pace(self.model) if spending.needs_pace else None
+        if spending.meter is None:
+            energy = self.config.energy
+            spending.meter = EnergyMeter.of(
+                next(self.model.parameters()).device, watts=energy.watts, measures=energy.counter == "auto"
+            )
+            self.ledger.carbon_intensity = energy.carbon_intensity
         spending.allow(costs, workload, full=full_flops, pace=pace)
         spending.require(self._decisions.plan_cheapest().active(0), workload)
         steps = spending.full_steps(stream.total_batches)

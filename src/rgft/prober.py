@@ -62,7 +62,10 @@ class Prober:
         """
         spending, settings = self._spending, self._settings
         assert spending.costs is not None
-        self._stride = max(1, int(measuring * steps / MAX_SCORED_STEPS))
+        scored = MAX_SCORED_STEPS
+        if dry := 2.0 * sum(spending.optimizer_flops.values()):  # each score finds out its own step and the one before
+            scored = max(1, min(scored, int(settings.max_fraction * spending.allowed / dry)))
+        self._stride = max(1, int(measuring * steps / scored))
         self.schedule = ProbeSchedule.derive(
             interval=settings.interval, size=settings.size, steps=steps,
             flops_allowed=spending.allowed * settings.max_fraction,

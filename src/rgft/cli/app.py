@@ -54,6 +54,10 @@ Memory = Annotated[
         help="memory that tensors of a step may take on the training device, e.g. 8GB or 7.5GiB  [default: any]"
     ),
 ]
+Watts = Annotated[
+    float | None,
+    typer.Option(help="power of the training device, for energy that is not measured  [default: by its type]"),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on standard output, all else on standard error")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress, no tables")]
 
@@ -75,6 +79,8 @@ def train(
         ),
     ] = None,
     seconds: Annotated[float | None, typer.Option(help="wall-clock budget; with --budget, what is first")] = None,
+    joules: Annotated[float | None, typer.Option(help="energy budget; with others, what is first")] = None,
+    watts: Watts = None,
     memory: Memory = None,
     preset: Preset = None,
     granularity: Granularity = None,
@@ -112,13 +118,15 @@ def train(
 
         # A limit beside what is spent, so that it replaces no budget of the file.
         limits = [] if memory is None else [f"budget.memory={memory}"]
+        power = [] if watts is None else [f"energy.watts={watts}"]
         request = read_request(
-            file=config, overrides=[*limits, *(overrides or ())], stored=stored_request(output) if resume else None,
+            file=config, overrides=[*limits, *power, *(overrides or ())],
+            stored=stored_request(output) if resume else None,
             flags={"model": model, "data": data, "task": task, "text": tuple(text) if text else None, "label": label,
                    "validation": validation, "test": test, "optimizer": optimizer, "lr": lr,
                    "epochs": epochs, "batch_size": batch_size,
                    "max_length": max_length, "checkpoint_every": checkpoint_every, "seed": seed},
-            rgft_flags={"budget": budget_of(budget, seconds), "preset": preset, "granularity": granularity},
+            rgft_flags={"budget": budget_of(budget, seconds, joules), "preset": preset, "granularity": granularity},
         )  # fmt: skip
         if dry_run:
             _show(describe_run(request), preview.show, as_json=as_json, quiet=quiet)
@@ -256,9 +264,13 @@ def plan_costs(
     device: Annotated[
         str, typer.Option(help="whose rates the times are for: auto, cpu, cuda, …; none: no times")
     ] = "auto",
+    watts: Watts = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what full fine-tuning, LoRA and RGFT would cost: FLOPs, memory, time. Needs no weights and trains nothing."""
+    """Say what full fine-tuning, LoRA and RGFT would cost: FLOPs, memory, time, energy.
+
+    Needs no weights and trains nothing.
+    """
     from rgft.cli.failures import reported
 
     with reported():
@@ -274,7 +286,7 @@ def plan_costs(
         found = planning.plan(
             model=model, task=task, rows=batch_size, tokens=tokens, examples=examples, epochs=epochs, labels=labels,
             dtype=dtype, budget=budget, memory=None if memory is None else parsed_bytes(memory, setting="memory"),
-            device=None if device == "none" else device_of(device),
+            device=None if device == "none" else device_of(device), watts=watts,
         )  # fmt: skip
         _show(found, planning.show, as_json=as_json, quiet=False)
 

@@ -107,7 +107,7 @@ class RunSettings(Section):
     optimizer: Name = Field(default="adamw", description="what makes the steps")
     lr: Annotated[float | tuple[float, ...] | Literal["auto"], BeforeValidator(_learning_rates)] = Field(
         default=2e-4,
-        description="learning rate at multiplier 1, by default AdamW's 2e-4, or as is usual of another optimizer; several "
+        description="learning rate at multiplier 1, by default AdamW's 2e-4, or another optimizer's usual one; several "
         "(1e-4,3e-4): the best is searched for inside the budget; auto: among rates that suit the model's width",
     )
     epochs: float = Field(default=3.0, gt=0, description="of the full fine-tuning that the budget is a share of")
@@ -166,9 +166,11 @@ class Request:
         }
 
 
-def budget_of(flops: float | None, seconds: float | None) -> Any:
-    """The budget that two flags ask for; None where neither is given."""
-    return flops if seconds is None else {"seconds": seconds} if flops is None else {"flops": flops, "seconds": seconds}
+def budget_of(flops: float | None, seconds: float | None, joules: float | None = None) -> Any:
+    """The budget that flags ask for; None where none is given."""
+    given = {"flops": flops, "seconds": seconds, "joules": joules}
+    given = {key: value for key, value in given.items() if value is not None}
+    return None if not given else flops if set(given) == {"flops"} else given
 
 
 def read_request(

@@ -55,6 +55,10 @@ def test_every_figure_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         "seconds": {
             "step": 3.0, "probe": 0.625, "fill": 0.25, "search": 0.125, "data": 0.5, "evaluation": 9.0, "total": 4.5,
         },
+        "energy": {
+            "joules": {"total": 0}, "kwh": 0.0, "co2_grams": 0.0, "carbon_intensity": 473.0,
+            "source": None, "notes": [],
+        },
         "memory": {"peak_bytes": 1234, "peak_accelerator_bytes": small().peak_accelerator_bytes or None},
         "data": {"passes": 3, "examples": 10, "tokens": 96, "padding_tokens": 16},
         "parameters": {
@@ -144,7 +148,7 @@ def test_an_odd_state_is_refused_with_all_its_problems() -> None:
     data = small().to_dict()
     del data["steps"], data["seconds"]
     with pytest.raises(ConfigError) as caught:
-        Ledger.from_dict({**data, "joules": 1.0})
+        Ledger.from_dict({**data, "calories": 1.0})
     assert len(caught.value.problems) == 3
 
 

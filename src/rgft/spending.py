@@ -6,15 +6,16 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from rgft.cost import CostModel
+from rgft.cost import CostModel, StepCost
 from rgft.errors import BudgetError
 from rgft.execution.activation_cache import ActivationCache
 from rgft.plan import Budget, UpdatePlan
-from rgft.telemetry.ledger import Ledger
+from rgft.telemetry.ledger import Ledger, Skipped
 from rgft.workload import Workload, batch_shape
 
 #: Weight of what was known in the running pace, per step: about the last five steps count.
 PACE_MEMORY = 0.8
+NOTHING_SKIPPED = Skipped()
 
 
 class Spending:
@@ -33,6 +34,7 @@ class Spending:
         typical: (rows, tokens) of a typical batch.
         count: targets of a batch, where steps compute what they can at these alone; else None.
         accumulation: micro-batches per optimizer step; a step is begun only if all of them are paid for.
+        kept_rows, kept_targets: shares of typical batches that come up, where well-learnt ones are skipped.
     """
 
     def __init__(self, budget: Budget | None, cache: ActivationCache | None) -> None:
@@ -50,6 +52,7 @@ class Spending:
         self.count: Callable[[Any], int] | None = None
         self._largest_target_share = 1.0
         self.accumulation = 1
+        self.kept_rows = self.kept_targets = 1.0
 
     @property
     def needs_pace(self) -> bool:
@@ -107,27 +110,37 @@ class Spending:
     # ---------------------------------------------------------------- booking
 
     def book_pass(
-        self, active: Collection[str], *, rows: int, tokens: int, cached_below: int, targets: int | None = None
-    ) -> None:
+        self, active: Collection[str], *, rows: int, tokens: int, cached_below: int, targets: int | None = None,
+        skipped: Skipped = NOTHING_SKIPPED,
+    ) -> None:  # fmt: skip
         """A training pass with `active` on, below `cached_below` read from the cache.
 
         Args:
             active, cached_below: of the plan.
             rows, tokens: of the batch.
             targets: at which the head was computed; None: at all positions.
+            skipped: what the batch had beside that.
         """
         if self.costs is not None:
+            whole = rows + skipped.rows
+            at = whole * tokens if targets is None else targets + skipped.targets + skipped.row_targets
             spent, all_positions = (
-                costs.step_flops(active, rows=rows, tokens=tokens, cached_below=cached_below, targets=at)
-                for costs, at in (
-                    (self.costs, rows * tokens if targets is None else targets),
-                    (self.costs.without_skipping, rows * tokens),
-                )
+                costs.step_flops(active, rows=whole, tokens=tokens, cached_below=cached_below, targets=at)
+                for costs, at in ((self.costs, at), (self.costs.without_skipping, whole * tokens))
             )
             self.ledger.add_forward(
-                full=self.costs.full_step(rows, tokens), rows=rows, tokens=rows * tokens, spent=spent,
+                full=self.costs.full_step(whole, tokens), rows=whole, tokens=whole * tokens, spent=spent,
                 all_positions=all_positions,
             )  # fmt: skip
+            if skipped.rows or skipped.targets:
+                of_rows, of_both = (
+                    self.costs.step_flops(active, rows=rows, tokens=tokens, cached_below=cached_below, targets=at)
+                    for at in ((rows * tokens,) * 2 if targets is None else (targets + skipped.targets, targets))
+                )
+                self.ledger.add_skipped(
+                    skipped, tokens=skipped.rows * tokens, examples=_difference(spent, of_rows),
+                    targets=_difference(of_rows, of_both),
+                )  # fmt: skip
 
     def book_fill(self, rows: int, tokens: int, *, below: int, seconds: float) -> None:
         """A forward pass that filled the cache."""
@@ -204,13 +217,23 @@ class Spending:
         """Whether it still pays for a step on typical batches, which the cache knows or does not."""
         if self.costs is None or not self.is_limited:
             return True
-        return self.accumulation * self._step(plan, step, *self.typical, is_hit=is_hit) <= self.left
+        return self.accumulation * self._typical_step(plan, step, is_hit=is_hit) <= self.left
 
     def steps_left(self, plan: UpdatePlan, step: int) -> float:
         """How many steps of the plan it pays for, on typical batches that the cache does not know."""
         if self.costs is None or not self.is_limited:
             return math.inf
-        return self.left / (self.accumulation * self._step(plan, step, *self.typical, is_hit=False))
+        return self.left / (self.accumulation * self._typical_step(plan, step, is_hit=False))
+
+    def _typical_step(self, plan: UpdatePlan, step: int, *, is_hit: bool) -> float:
+        """FLOPs of a step on what comes up of a typical batch."""
+        assert self.costs is not None
+        rows, tokens = self.typical
+        if self.kept_rows == self.kept_targets == 1.0:
+            return self._step(plan, step, rows, tokens, is_hit=is_hit)
+        targets = round(self.kept_targets * self.costs.target_share * rows * tokens)
+        # By row all costs are the same: what is skipped is on average that share of them.
+        return self.kept_rows * self._step(plan, step, rows, tokens, is_hit=is_hit, targets=targets)
 
     def _step(
         self, plan: UpdatePlan, step: int, rows: int, tokens: int, *, is_hit: bool, targets: int | None = None
@@ -233,3 +256,10 @@ class Spending:
         self.ledger = Ledger.from_dict(state["ledger"])
         self._pace = state["pace"]
         self._seen = (state["seen"][0], state["seen"][1])
+
+
+def _difference(more: StepCost, less: StepCost) -> StepCost:
+    return StepCost(
+        forward=more.forward - less.forward, dx=more.dx - less.dx, dw=more.dw - less.dw, head=more.head - less.head,
+        recomputed=more.recomputed - less.recomputed,
+    )  # fmt: skip

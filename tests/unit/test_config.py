@@ -19,6 +19,7 @@ from rgft.signals import SIGNALS
 
 COMMON: dict[str, Any] = {
     "budget": None, "ffn_blocks": 1, "period": None, "policy": None, "update": {"moments": "keep", "average_last": 0.0},
+    "examples": {"prune": 0.0, "threshold": 1.0, "off_for_last": 0.125, "tokens": 0.0, "select": "unbiased"},
     "classifier_lr_multiplier": 1.0, "seed": 0,
 }  # fmt: skip
 STABILITY: dict[str, Any] = {

@@ -28,7 +28,8 @@ def show(report: Mapping[str, Any], console: Console) -> None:
     rows = (
         ("full fine-tuning, same batches", flops["same_batches_in_full"]), ("dW skipped", -saved["dw_skipped"]),
         ("dX truncated", -saved["dx_truncated"]), ("F cached", -saved["forward_cached"]),
-        ("positions not read", -saved["unread_positions"]), ("probes", flops["probes"]),
+        ("positions not read", -saved["unread_positions"]),
+        *_skipped(saved, is_biased=report["data"]["targets_are_biased"]), ("probes", flops["probes"]),
         ("cache filling", flops["cache_filling"]), ("search", flops["search"]), ("spent", flops["spent"]),
     )  # fmt: skip
     if flops["recomputed"]:
@@ -47,6 +48,13 @@ def show(report: Mapping[str, Any], console: Console) -> None:
         f"({report['plan']['reason']}){counted}\n{_memory(report['memory'])}model: {report['model']}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
+
+
+def _skipped(saved: Mapping[str, float], *, is_biased: bool) -> list[tuple[str, float]]:
+    """Rows about what was skipped as learnt well, if anything was."""
+    label = "tokens skipped (BIASED)" if is_biased else "tokens skipped"
+    rows = [("examples skipped", -saved["examples_skipped"]), (label, -saved["targets_skipped"])]
+    return [(what, flops) for what, flops in rows if flops]
 
 
 def _memory(memory: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from rgft.config.overrides import apply_overrides
 from rgft.config.presets import PRESETS
 from rgft.config.sections import (
     ErrorMapConfig,
+    ExamplesConfig,
     ExecutionConfig,
     ProbeConfig,
     StabilityConfig,
@@ -18,6 +19,6 @@ from rgft.config.sections import (
 from rgft.config.tree import CONFIG_FILE, Config
 
 __all__ = [
-    "CONFIG_FILE", "PRESETS", "Config", "ErrorMapConfig", "ExecutionConfig", "ProbeConfig", "StabilityConfig",
-    "StageConfig", "UpdateConfig", "apply_overrides",
+    "CONFIG_FILE", "PRESETS", "Config", "ErrorMapConfig", "ExamplesConfig", "ExecutionConfig", "ProbeConfig",
+    "StabilityConfig", "StageConfig", "UpdateConfig", "apply_overrides",
 ]  # fmt: skip

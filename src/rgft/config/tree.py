@@ -18,6 +18,7 @@ from rgft.config.presets import DEFAULT_PRESET, STAGES, PresetName, with_preset
 from rgft.config.problems import nearest, problems_of
 from rgft.config.sections import (
     ErrorMapConfig,
+    ExamplesConfig,
     ExecutionConfig,
     ProbeConfig,
     Section,
@@ -51,6 +52,7 @@ class Settings(TypedDict, total=False):
     policy: StageLike
     stability: StabilityConfig | Mapping[str, Any]
     probe: ProbeConfig | Mapping[str, Any]
+    examples: ExamplesConfig | Mapping[str, Any]
     update: UpdateConfig | Mapping[str, Any]
     execution: ExecutionConfig | Mapping[str, Any]
     warmup_fraction: float
@@ -146,6 +148,9 @@ class Config(Section):
     )
     stability: StabilityConfig = Field(default_factory=StabilityConfig, description="against flapping and runaways")
     probe: ProbeConfig = Field(default_factory=ProbeConfig, description="looks at examples that are never trained on")
+    examples: ExamplesConfig = Field(
+        default_factory=ExamplesConfig, description="what of the data is skipped because it is learnt well"
+    )
     update: UpdateConfig = Field(default_factory=UpdateConfig, description="how updates are made")
     execution: ExecutionConfig = Field(default_factory=ExecutionConfig, description="how the plan is carried out")
     warmup_fraction: float = Field(

@@ -95,12 +95,15 @@ def test_a_pass_is_the_weighted_mean_over_the_nominal_batch(tmp_path: Path, fami
     model.load_state_dict(before)
     rows = [dataset[i] for i in range(len(dataset))]
     checked = 0
-    for place in range(0, len(seen), accumulation):
-        group = seen[place : place + accumulation]
+    assert len(seen) == 20
+    starts = [epoch + place for epoch in range(0, 20, 5) for place in range(0, 5, accumulation)]
+    for start, end in zip(starts, [*starts[1:], 20], strict=True):
+        group = seen[start:end]
         # As the Trainer does: a language model's loss is over the tokens of all batches of a step.
         per_batch = [count(rows, kept) for kept, *_ in group]
         for (kept, loss, _), own in zip(group, per_batch, strict=True):
-            whole = sum(per_batch) if family == "llama" else own * len(group)
+            scaled = 1 if trainer.model_accepts_loss_kwargs else len(group)
+            whole = sum(per_batch) if family == "llama" else own * scaled
             total = 0.0
             for example, weight in zip(kept.ids, kept.weights, strict=True):
                 one = padded([rows[example]]) if family == "llama" else as_batch(rows[example])
@@ -142,9 +145,10 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path, stop: int) -> None:
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop}"))
     assert_equal(weights(resumed.model), weights(whole.model))
     assert guide.ledger.examples_skipped == first_guide.ledger.examples_skipped
-    assert_equal_state(
-        guide.state_dict(cache=False)["weighted"], first_guide.state_dict(cache=False)["weighted"]
-    )  # fmt: skip
+    states = [g.state_dict(cache=False)["weighted"] for g in (guide, first_guide)]
+    for state in states:  # what is set aside for probes is never visited
+        state["examples"]["losses"].nan_to_num_(-1.0)
+    assert_equal_state(*states)
 
 
 def test_a_budget_is_kept(tmp_path: Path) -> None:

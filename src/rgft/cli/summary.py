@@ -25,15 +25,17 @@ def show(report: Mapping[str, Any], console: Console) -> None:
     flops, saved, audit = report["flops"], report["flops"]["saved"], report["audit"]
     whole = flops["full"] or flops["same_batches_in_full"]
     table = Table("FLOPs", "", "of full fine-tuning")
+    skipped = _skipped(saved, is_biased=report.get("data", {}).get("targets_are_biased", False))
     rows = (
         ("full fine-tuning, same batches", flops["same_batches_in_full"]), ("dW skipped", -saved["dw_skipped"]),
         ("dX truncated", -saved["dx_truncated"]), ("F cached", -saved["forward_cached"]),
         ("positions not read", -saved["unread_positions"]),
-        *_skipped(saved, is_biased=report["data"]["targets_are_biased"]), ("probes", flops["probes"]),
+        *skipped, ("probes", flops["probes"]),
         ("cache filling", flops["cache_filling"]), ("search", flops["search"]), ("spent", flops["spent"]),
     )  # fmt: skip
     if flops["recomputed"]:
-        rows = (*rows[:5], ("computed twice", flops["recomputed"]), *rows[5:])
+        place = 5 + len(skipped)
+        rows = (*rows[:place], ("computed twice", flops["recomputed"]), *rows[place:])
     if flops["head_at_targets"]:
         rows = (*rows, ("of it a language model's head", flops["head_at_targets"]))
     for name, value in rows:
@@ -53,7 +55,7 @@ def show(report: Mapping[str, Any], console: Console) -> None:
 def _skipped(saved: Mapping[str, float], *, is_biased: bool) -> list[tuple[str, float]]:
     """Rows about what was skipped as learnt well, if anything was."""
     label = "tokens skipped (BIASED)" if is_biased else "tokens skipped"
-    rows = [("examples skipped", -saved["examples_skipped"]), (label, -saved["targets_skipped"])]
+    rows = [("examples skipped", -saved.get("examples_skipped", 0.0)), (label, -saved.get("targets_skipped", 0.0))]
     return [(what, flops) for what, flops in rows if flops]
 
 

@@ -156,7 +156,7 @@ class Step:
         self._spending.book_pass(
             self._executor.active, rows=rows, tokens=tokens, cached_below=cut if hit else 0,
             targets=self._training_loss.targets,
-            skipped=NOTHING_SKIPPED if self._weighted is None else self._weighted.skipped,
+            skipped=NOTHING_SKIPPED if self._weighted is None else self._weighted.take_skipped(),
         )  # fmt: skip
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:

@@ -33,9 +33,6 @@ class WeightedLoss:
         loss, progress, spending: of the run.
         examples: which examples are skipped; None: none are.
         tokens: which targets are skipped; None: none are.
-
-    Attributes:
-        skipped: by the pass in hand, against the nominal batch.
     """
 
     def __init__(
@@ -44,7 +41,7 @@ class WeightedLoss:
     ) -> None:  # fmt: skip
         self._loss, self._progress, self._spending = loss, progress, spending
         self.examples, self.tokens = examples, tokens
-        self.skipped = NOTHING_SKIPPED
+        self._skipped = NOTHING_SKIPPED  # by the pass in hand, against the nominal batch; not booked yet
         self._booked: KeptRows | None = None  # the batch whose skipped rows were booked last
 
     def check(self) -> None:
@@ -207,12 +204,17 @@ class WeightedLoss:
             rows, row_targets = len(kept.skipped), self.examples.counts(kept.skipped)
         self._booked = kept
         targets = 0 if skips_targets is None else int((skips_targets == 0.0).sum())
-        self.skipped = Skipped(
+        self._skipped = Skipped(
             rows=rows, row_targets=row_targets, targets=targets,
             is_biased=self.tokens is not None and self.tokens.is_biased,
         )  # fmt: skip
         self._spending.kept_rows = 1.0 if self.examples is None else self.examples.kept_share
         self._spending.kept_targets = 1.0 if self.tokens is None else self.tokens.kept_share
+
+    def take_skipped(self) -> Skipped:
+        """What the pass in hand is spared, told once: a loss may call the model more than once."""
+        skipped, self._skipped = self._skipped, NOTHING_SKIPPED
+        return skipped
 
     def observe(self, ids: Sequence[int], losses_B: Tensor, scales: Sequence[float], counts: Sequence[int]) -> None:
         """Remembers the losses of examples, each of which its scale makes the example's own mean."""

@@ -423,6 +423,35 @@ def test_a_pass_with_skipped_tokens_costs_what_the_ledger_says() -> None:
     assert guide.ledger.examples_skipped > 0
 
 
+@pytest.mark.parametrize("stop", [5, 6, 11])
+def test_a_resumed_run_skips_the_same_tokens(stop: int) -> None:
+    """In an epoch and at its end; four steps each."""
+
+    def session(seed: int) -> tuple[Guide, Any]:
+        guide = Guide(
+            FAMILIES["llama"].build(seed),
+            Config(**FULL, execution={"positions": "auto"}, examples={"tokens": 0.5, "prune": 0.3}),
+            loss=token_losses, loss_at_targets=TOKEN_LOSS_AT_TARGETS,
+        )  # fmt: skip
+        guide.set_optimizer(optimizer := adamw(guide))
+        return guide, optimizer
+
+    data = decoder_examples(24)
+    whole, optimizer = session(0)
+    _, losses = guided(whole, optimizer, data, batch_size=6, epochs=4)
+    assert whole.ledger.targets_skipped > 50
+    first, optimizer = session(0)
+    _, before = guided(first, optimizer, data, batch_size=6, epochs=4, steps=stop)
+    second, other = session(5)
+    second.model.load_state_dict(first.model.state_dict())
+    other.load_state_dict(optimizer.state_dict())
+    second.load_state_dict(first.state_dict())
+    _, after = guided(second, other, data, batch_size=6, epochs=4)
+    assert before + after == losses
+    assert second.ledger.targets_skipped == whole.ledger.targets_skipped
+    assert_same_state(second.model, whole.model)
+
+
 # -------------------------------------------------------------------- what is refused
 
 

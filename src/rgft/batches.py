@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, Protocol, cast
 
 import torch
 from torch.utils.data import DataLoader, default_collate
 
 from rgft.errors import DataError
+from rgft.pruning import ExamplePruning, KeptRows
 
 
 class SizedDataset(Protocol):
@@ -38,10 +40,17 @@ def is_uniform(dataset: SizedDataset) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class IndexedBatch:
-    """A collated batch and which examples (positions in the dataset, variants included) its rows are."""
+    """A collated batch and which examples (positions in the dataset, variants included) its rows are.
+
+    Attributes:
+        ids: in row order.
+        batch: as collated.
+        kept: what was left of a batch where examples may be skipped; None: they may not.
+    """
 
     ids: tuple[int, ...]
     batch: Any
+    kept: KeptRows | None = None
 
 
 class BatchStream:
@@ -70,6 +79,12 @@ class BatchStream:
         self.batches_per_epoch = -(-len(dataset) // batch_size)
         self._epochs = epochs
         self.position = 0
+        self._pruning: ExamplePruning | None = None
+
+    def prune(self, pruning: ExamplePruning) -> None:
+        """Has batches hold only what is kept of them; what is skipped is not loaded."""
+        pruning.begin(len(self.dataset))
+        self._pruning = pruning
 
     @property
     def total_batches(self) -> int:
@@ -103,14 +118,34 @@ class BatchStream:
 
     def __iter__(self) -> Iterator[IndexedBatch]:
         """From the current position on; `position` counts batches handed out."""
-        # A loader draws its workers' seed from the global generator: given one of its own, it leaves that alone.
-        loader = DataLoader(
-            cast("Any", _WithIds(self.dataset)), batch_sampler=_Indices(self, self.position), num_workers=self.workers,
-            collate_fn=_CollateWithIds(self.collate_fn), generator=torch.Generator().manual_seed(self.seed),
-        )  # fmt: skip
-        for batch in loader:
+        if self._pruning is not None:
+            yield from self._pruned(self._pruning)
+            return
+        for batch in self._loader_of(_Indices(self, self.position), seed=self.seed):
             self.position += 1
             yield batch
+
+    def _pruned(self, pruning: ExamplePruning) -> Iterator[IndexedBatch]:
+        """An epoch at a time, each decided once the one before was trained on: a loader may run ahead of training."""
+        while self._epochs is None or self.position < self.total_batches:
+            epoch, place = divmod(self.position, self.batches_per_epoch)
+            pruning.begin_epoch(epoch)
+            nominal = islice(self.indices(self.position), self.batches_per_epoch - place)
+            kept = [pruning.kept(ids) for ids in nominal]
+            loader = self._loader_of([list(rows.ids) for rows in kept], seed=self.seed + epoch)
+            for batch, rows in zip(loader, kept, strict=True):
+                was_over = pruning.has_ended()
+                self.position += 1
+                yield replace(batch, kept=rows)
+                if pruning.has_ended() and not was_over:
+                    break  # from here on nothing is skipped: the rest of the epoch was chosen otherwise
+
+    def _loader_of(self, batches: Iterable[Sequence[int]], *, seed: int) -> DataLoader[Any]:
+        # A loader draws its workers' seed from the global generator: given one of its own, it leaves that alone.
+        return DataLoader(
+            cast("Any", _WithIds(self.dataset)), batch_sampler=cast("Any", batches), num_workers=self.workers,
+            collate_fn=_CollateWithIds(self.collate_fn), generator=torch.Generator().manual_seed(seed),
+        )  # fmt: skip
 
     def of(self, indices: Sequence[int]) -> BatchStream:
         """A stream like this one, from its beginning, of these examples alone."""

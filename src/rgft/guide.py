@@ -35,6 +35,7 @@ from rgft.optimizer import kind_named
 from rgft.plan import MemoryPlan, RunPlan
 from rgft.probe_schedule import ProbePool
 from rgft.progress import Course
+from rgft.pruning import KeptRows
 from rgft.schedule import learning_rate_schedule
 from rgft.telemetry.energy import EnergyMeter
 from rgft.training_loss import Loss
@@ -161,6 +162,8 @@ class Guide(GuidedRun):
             example if memory is None else memory.traceable(example), of=cost_loss or self._loss.mean,
             proves=self.config.execution.positions != "all" and own_loss and cost_loss is None,
         )  # fmt: skip
+        if self._weighted is not None:
+            self._weighted.check()
         workload = Workload.scan(stream, self._loss.count)
         costs, spending.count = replace(costs, target_share=workload.target_share), self._loss.count
         if memory is not None:
@@ -190,6 +193,7 @@ class Guide(GuidedRun):
             full_flops=spending.full, reason=self.plan.reason,
             position=None if self._executor.positions is None else self._executor.positions.position,
             head_at_targets=self._loss.at_targets is not None, memory=None if memory is None else memory.plan,
+            skips="" if self._weighted is None else self._weighted.says,
         )  # fmt: skip
         return run_plan
 
@@ -228,7 +232,7 @@ class Guide(GuidedRun):
         stream, self._left_stream = self._left_stream, None
         assert stream is not None
         for indexed in self._awaited(stream):
-            self.announce(indexed.batch, indexed.ids)
+            self.announce(indexed.batch, indexed.ids, kept=indexed.kept)
             if not self.affords_upcoming:
                 break
             yield indexed.batch
@@ -249,7 +253,15 @@ class Guide(GuidedRun):
         if self.run_plan is None:
             self.prepare(everything, full_flops=full_flops)
         train = self._prober.set_aside(everything)
-        self._progress.course = self._left_stream = everything.of(train)
+        self._progress.course = self._left_stream = stream = everything.of(train)
+        if self._weighted is not None and self._weighted.examples is not None:
+            if stream.batch_size == 1:
+                raise ConfigError(
+                    "examples.prune: expected batches of 2 or more examples, found batch_size 1: at least one row of a "
+                    "batch is kept, so that nothing would be skipped. Use larger batches and less accumulation"
+                )
+            self._weighted.check_rows(self.model, everything.load(next(everything.indices())))
+            stream.prune(self._weighted.examples)
         if self._restored is not None:
             self._restore_data(self._restored)
 
@@ -298,7 +310,7 @@ class Guide(GuidedRun):
 
     # ---------------------------------------------------------------- the seams for trainers
 
-    def follow(self, course: Course, *, pool: ProbePool | None = None) -> None:
+    def follow(self, course: Course, *, pool: ProbePool | None = None, prunes: bool = False) -> None:
         """For trainers that own the batches: says where the run is in them, and what may be probed.
 
         Call it after `prepare` and before the first step; advance `course.position` with each micro-batch.
@@ -306,17 +318,29 @@ class Guide(GuidedRun):
         Args:
             course: position and length of the run.
             pool: examples that the trainer never trains on; None: scores come from training batches alone.
+            prunes: whether the trainer skips what `examples.prune` says, and announces what is kept.
+
+        Raises:
+            ConfigError: examples or tokens are to be skipped, and the trainer does not do it.
         """
+        settings = self.config.examples
+        if (settings.prune > 0.0 and not prunes) or settings.tokens > 0.0:
+            raise ConfigError(
+                "examples.prune, examples.tokens: expected the guide's own batches (guide.batches, `rgft train`), "
+                "found a trainer's, which do not skip; set them to 0. (rgft.integrations.enable skips "
+                "examples, not tokens)"
+            )
         self._progress.course, self._prober.pool = course, pool
 
-    def announce(self, batch: Any, ids: Sequence[int] | None = None) -> None:
+    def announce(self, batch: Any, ids: Sequence[int] | None = None, *, kept: KeptRows | None = None) -> None:
         """Says what the next training batch is, before a step and before each pass (`batches` does it itself).
 
         Args:
             batch: the batch; before a step of several, the largest.
             ids: which examples its rows are; None: unknown.
+            kept: what was left of a batch of which some examples may be skipped; None: none may.
         """
-        self._progress.upcoming, self._progress.ids = batch, ids
+        self._progress.upcoming, self._progress.ids, self._progress.kept = batch, ids, kept
 
     def begin_piece(self, ids: Sequence[int] | None) -> None:
         """Before a pass over some rows of the batch in hand: says which examples they are."""
@@ -394,6 +418,7 @@ class Guide(GuidedRun):
             "measurement": self._measurement.state_dict() if self._measurement else None,
             "executor": self._executor.state_dict(cache=cache, weights=weights),
             "average": self._average.state_dict(),
+            "weighted": None if self._weighted is None else self._weighted.state_dict(),
             "memory": asdict(self._memory.plan) if self._memory and self._memory.plan else None,
             "spending": self._spending.state_dict(),
             "prober": self._prober.state_dict(),
@@ -423,6 +448,8 @@ class Guide(GuidedRun):
         self._step.count_pairs()
         self._average.load_state_dict(state["average"])
         self._spending.load_state_dict(state["spending"])
+        if self._weighted is not None:
+            self._weighted.load_state_dict(state["weighted"])
         if state["memory"] is not None:
             self._hold(MemoryPlan.from_dict(state["memory"]), is_restored=True)
         if self._progress.course is None:

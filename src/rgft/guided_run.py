@@ -28,10 +28,12 @@ from rgft.partition import partition
 from rgft.plan import RunPlan, UpdatePlan
 from rgft.prober import Prober
 from rgft.progress import Progress
+from rgft.pruning import ExamplePruning, TokenPruning
 from rgft.spending import Spending
 from rgft.step import Step
 from rgft.telemetry.ledger import Ledger
 from rgft.training_loss import Loss, TrainingLoss, model_loss
+from rgft.weighted_loss import WeightedLoss
 
 
 class GuidedRun:
@@ -53,6 +55,7 @@ class GuidedRun:
         self._loss = TrainingLoss(loss or model_loss, loss_at_targets)
         self.partition = partition(model, self.config.granularity, ffn_blocks=self.config.ffn_blocks)
         matching(self.partition, self.config.stability.always_on, setting="stability.always_on")
+        self._refuse_mean(loss)
         policy, signal = build_policy(self.config), build_signal(self.config)
         sites = find_pair_sites(self.config, model, self.partition, signal)
         cache = build_cache(self.config, model, self.partition)
@@ -71,6 +74,7 @@ class GuidedRun:
         self._average = IterateAverage(self._binding, model.buffers())
         self._spending = Spending(self.config.budget, cache)
         self._progress = Progress(self._spending)
+        self._weighted = self._build_weighted_loss()
         self._prober = Prober(self._measurement, self.config.probe, self._spending)
         self._decisions = Decisions(
             self.config, self.partition, policy, self._measurement, self._prober, self._memory, self._progress,
@@ -78,9 +82,33 @@ class GuidedRun:
         )  # fmt: skip
         self._step = Step(
             model, self.partition, self._executor, self._average, self._loss, self._progress, self._spending,
-            average_last=self.config.update.average_last,
+            average_last=self.config.update.average_last, weighted=self._weighted,
         )  # fmt: skip
         model.__dict__["_rgft_guide"] = self
+
+    def _refuse_mean(self, loss: Loss | None) -> None:
+        settings = self.config.examples
+        if loss is None and (settings.prune > 0.0 or settings.tokens > 0.0):
+            raise AttachError(
+                "examples.prune, examples.tokens: expected a loss of each example, found the model's own .loss, a "
+                "mean in which examples cannot be told apart. Give Guide a loss(model, batch) that returns one loss "
+                "for each row, or set them to 0; everything else works without"
+            )
+
+    def _build_weighted_loss(self) -> WeightedLoss | None:
+        """The loss where well-learnt examples or tokens are skipped; None: none are."""
+        settings = self.config.examples
+        if settings.prune == settings.tokens == 0.0:
+            return None
+        common = {
+            "threshold": settings.threshold, "off_for_last": settings.off_for_last, "seed": self.config.seed,
+            "progress": lambda: self._progress.share,
+        }  # fmt: skip
+        examples = ExamplePruning(probability=settings.prune, **common) if settings.prune else None
+        tokens = (
+            TokenPruning(probability=settings.tokens, select=settings.select, **common) if settings.tokens else None
+        )
+        return WeightedLoss(self._loss, self._progress, self._spending, examples=examples, tokens=tokens)
 
     # ---------------------------------------------------------------- what is known
 
@@ -170,6 +198,16 @@ class GuidedRun:
     def map_history(self) -> list[tuple[int, dict[str, float]]]:
         """Step and scores at each probe."""
         return self._prober.history
+
+    @property
+    def weighted_loss(self) -> WeightedLoss | None:
+        """The loss of training passes where well-learnt examples or tokens are skipped; None: none are."""
+        return self._weighted
+
+    @property
+    def skipping_history(self) -> list[dict[str, Any]]:
+        """What was taken for well learnt in each epoch, where well-learnt examples or tokens are skipped."""
+        return [] if self._weighted is None else self._weighted.history
 
     @property
     def is_averaging(self) -> bool:

@@ -160,6 +160,7 @@ class RunPlan:
         head_at_targets: whether training steps compute a language model's head only where a token is to be learnt.
         reason: why this plan, in a few words.
         memory: how it keeps to a memory budget; None: without one.
+        skips: which examples and tokens are skipped, in words, with what is biased labelled; empty: none.
     """
 
     steps: int
@@ -173,6 +174,7 @@ class RunPlan:
     head_at_targets: bool = False
     reason: str = ""
     memory: MemoryPlan | None = None
+    skips: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

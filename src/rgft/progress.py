@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from rgft.plan import RunPlan, UpdatePlan
+from rgft.pruning import KeptRows
 from rgft.spending import Spending
 
 
@@ -41,6 +42,7 @@ class Progress:
         course: place in the data; None: unknown.
         upcoming: the batch that the next step starts with; None: unknown.
         ids: which examples the rows of the batch in hand are; None: unknown.
+        kept: what was left of the batch announced last; None: no example may be skipped.
     """
 
     def __init__(self, spending: Spending) -> None:
@@ -50,6 +52,7 @@ class Progress:
         self.course: Course | None = None
         self.upcoming: Any = None
         self.ids: Sequence[int] | None = None
+        self.kept: KeptRows | None = None
 
     @property
     def share(self) -> float:

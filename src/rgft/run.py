@@ -203,7 +203,7 @@ class Run:
         self.search: Search | None = None
         self._withheld: list[StepReport] | None = None  # of a candidate, while the learning rate is searched
         self._history: list[float] = []
-        self._plans_written = self._probes_written = 0
+        self._plans_written = self._probes_written = self._skips_written = 0
         self._seconds_before = 0.0
         self.batches_in_full = self.batches_in_epoch = 0
 
@@ -433,7 +433,10 @@ class Run:
             folder.records.append("probe", {"step": step + 1, "values": values})
         for plan in guide.plans[self._plans_written :]:
             folder.plans.append("plan", {**plan.to_dict(), "step": plan.step + 1})
+        for entry in guide.skipping_history[self._skips_written :]:
+            folder.records.append("skipping", {"step": guide.step_count, **entry})
         self._probes_written, self._plans_written = len(guide.map_history), len(guide.plans)
+        self._skips_written = len(guide.skipping_history)
 
     def checkpoint(self, *, seconds: float | None = None) -> None:
         """Saves all that `resume` needs, replacing the previous checkpoint only when complete.
@@ -464,6 +467,7 @@ class Run:
         self._seconds_before = state["seconds"]
         self.search = None if state["search"] is None else Search.from_dict(state["search"])
         self._probes_written, self._plans_written = len(self.guide.map_history), len(self.guide.plans)
+        self._skips_written = len(self.guide.skipping_history)
         # What was recorded after the checkpoint happens again.
         self.folder.records.rewind(self.guide.step_count)
         self.folder.plans.rewind(self.guide.step_count)

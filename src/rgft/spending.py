@@ -6,14 +6,16 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from rgft.cost import CostModel
+from rgft.cost import CostModel, StepCost
 from rgft.errors import BudgetError
 from rgft.execution.activation_cache import ActivationCache
 from rgft.pace import PacedLimit
 from rgft.plan import Budget, UpdatePlan
 from rgft.telemetry.energy import EnergyMeter
-from rgft.telemetry.ledger import Ledger
+from rgft.telemetry.ledger import Ledger, Skipped
 from rgft.workload import Workload, batch_shape
+
+NOTHING_SKIPPED = Skipped()
 
 
 class Spending:
@@ -35,6 +37,7 @@ class Spending:
         accumulation: micro-batches per optimizer step; a step is begun only if all of them are paid for.
         meter: of energy; None: none is booked.
         optimizer_flops: component → FLOPs of products in the optimizer's own step (Muon's); others make none.
+        kept_rows, kept_targets: shares of typical batches that come up, where well-learnt ones are skipped.
     """
 
     def __init__(self, budget: Budget | None, cache: ActivationCache | None) -> None:
@@ -53,6 +56,7 @@ class Spending:
         self._largest_target_share = 1.0
         self.accumulation = 1
         self.optimizer_flops: dict[str, float] = {}
+        self.kept_rows = self.kept_targets = 1.0
 
     @property
     def needs_pace(self) -> bool:
@@ -118,7 +122,7 @@ class Spending:
 
     def book_pass(
         self, active: Collection[str], *, rows: int, tokens: int, cached_below: int, targets: int | None = None,
-        dx_into: int = 0,
+        dx_into: int = 0, skipped: Skipped = NOTHING_SKIPPED,
     ) -> None:  # fmt: skip
         """A training pass with `active` on, below `cached_below` read from the cache.
 
@@ -127,21 +131,32 @@ class Spending:
             rows, tokens: of the batch.
             targets: at which the head was computed; None: at all positions.
             dx_into: see `CostModel.step_flops`.
+            skipped: what the batch had beside that.
         """
         if self.costs is not None:
+            whole = rows + skipped.rows
+            at = whole * tokens if targets is None else targets + skipped.targets + skipped.row_targets
             spent, all_positions = (
                 costs.step_flops(
-                    active, rows=rows, tokens=tokens, cached_below=cached_below, targets=at, dx_into=dx_into
+                    active, rows=whole, tokens=tokens, cached_below=cached_below, targets=at, dx_into=dx_into
                 )
-                for costs, at in (
-                    (self.costs, rows * tokens if targets is None else targets),
-                    (self.costs.without_skipping, rows * tokens),
-                )
+                for costs, at in ((self.costs, at), (self.costs.without_skipping, whole * tokens))
             )
             self.ledger.add_forward(
-                full=self.costs.full_step(rows, tokens), rows=rows, tokens=rows * tokens, spent=spent,
+                full=self.costs.full_step(whole, tokens), rows=whole, tokens=whole * tokens, spent=spent,
                 all_positions=all_positions,
             )  # fmt: skip
+            if skipped.rows or skipped.targets:
+                of_rows, of_both = (
+                    self.costs.step_flops(
+                        active, rows=rows, tokens=tokens, cached_below=cached_below, targets=at, dx_into=dx_into
+                    )
+                    for at in ((rows * tokens,) * 2 if targets is None else (targets + skipped.targets, targets))
+                )
+                self.ledger.add_skipped(
+                    skipped, tokens=skipped.rows * tokens, examples=_difference(spent, of_rows),
+                    targets=_difference(of_rows, of_both),
+                )  # fmt: skip
 
     def book_fill(self, rows: Mapping[int, int], tokens: int, *, below: int, seconds: float) -> None:
         """Forward passes that filled the cache up to a cut: rows by the cut that they were read at."""
@@ -239,8 +254,15 @@ class Spending:
         return self.left / self._typical(plan, step, cached_below=0)
 
     def _typical(self, plan: UpdatePlan, step: int, *, cached_below: int) -> float:
-        passes = self.accumulation * self._step(plan, step, *self.typical, cached_below=cached_below)
-        return passes + self._of_optimizer(plan.active_set(step))
+        """FLOPs of a step on what comes up of typical batches."""
+        assert self.costs is not None
+        rows, tokens = self.typical
+        targets = None
+        if not self.kept_rows == self.kept_targets == 1.0:
+            targets = round(self.kept_targets * self.costs.target_share * rows * tokens)
+        # By row all costs are the same: what is skipped is on average that share of them.
+        passes = self.kept_rows * self._step(plan, step, rows, tokens, cached_below=cached_below, targets=targets)
+        return self.accumulation * passes + self._of_optimizer(plan.active_set(step))
 
     def _of_optimizer(self, active: Iterable[str]) -> float:
         return sum(self.optimizer_flops.get(name, 0.0) for name in active) if self.optimizer_flops else 0.0
@@ -270,3 +292,10 @@ class Spending:
         self._joules.load_state_dict(state["joules"])
         if self.meter is not None:
             self.meter.begin(self.ledger.seconds)
+
+
+def _difference(more: StepCost, less: StepCost) -> StepCost:
+    return StepCost(
+        forward=more.forward - less.forward, dx=more.dx - less.dx, dw=more.dw - less.dw, head=more.head - less.head,
+        recomputed=more.recomputed - less.recomputed, pairs=more.pairs - less.pairs,
+    )  # fmt: skip

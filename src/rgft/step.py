@@ -18,8 +18,9 @@ from rgft.execution.eager import eager
 from rgft.execution.executor import Executor
 from rgft.plan import UpdatePlan
 from rgft.progress import Progress
-from rgft.spending import Spending
+from rgft.spending import NOTHING_SKIPPED, Spending
 from rgft.training_loss import TrainingLoss
+from rgft.weighted_loss import WeightedLoss
 from rgft.workload import batch_shape
 
 #: Kinds of components that every batch reaches (unlike experts).
@@ -33,6 +34,7 @@ class Step:
         model, partition: what is trained.
         executor, average, loss, progress, spending: of the run.
         average_last: share of the run, at its end, whose weights are averaged.
+        weighted: the loss where examples or targets are skipped; None: none are.
 
     Attributes:
         is_open: whether a step is begun and not ended.
@@ -40,11 +42,12 @@ class Step:
 
     def __init__(
         self, model: nn.Module, partition: Partition, executor: Executor, average: IterateAverage, loss: TrainingLoss,
-        progress: Progress, spending: Spending, *, average_last: float,
+        progress: Progress, spending: Spending, *, average_last: float, weighted: WeightedLoss | None = None,
     ) -> None:  # fmt: skip
         self._model, self._partition = model, partition
         self._executor, self._average, self._training_loss = executor, average, loss
         self._progress, self._spending, self._average_last = progress, spending, average_last
+        self._weighted = weighted
         self.is_open = False
         self._cut = 0
         self._passes = 0  # through the model
@@ -73,7 +76,7 @@ class Step:
 
     def loss(self, batch: Any) -> Tensor:
         """Mean loss of a batch of the step."""
-        loss = self._training_loss.of_step(self._model, batch)
+        loss = (self._weighted or self._training_loss).of_step(self._model, batch)
         self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
         return loss
 
@@ -163,6 +166,7 @@ class Step:
         self._spending.book_pass(
             self._executor.active, rows=rows, tokens=tokens, cached_below=cached_below,
             targets=self._training_loss.targets, dx_into=cut if self._executor.proves_padding else 0,
+            skipped=NOTHING_SKIPPED if self._weighted is None else self._weighted.take_skipped(),
         )  # fmt: skip
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:

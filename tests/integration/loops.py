@@ -45,6 +45,12 @@ def trimmed(examples: Sequence[Example]) -> Example:
     return {k: v[:, :tokens] if v.dim() == 2 and v.shape[1] == width else v for k, v in batch.items()}
 
 
+def example_losses(model: nn.Module, batch: Any) -> Tensor:
+    """Cross-entropy of each example [B]."""
+    logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+    return torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="none")
+
+
 def adamw(guide: Guide, lr: float = 1e-2, weight_decay: float = 0.0, *, fused: bool | None = None) -> AdamW:
     return AdamW(guide.param_groups(lr=lr, weight_decay=weight_decay), lr=lr, fused=fused)
 

@@ -56,6 +56,25 @@ def trained(options: list[str], output: Path, *more: str) -> dict[str, Any]:
     return json.loads(invoke("train", *options, "--output", str(output), "--json", "--quiet", *more).stdout)
 
 
+@pytest.mark.parametrize("select", ["unbiased", "top"])
+def test_skipped_tokens_and_examples_are_shown(inputs: dict[str, list[str]], tmp_path: Path, select: str) -> None:
+    skips = ("examples.tokens=0.5", "examples.prune=0.3", f"examples.select={select}")
+    options = [*inputs["language-modelling"], "--epochs", "3", "--budget", "1.0", "--output", str(tmp_path / "run")]
+    options += [part for setting in skips for part in ("--set", setting)]
+    dry = invoke("train", *options, "--dry-run").stdout
+    assert "well-learnt examples with probability 0.3 (unbiased)" in " ".join(dry.split())
+    assert ("BIASED" in dry) == (select == "top")
+    shown = " ".join(invoke("train", *options).stdout.split())
+    assert "examples skipped" in shown
+    assert ("tokens skipped (BIASED)" in shown) == (select == "top")
+    report = RunFolder.open(tmp_path / "run").read_json("ledger.json")
+    assert report["data"]["targets_skipped"] > 0 < report["data"]["examples_skipped"]
+    assert abs(report["audit"]["error"]) < 0.02
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "well-learnt token was skipped" in card
+    assert ("BIASED" in card) == (select == "top")
+
+
 @pytest.mark.parametrize("task", ["language-modelling", "chat"])
 def test_a_run_learns_and_leaves_a_plain_model(inputs: dict[str, list[str]], tmp_path: Path, task: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -13,7 +13,7 @@ import torch
 from rgft import Config, Guide
 from rgft.errors import AttachError, ConfigError
 from tests.families import FAMILIES
-from tests.integration.loops import Examples, adamw, trimmed
+from tests.integration.loops import Examples, adamw, example_losses, trimmed
 
 COMMON = {"probe": {"interval": 3, "size": 2}, "budget": 0.7}
 PRESETS: dict[str, dict[str, Any]] = {
@@ -25,9 +25,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "proposal_b": {"preset": "proposal_b"},
     "lisa": {"policy": {"name": "lisa", "every": 2}, "update": {"moments": "reset"}},
     "full": {"preset": "full"},
+    "skipping": {**COMMON, "warmup_fraction": 0.3, "seed": 3, "mask": {"frozen_fraction": 0.5},
+                 "examples": {"prune": 0.5, "threshold": 1.1, "off_for_last": 0.2}},
 }  # fmt: skip
 #: While measuring; just after the first decision; in the second epoch, when the cache is read.
-INTERRUPTIONS = {"rgft": (1, 5, 9), "rgft with heads": (2, 4, 8)}
+INTERRUPTIONS = {"rgft": (1, 5, 9), "skipping": (1, 5, 9), "rgft with heads": (2, 4, 8)}
 EPOCHS, STEPS = 2.0, 11
 
 
@@ -37,7 +39,7 @@ class Session:
     def __init__(self, settings: dict[str, Any], seed: int = 0, *, fused: bool | None = None) -> None:
         family = FAMILIES["bert"]
         self.model = family.build(seed)
-        self.guide = Guide(self.model, Config(**settings))
+        self.guide = Guide(self.model, Config(**settings), loss=example_losses if "examples" in settings else None)
         self.optimizer = adamw(self.guide, weight_decay=0.1, fused=fused)
         self.scheduler = self.guide.scheduler(self.optimizer)
         self.guide.set_optimizer(self.optimizer)
@@ -103,7 +105,9 @@ def test_resumed_equals_uninterrupted(preset: str, fused: bool | None) -> None:
     whole.run(STEPS)
     expected = whole.end()
     assert whole.guide.step_count >= 8
-    if "rgft" in preset:
+    if preset == "skipping":
+        assert whole.guide.ledger.examples_skipped > 2
+    if "rgft" in preset or preset == "skipping":
         assert whole.guide.ledger.probes >= 2
         assert whole.guide.plan.cut > 1
         assert whole.guide.cache is not None

@@ -5,6 +5,7 @@ import torch
 
 from rgft.batches import BatchStream, Subset
 from rgft.errors import DataError
+from rgft.pruning import ExamplePruning
 
 
 def ids(stream: BatchStream) -> list[tuple[int, ...]]:
@@ -107,3 +108,78 @@ def test_a_subset_has_all_variants_of_its_examples() -> None:
 def test_subset() -> None:
     subset = Subset(["a", "b", "c"], [2, 0])
     assert (len(subset), subset[0], subset[1]) == (2, "c", "a")
+
+
+# -------------------------------------------------------------------- what is skipped
+
+
+class Half:
+    """Progress of a run, and its pruning: examples below 5 are learnt well."""
+
+    def __init__(self, **kwargs: object) -> None:
+        self.progress = 0.0
+        self.pruning = ExamplePruning(
+            probability=0.6, threshold=1.0, off_for_last=0.25, seed=3, progress=lambda: self.progress
+        )
+        self.stream = stream(**{"epochs": 6, **kwargs})
+        self.stream.prune(self.pruning)
+        self.pruning.observe(range(10), torch.arange(10.0), [1.0] * 10, [1] * 10)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_skipped_examples_leave_gaps_in_the_same_batches(workers: int) -> None:
+    plain, half = ids(stream(epochs=6)), Half(workers=workers)
+    seen = list(half.stream)
+    assert len(seen) == len(plain)
+    for indexed, nominal in zip(seen, plain, strict=True):
+        assert indexed.kept is not None
+        assert indexed.kept.ids == indexed.ids == tuple(i for i in nominal if i not in indexed.kept.skipped)
+        assert set(indexed.kept.ids) | set(indexed.kept.skipped) == set(nominal)
+        assert all(i < 5 for i in indexed.kept.skipped)
+        assert torch.equal(indexed.batch, torch.tensor(indexed.ids, dtype=torch.float32))
+    assert 3 < sum(len(indexed.kept.skipped) for indexed in seen if indexed.kept) < 30
+
+
+def test_skipped_examples_are_not_loaded() -> None:
+    loaded: list[int] = []
+
+    class Data:
+        def __len__(self) -> int:
+            return 10
+
+        def __getitem__(self, index: int) -> torch.Tensor:
+            loaded.append(index)
+            return torch.tensor(float(index))
+
+    half = Half()
+    half.stream.dataset = Data()
+    seen = ids(half.stream)
+    assert loaded == [i for batch in seen for i in batch]
+    assert len(loaded) < 60
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("at", [1, 4, 9, 17])
+def test_resuming_a_pruned_stream_gives_the_rest(at: int, workers: int) -> None:
+    """Also when the last part begins in the middle of an epoch, ahead of which a loader may have run."""
+
+    def run(half: Half, until: int) -> list[tuple[int, ...]]:
+        seen: list[tuple[int, ...]] = []
+        for indexed in half.stream:
+            seen.append(indexed.ids)
+            half.pruning.observe(
+                indexed.ids, indexed.batch + half.stream.position, [1.0] * len(seen[-1]), [1] * len(seen[-1])
+            )
+            half.progress = half.stream.position / 18
+            if half.stream.position == until:
+                break
+        return seen
+
+    whole = run(Half(workers=workers), 99)
+    assert [len(batch) for batch in whole[14:]] == [2, 4, 4, 2][: len(whole) - 14]  # 14 of 18 is in the last quarter
+    first = Half(workers=workers)
+    before = run(first, at)
+    second = Half(workers=workers)
+    second.pruning.load_state_dict(first.pruning.state_dict())
+    second.stream.position, second.progress = at, first.progress
+    assert before + run(second, 99) == whole

@@ -21,6 +21,7 @@ COMMON: dict[str, Any] = {
     "energy": {"watts": None, "counter": "auto", "carbon_intensity": 473.0},
     "budget": None, "ffn_blocks": 1, "period": None, "policy": None,
     "update": {"moments": "keep", "average_last": 0.0, "low_rank": None},
+    "examples": {"prune": 0.0, "threshold": 1.0, "off_for_last": 0.125, "tokens": 0.0, "select": "unbiased"},
     "classifier_lr_multiplier": 1.0, "seed": 0,
 }  # fmt: skip
 STABILITY: dict[str, Any] = {

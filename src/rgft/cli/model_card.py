@@ -68,6 +68,7 @@ def model_card(
         f"- {ledger['seconds']['total']:.0f} s, evaluation not counted",
         f"- {ledger['energy']['kwh']:.3g} kWh and {ledger['energy']['co2_grams']:.3g} g CO2, "
         f"{ledger['energy']['source']}",
+        *_skipped(ledger.get("data", {})),
         "",
         "## Use",
         "",
@@ -81,3 +82,14 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _skipped(data: Mapping[str, Any]) -> list[str]:
+    """What training left out because it was learnt well, if it did."""
+    lines: list[str] = []
+    if data.get("examples_skipped"):
+        lines.append(f"- {data['examples_skipped']:,} times a well-learnt example was skipped, without bias")
+    if data.get("targets_skipped"):
+        how = "BIASED: the loss was another one than the mean" if data["targets_are_biased"] else "without bias"
+        lines.append(f"- {data['targets_skipped']:,} times a well-learnt token was skipped, {how}")
+    return lines

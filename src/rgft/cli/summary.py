@@ -26,17 +26,20 @@ def show(report: Mapping[str, Any], console: Console) -> None:
     flops, saved, audit = report["flops"], report["flops"]["saved"], report["audit"]
     whole = flops["full"] or flops["same_batches_in_full"]
     table = Table("FLOPs", "", "of full fine-tuning")
+    skipped = _skipped(saved, is_biased=report.get("data", {}).get("targets_are_biased", False))
     rows = (
         ("full fine-tuning, same batches", flops["same_batches_in_full"]), ("dW skipped", -saved["dw_skipped"]),
         ("dX truncated", -saved["dx_truncated"]), ("F cached", -saved["forward_cached"]),
-        ("positions not read", -saved["unread_positions"]), ("probes", flops["probes"]),
+        ("positions not read", -saved["unread_positions"]),
+        *skipped, ("probes", flops["probes"]),
         ("cache filling", flops["cache_filling"]), ("search", flops["search"]), ("spent", flops["spent"]),
     )  # fmt: skip
     added = (
         ("computed twice", flops["recomputed"]), ("low-rank pairs", flops["low_rank_pairs"]),
         ("optimizer's products", flops["optimizer"]),
     )  # fmt: skip
-    rows = (*rows[:5], *(row for row in added if row[1]), *rows[5:])
+    place = 5 + len(skipped)
+    rows = (*rows[:place], *(row for row in added if row[1]), *rows[place:])
     if flops["head_at_targets"]:
         rows = (*rows, ("of it a language model's head", flops["head_at_targets"]))
     for name, value in rows:
@@ -63,6 +66,13 @@ def _energy(energy: Mapping[str, Any]) -> str:
         f"energy, {energy['source']}: {energy_text(energy['joules']['total'])} ({energy['kwh']:.3g} kWh), "
         f"{energy['co2_grams']:.3g} g CO2 at {energy['carbon_intensity']:g} g/kWh ({notes})\n"
     )
+
+
+def _skipped(saved: Mapping[str, float], *, is_biased: bool) -> list[tuple[str, float]]:
+    """Rows about what was skipped as learnt well, if anything was."""
+    label = "tokens skipped (BIASED)" if is_biased else "tokens skipped"
+    rows = [("examples skipped", -saved.get("examples_skipped", 0.0)), (label, -saved.get("targets_skipped", 0.0))]
+    return [(what, flops) for what, flops in rows if flops]
 
 
 def _memory(memory: Mapping[str, Any]) -> str:

@@ -177,7 +177,7 @@ def _finish(run: Run, task: PreparedTask, request: Request, folder: RunFolder) -
         "lr": run.lr, "search": None if run.search is None else run.search.to_dict(), "metrics": metrics,
         "primary_metric": task.primary_metric, "flops": ledger["flops"], "audit": ledger["audit"],
         "seconds": ledger["seconds"], "energy": ledger["energy"], "memory": ledger["memory"],
-        "parameters": ledger["parameters"], "plan": plan,
+        "parameters": ledger["parameters"], "data": ledger["data"], "plan": plan,
     }  # fmt: skip
     folder.records.append("end", report)
     folder.remove_checkpoint()

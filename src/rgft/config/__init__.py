@@ -10,6 +10,7 @@ from rgft.config.presets import PRESETS
 from rgft.config.sections import (
     EnergyConfig,
     ErrorMapConfig,
+    ExamplesConfig,
     ExecutionConfig,
     ProbeConfig,
     StabilityConfig,
@@ -19,6 +20,7 @@ from rgft.config.sections import (
 from rgft.config.tree import CONFIG_FILE, Config
 
 __all__ = [
-    "CONFIG_FILE", "PRESETS", "Config", "EnergyConfig", "ErrorMapConfig", "ExecutionConfig", "ProbeConfig",
+    "CONFIG_FILE", "PRESETS", "Config", "EnergyConfig", "ErrorMapConfig", "ExamplesConfig", "ExecutionConfig",
+    "ProbeConfig",
     "StabilityConfig", "StageConfig", "UpdateConfig", "apply_overrides",
 ]  # fmt: skip

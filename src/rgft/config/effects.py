@@ -86,6 +86,17 @@ def _groups(config: Config, given: set[str]) -> list[str]:
             "as probe.interval and probe.size are both given",
         ),
     ]
+    examples = config.examples
+    skips = examples.prune > 0.0 or examples.tokens > 0.0
+    rules += [
+        (not skips, ("examples.",), "as nothing is skipped: examples.prune and examples.tokens are 0"),
+        (examples.tokens == 0.0, ("examples.select",), "as no token is skipped (examples.tokens is 0)"),
+        (
+            examples.select == "top" and examples.prune == 0.0,
+            ("examples.threshold",),
+            "with select 'top', which takes a share",
+        ),
+    ]
     caching = ("execution.cache",)
     if config.execution.cache in ("memory", "disk"):
         rules.append((config.mask is None and config.policy is None, caching, "as nothing is ever frozen"))
@@ -118,4 +129,4 @@ def _given(config: Config, settings: Mapping[str, Any]) -> set[str]:
     return given
 
 
-_SECTIONS = ("error_map", "stability", "probe", "update", "execution", "energy")
+_SECTIONS = ("error_map", "stability", "probe", "examples", "update", "execution", "energy")

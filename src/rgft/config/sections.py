@@ -138,6 +138,38 @@ class LowRankConfig(Section):
     )
 
 
+class ExamplesConfig(Section):
+    """What of the data is skipped because it is learnt well already, judged by its loss when it was last seen."""
+
+    prune: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="probability that a well-learnt example is skipped; kept ones weigh 1/(1 − prune), so that the "
+        "expectation of gradients is unchanged; 0: off",
+    )
+    threshold: float = Field(
+        default=1.0,
+        gt=0,
+        description="well learnt is a loss below so many times the mean of the known ones (of examples, of tokens)",
+    )
+    off_for_last: float = Field(
+        default=0.125, ge=0, lt=1, description="share of the run, at its end, in which nothing is skipped"
+    )
+    tokens: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="language models: share of the well-learnt target tokens that the head does not compute; with "
+        "select 'top', of all known ones; 0: off",
+    )
+    select: Literal["unbiased", "top"] = Field(
+        default="unbiased",
+        description="how tokens are skipped; unbiased: by chance, kept ones weigh 1/(1 − tokens); top: those with the "
+        "lowest loss, which is BIASED: it trains another objective than the loss",
+    )
+
+
 class UpdateConfig(Section):
     """How updates are made."""
 

@@ -19,6 +19,7 @@ from rgft.config.problems import nearest, problems_of
 from rgft.config.sections import (
     EnergyConfig,
     ErrorMapConfig,
+    ExamplesConfig,
     ExecutionConfig,
     ProbeConfig,
     Section,
@@ -52,6 +53,7 @@ class Settings(TypedDict, total=False):
     policy: StageLike
     stability: StabilityConfig | Mapping[str, Any]
     probe: ProbeConfig | Mapping[str, Any]
+    examples: ExamplesConfig | Mapping[str, Any]
     update: UpdateConfig | Mapping[str, Any]
     execution: ExecutionConfig | Mapping[str, Any]
     energy: EnergyConfig | Mapping[str, Any]
@@ -149,6 +151,9 @@ class Config(Section):
     )
     stability: StabilityConfig = Field(default_factory=StabilityConfig, description="against flapping and runaways")
     probe: ProbeConfig = Field(default_factory=ProbeConfig, description="looks at examples that are never trained on")
+    examples: ExamplesConfig = Field(
+        default_factory=ExamplesConfig, description="what of the data is skipped because it is learnt well"
+    )
     update: UpdateConfig = Field(default_factory=UpdateConfig, description="how updates are made")
     execution: ExecutionConfig = Field(default_factory=ExecutionConfig, description="how the plan is carried out")
     energy: EnergyConfig = Field(default_factory=EnergyConfig, description="how the run's energy is found")

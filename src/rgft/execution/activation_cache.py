@@ -160,7 +160,7 @@ class ActivationCache:
     def identify(
         self, ids: Sequence[int] | None, args: Sequence[Any], kwargs: Mapping[str, Any], tokens: int | None = None
     ) -> None:  # fmt: skip
-        """Looks at what the model is going to be given, before `unknown_rows`, `fill` and `begin` are asked about it.
+        """Looks at what the model is going to be given, before `rows_by_level`, `fill` and `begin` are asked about it.
 
         Args:
             ids: example ids in row order.

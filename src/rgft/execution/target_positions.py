@@ -38,12 +38,29 @@ def _beside(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
+#: Key of a batch under which its `ChosenTargets` are, if not all of its targets are computed and weigh alike.
+CHOSEN = "rgft_chosen_targets"
+
+
+@dataclass(kw_only=True)
+class ChosenTargets:
+    """Which targets of a batch are computed, and what they weigh. The mean is taken over all of them nevertheless.
+
+    Attributes:
+        factors_N: of each target, row after row; 0 is not computed.
+        losses_K: set by the loss: of those computed, unweighted and detached.
+    """
+
+    factors_N: Tensor
+    losses_K: Tensor | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Way:
     """One way of computing a loss at its targets alone.
 
     Attributes:
-        loss: model, batch → what the plain loss gives.
+        loss: model, batch → what the plain loss gives; of a batch with `CHOSEN` targets, what these give.
         fits: model, batch → whether the model is built as this way takes it to be; RGFTError says why not.
         about: what is computed where, in a few words.
     """
@@ -63,6 +80,7 @@ class TargetLoss:
         of_one_position: model, batch → a loss of one position of each row, through operations that autograd shows.
             What costs the same whatever the length of a row is what is computed at targets.
         count: targets of a batch.
+        count_rows: targets of each of its rows.
         applies: whether a model may be run so now; compiled ones may not.
         placed: makes the run's loss of any of these, on its device and in its precision.
     """
@@ -71,6 +89,7 @@ class TargetLoss:
     ways: tuple[Way, ...]
     of_one_position: Loss
     count: Callable[[Any], int]
+    count_rows: Callable[[Any], list[int]]
     applies: Callable[[nn.Module], bool]
     placed: Callable[[Loss], Loss] = _as_it_is
 

@@ -33,9 +33,9 @@ class RGFTCallback(TrainerCallback):
     It cannot, and `rgft.integrations.enable(trainer)` can: split weights into heads and neuron blocks; probe examples
     that are not trained on, so that the map is measured at the start only (or at every step with probe interval 1),
     and signals that need probes are refused; read a frozen prefix from an activation cache, as it does not see which
-    examples a batch holds; let the learning-rate schedule end with the budget instead of with the Trainer's steps;
-    write into the Trainer's log before other callbacks, so that trackers may show `rgft/…` numbers one step late.
-    Gradients are seen after clipping. FLOPs are counted on the model's own `.loss`.
+    examples a batch holds; skip well-learnt examples; let the learning-rate schedule end with the budget instead of
+    with the Trainer's steps; write into the Trainer's log before other callbacks, so that trackers may show `rgft/…`
+    numbers one step late. Gradients are seen after clipping. FLOPs are counted on the model's own `.loss`.
 
     Args:
         config: all settings; or give them one by one:
@@ -143,6 +143,8 @@ def _refuse_config(config: Config) -> None:
             f"granularity: expected 'layer' or 'block', found {config.granularity!r}; when a callback hears of it, the "
             f"optimizer exists already, of whole weights; {remedy}"
         )
+    if config.examples.prune > 0.0 or config.examples.tokens > 0.0:
+        problems.append(f"examples: a callback does not make batches, and cannot skip anything in them; {remedy}")
     signal = build_signal(config)
     if signal is not None and not isinstance(signal, GradientSignal):
         problems.append(

@@ -16,7 +16,8 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, Unpack, cast
 
 from torch import Tensor, nn
@@ -38,12 +39,15 @@ from rgft.integrations.trainer_data import (
     LoaderStream,
     TrainerCourse,
     cache_obstacle,
+    id_obstacle,
     randomness_untouched,
     substitute,
     train_loader,
 )
+from rgft.integrations.trainer_examples import KEPT, TrainerPruning
 from rgft.integrations.trainer_state import load_state, log_entries, save_state
 from rgft.probe_schedule import ProbePool, set_aside
+from rgft.pruning import KeptRows
 from rgft.training_loss import model_loss
 from rgft.workload import batch_shape
 
@@ -85,15 +89,8 @@ def enable(
     config = chosen_config(config, settings)
     refuse_unsupported(trainer.args, accelerator=trainer.accelerator)
     _refuse_late(trainer)
-    if (
-        config.scaling
-        is config.mask
-        is config.period
-        is config.policy
-        is config.budget
-        is config.update.low_rank
-        is None
-    ):
+    decides = (config.scaling, config.mask, config.period, config.policy, config.budget, config.update.low_rank)
+    if all(stage is None for stage in decides) and config.examples.prune == config.examples.tokens == 0.0:
         warnings.warn(
             f"preset {config.preset!r} decides nothing and has no budget: training will be what it is without RGFT",
             RGFTWarning, stacklevel=2,
@@ -132,6 +129,7 @@ class _Engagement:
                 full_flops = base_flops(model, everything, (self._loss, self._models_loss))
         self.guide = Guide(model, config, loss=self._loss)
         self._callback = _Steps(self)
+        self._pruning: TrainerPruning | None = None
         try:
             with randomness_untouched():
                 self._course = self._prepare_data(loader, everything, full_flops)
@@ -148,6 +146,8 @@ class _Engagement:
             "_save_optimizer_and_scheduler", "_load_optimizer_and_scheduler",
         ):  # fmt: skip
             self._replace(name, getattr(self, f"_{name.lstrip('_')}"))
+        if self._pruning is not None:
+            self._replace("compute_loss", partial(self._pruning.compute_loss, trainer.compute_loss))
 
     # ---------------------------------------------------------------- data
 
@@ -161,7 +161,15 @@ class _Engagement:
         train, pool = set_aside(total, guide.probe_examples, seed=seed)
         obstacle = None if guide.cache is None else cache_obstacle(loader)
         with_ids = guide.cache is not None and obstacle is None
-        if obstacle is not None:
+        weighted = guide.weighted_loss
+        if weighted is not None and weighted.examples is not None:
+            # Ids are told for both or for neither: where they would mislead the cache, nothing is skipped.
+            reason = obstacle and f"{obstacle}; set examples.prune to 0, or execution.cache to 'none'"
+            self._pruning = TrainerPruning(
+                trainer, weighted, weighted.examples, everything, obstacle=reason or id_obstacle(loader)
+            )
+            with_ids = True
+        elif obstacle is not None:
             log.warning("no activation cache: %s", obstacle)
         if not pool and not with_ids:
             course = TrainerCourse.of(trainer, len(loader))
@@ -170,7 +178,8 @@ class _Engagement:
                 self._remember(name)
             substitute(trainer, train, with_ids=with_ids)
             course = TrainerCourse.of(trainer, self._checked_batches(len(train)))
-        guide.follow(course, pool=ProbePool(pool, everything.load, seed=seed) if pool else None)
+        pool_of_probes = ProbePool(pool, everything.load, seed=seed) if pool else None
+        guide.follow(course, pool=pool_of_probes, prunes=self._pruning is not None)
         return course
 
     def _prepare_costs(self, stream: LoaderStream, full_flops: float | None) -> None:
@@ -257,11 +266,13 @@ class _Engagement:
         return trainer.lr_scheduler
 
     def _training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        kept: KeptRows | None = inputs.pop(KEPT, None)
         ids = _ids_of(inputs)
         inputs.pop(ID_KEY, None)
-        self.guide.announce(inputs, ids)
+        self.guide.announce(inputs, ids, kept=kept)
         self._course.position += 1
-        loss = self._original("training_step")(model, inputs, *args, **kwargs)
+        with nullcontext() if self._pruning is None else self._pruning.training(ids or ()):
+            loss = self._original("training_step")(model, inputs, *args, **kwargs)
         if self.trainer.accelerator.sync_gradients:
             # Here, and not in on_pre_optimizer_step: clipping comes between, which hides where a NaN came from.
             self.guide.before_optimizer_step()
@@ -273,6 +284,9 @@ class _Engagement:
         batches, items = self._original("get_batch_samples")(*args, **kwargs)
         if not batches:
             return batches, items
+        if self._pruning is not None:
+            epoch = self._course.position // self._course.batches_per_epoch
+            batches = self._pruning.thin(batches, [_ids_of(batch) or () for batch in batches], epoch=epoch)
         largest = max(batches, key=lambda batch: math.prod(batch_shape(batch)))
         guide.announce(largest, _ids_of(largest))
         if guide.affords_upcoming:

@@ -158,6 +158,19 @@ def substitute(trainer: Trainer, ids: Sequence[int], *, with_ids: bool) -> None:
         trainer.data_collator = IdCollator(trainer.data_collator)
 
 
+def id_obstacle(loader: DataLoader[Any]) -> str | None:
+    """Why rows of batches cannot be told to be examples; None where they can. Padding-free collators fill one row."""
+    dataset: Any = loader.dataset
+    collate: Callable[[list[Any]], Any] = loader.collate_fn
+    count = min(COMPARED_EXAMPLES, len(dataset))
+    batch = cast("Any", collate([dataset[i] for i in range(count)]))
+    if not isinstance(batch, MutableMapping) or not isinstance(dataset[0], MutableMapping):
+        return f"expected examples and batches that are mappings, found {type(dataset[0]).__name__}"
+    if batch_shape(batch)[0] != count:
+        return f"{count} examples are collated into {batch_shape(batch)[0]} rows"
+    return None
+
+
 def cache_obstacle(loader: DataLoader[Any]) -> str | None:
     """Why the activations of an example cannot be kept for when it comes again; None where they can.
 
@@ -173,10 +186,8 @@ def cache_obstacle(loader: DataLoader[Any]) -> str | None:
         or repr(np.random.get_state(legacy=True)) != repr(states[1])
         or not torch.equal(torch.get_rng_state(), states[2])
     )
-    if not isinstance(first, MutableMapping) or not isinstance(dataset[0], MutableMapping):
-        return f"expected examples and batches that are mappings, found {type(dataset[0]).__name__}"
-    if batch_shape(first)[0] != count:
-        return f"{count} examples are collated into {batch_shape(first)[0]} rows"
+    if (obstacle := id_obstacle(loader)) is not None:
+        return obstacle
     if drew or not _equal(first, second):
         return "an example comes out differently each time it is loaded (masking, augmentation)"
     return None

@@ -8,6 +8,7 @@ whose output are the logits, and these are computed a few positions at a time be
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from torch.nn import functional
 
 from rgft.errors import RGFTError
 from rgft.execution.chunked_loss import chunked_cross_entropy
-from rgft.execution.target_positions import TargetLoss, Way
-from rgft.tasks.token_loss import IGNORED, following, number_of_targets, token_losses, wide
+from rgft.execution.target_positions import CHOSEN, ChosenTargets, TargetLoss, Way
+from rgft.tasks.token_loss import IGNORED, following, number_of_targets, targets_of_rows, token_losses, wide
 
 Select = Callable[[Tensor], Tensor]
 
@@ -27,18 +28,22 @@ def chunked_losses(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     head = _head(model)
     if not _is_linear(head):  # hooked or adapted since
         return gathered_losses(model, batch)
-    index_N, targets_N = _targets(batch)
+    targets = _targets(batch)
     hidden_BTH, _ = _run(model, batch, lambda hidden_BTH: hidden_BTH[:, :0])
-    hidden_NH = hidden_BTH.flatten(0, 1).index_select(0, index_N)
+    hidden_NH = hidden_BTH.flatten(0, 1).index_select(0, targets.index_N)
     bias_V: Any = head.bias
-    return _by_example(chunked_cross_entropy(hidden_NH, _weight(head), bias_V, targets_N), index_N, batch)
+    losses_N = chunked_cross_entropy(
+        hidden_NH, _weight(head), bias_V, targets.tokens_N, factors_N=targets.factors_N
+    )  # fmt: skip
+    return targets.by_example(losses_N, batch)
 
 
 def gathered_losses(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """`token_losses` [B], with the logits of all targets at once."""
-    index_N, targets_N = _targets(batch)
-    logits_NV = _logits(model, batch, index_N)
-    return _by_example(functional.cross_entropy(wide(logits_NV), targets_N, reduction="none"), index_N, batch)
+    targets = _targets(batch)
+    logits_NV = _logits(model, batch, targets.index_N)
+    losses_N = functional.cross_entropy(wide(logits_NV), targets.tokens_N, reduction="none")
+    return targets.by_example(losses_N if targets.factors_N is None else losses_N * targets.factors_N, batch)
 
 
 def losses_of_one_position(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
@@ -49,18 +54,44 @@ def losses_of_one_position(model: nn.Module, batch: Mapping[str, Any]) -> Tensor
     return functional.cross_entropy(wide(logits_BV), batch["input_ids"][:, 0], reduction="none")
 
 
-def _targets(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Of all targets [N]: the position that predicts them, row after row, and the token."""
+@dataclass(frozen=True, kw_only=True)
+class _Targets:
+    """The targets that are computed.
+
+    Attributes:
+        index_N: the position that predicts each of them, row after row.
+        tokens_N: the token.
+        number: of all targets of the batch.
+        factors_N: what each weighs; None: 1.
+        chosen: who chose them; None: they are all.
+    """
+
+    index_N: Tensor
+    tokens_N: Tensor
+    number: int
+    factors_N: Tensor | None = None
+    chosen: ChosenTargets | None = None
+
+    def by_example(self, losses_N: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        """Losses per example [B] from weighted ones of targets."""
+        if self.chosen is not None and self.factors_N is not None:
+            self.chosen.losses_K = losses_N.detach() / self.factors_N
+        rows, tokens = batch["input_ids"].shape
+        # Laid out and summed as the plain loss is: on an accelerator, adding up by index would depend on chance.
+        losses_BT = losses_N.new_zeros(rows * tokens).index_copy(0, self.index_N, losses_N).view(rows, tokens)
+        return losses_BT.sum(1) * (rows / max(1, self.number))
+
+
+def _targets(batch: Mapping[str, Any]) -> _Targets:
     tokens = following(batch["labels"]).flatten()
     index_N = (tokens != IGNORED).nonzero().squeeze(1)
-    return index_N, tokens[index_N]
-
-
-def _by_example(losses_N: Tensor, index_N: Tensor, batch: Mapping[str, Any]) -> Tensor:
-    rows, tokens = batch["input_ids"].shape
-    # Laid out and summed as the plain loss is: on an accelerator, adding up by index would depend on chance.
-    losses_BT = losses_N.new_zeros(rows * tokens).index_copy(0, index_N, losses_N).view(rows, tokens)
-    return losses_BT.sum(1) * (rows / max(1, len(index_N)))
+    number, chosen = len(index_N), batch.get(CHOSEN)
+    if not isinstance(chosen, ChosenTargets):
+        return _Targets(index_N=index_N, tokens_N=tokens[index_N], number=number)
+    kept_K = (chosen.factors_N > 0.0).nonzero().squeeze(1)
+    index_K = index_N[kept_K.to(index_N.device)]
+    factors_K = chosen.factors_N[kept_K].to(index_N.device)
+    return _Targets(index_N=index_K, tokens_N=tokens[index_K], number=number, factors_N=factors_K, chosen=chosen)
 
 
 def _logits(model: nn.Module, batch: Mapping[str, Any], index_N: Tensor) -> Tensor:
@@ -146,5 +177,6 @@ TOKEN_LOSS_AT_TARGETS = TargetLoss(
         Way(loss=chunked_losses, fits=_fits_linear_head, about="in chunks"),
         Way(loss=gathered_losses, fits=_fits_any_head, about="all of them at once"),
     ),
-    of_one_position=losses_of_one_position, count=number_of_targets, applies=_is_eager,
+    of_one_position=losses_of_one_position, count=number_of_targets, count_rows=targets_of_rows,
+    applies=_is_eager,
 )  # fmt: skip

@@ -53,6 +53,11 @@ def number_of_targets(batch: Mapping[str, Any]) -> int:
     return int((batch["labels"][:, 1:] != IGNORED).sum())
 
 
+def targets_of_rows(batch: Mapping[str, Any]) -> list[int]:
+    """How many tokens each example predicts."""
+    return (batch["labels"][:, 1:] != IGNORED).sum(1).tolist()
+
+
 class TokenMetric:
     """Perplexity and the share of target tokens that are the likeliest; sums over batches, logits are not kept."""
 

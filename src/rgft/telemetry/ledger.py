@@ -40,6 +40,23 @@ def peak_accelerator_bytes() -> int:
     return max(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Skipped:
+    """What a training pass was spared of its nominal batch because it is learnt well.
+
+    Attributes:
+        rows: examples that were skipped.
+        row_targets: target tokens of those.
+        targets: target tokens of the other rows that were skipped.
+        is_biased: whether the choice of target tokens is: then another objective than the loss is trained.
+    """
+
+    rows: int = 0
+    row_targets: int = 0
+    targets: int = 0
+    is_biased: bool = False
+
+
 @dataclass(kw_only=True)
 class Ledger:
     """Running sums of a run. Every call costs O(1), but for one addition per component that was updated.
@@ -51,10 +68,14 @@ class Ledger:
         tokens: positions trained on, padding included.
         padding_tokens: those of them that were padding, as far as told.
         tokens_with_known_padding: tokens of the passes that told their padding.
-        reference_flops: what full fine-tuning spends on the same batches.
+        reference_flops: what full fine-tuning spends on the same batches, skipped examples included.
         forward_flops, dx_flops, dw_flops: what the training passes spent.
         forward_cached_flops, dx_truncated_flops, dw_skipped_flops: what they saved against the reference, by axis.
         unread_flops: what they saved beside, on all axes, by skipping positions that the loss does not read.
+        examples_flops, targets_flops: what they saved beside, under the plan in force, by skipping well-learnt examples
+            (taken to be as long as the kept ones of their batch) and target tokens.
+        examples_skipped, targets_skipped: numbers of those; targets of skipped examples are not among them.
+        targets_are_biased: whether target tokens were chosen by another rule than an unbiased one.
         head_flops: part of what they spent: of a language model's head, where it is computed at targets alone.
         pair_flops: what low-rank pairs cost beside the model's own weights, on all axes.
         recomputed_flops: what gradient checkpointing added to them, where a memory budget turned it on.
@@ -94,6 +115,11 @@ class Ledger:
     dx_truncated_flops: float = 0.0
     dw_skipped_flops: float = 0.0
     unread_flops: float = 0.0
+    examples_flops: float = 0.0
+    targets_flops: float = 0.0
+    examples_skipped: int = 0
+    targets_skipped: int = 0
+    targets_are_biased: bool = False
     head_flops: float = 0.0
     recomputed_flops: float = 0.0
     pair_flops: float = 0.0
@@ -160,6 +186,29 @@ class Ledger:
         # low-rank pairs.
         self.unread_flops += planned.forward + planned.dx + planned.dw - (spent.forward + spent.dx + spent.dw)
         self.head_flops += spent.head
+
+    def add_skipped(self, skipped: Skipped, *, tokens: int, examples: StepCost, targets: StepCost) -> None:
+        """Books what the pass booked last, as one over its nominal batch, was spared of that.
+
+        Args:
+            skipped: what.
+            tokens: positions of the skipped examples.
+            examples, targets: what these would have cost under the plan in force.
+        """
+        self.examples -= skipped.rows
+        self.tokens -= tokens
+        self.examples_skipped += skipped.rows
+        self.targets_skipped += skipped.targets
+        self.targets_are_biased |= skipped.is_biased and skipped.targets > 0
+        for cost in (examples, targets):
+            self.forward_flops -= cost.forward
+            self.dx_flops -= cost.dx
+            self.dw_flops -= cost.dw
+            self.recomputed_flops -= cost.recomputed
+            self.pair_flops -= cost.pairs
+            self.head_flops -= cost.head
+        self.examples_flops += examples.forward + examples.dx + examples.dw
+        self.targets_flops += targets.forward + targets.dx + targets.dw
 
     def end_step(self, *, seconds: float, updated: Mapping[str, int], optimizer_flops: float = 0.0) -> None:
         """Books the end of an optimizer step.
@@ -301,6 +350,7 @@ class Ledger:
             evaluation's), `memory`, `data`, `parameters`.
         """
         saved = self.forward_cached_flops + self.dx_truncated_flops + self.dw_skipped_flops + self.unread_flops
+        saved += self.examples_flops + self.targets_flops
         added = self.probe_flops + self.fill_flops + self.search_flops + self.recomputed_flops + self.pair_flops
         added += self.optimizer_flops
         return {
@@ -320,6 +370,7 @@ class Ledger:
                 "saved": {
                     "dw_skipped": self.dw_skipped_flops, "dx_truncated": self.dx_truncated_flops,
                     "forward_cached": self.forward_cached_flops, "unread_positions": self.unread_flops,
+                    "examples_skipped": self.examples_flops, "targets_skipped": self.targets_flops,
                     "added": added, "net": saved - added,
                 },
                 "evaluation": self.evaluation_flops,
@@ -338,6 +389,8 @@ class Ledger:
                 "passes": self.passes, "examples": self.examples, "tokens": self.tokens,
                 # Told by some passes only, a share would be a guess.
                 "padding_tokens": self.padding_tokens if self.tokens_with_known_padding == self.tokens else None,
+                "examples_skipped": self.examples_skipped, "targets_skipped": self.targets_skipped,
+                "targets_are_biased": self.targets_are_biased,
             },
             "parameters": {
                 "updated_in_last_step": self.last_updated_parameters,
@@ -375,6 +428,8 @@ class Ledger:
             ("dX truncated", -self.dx_truncated_flops),
             ("F cached", -self.forward_cached_flops),
             ("positions not read", -self.unread_flops),
+            ("examples skipped", -self.examples_flops),
+            ("targets skipped" + self.bias_label, -self.targets_flops),
             ("computed twice", self.recomputed_flops),
             ("low-rank pairs", self.pair_flops),
             ("optimizer's products", self.optimizer_flops),
@@ -384,6 +439,11 @@ class Ledger:
             ("spent", self.spent_flops),
         ]
         return [(what, flops, flops / whole if whole else None) for what, flops in rows]
+
+    @property
+    def bias_label(self) -> str:
+        """Goes behind what is said of skipped target tokens."""
+        return " (BIASED)" if self.targets_are_biased else ""
 
     # ---------------------------------------------------------------- saving
 

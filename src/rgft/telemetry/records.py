@@ -25,8 +25,8 @@ SCHEMA = "rgft.records"
 VERSION = 1
 
 #: Types of records; those of `WITH_STEP` say which step they belong to.
-TYPES = ("step", "probe", "plan", "evaluation", "search", "warning", "end")
-WITH_STEP = ("step", "probe", "plan", "evaluation")
+TYPES = ("step", "probe", "plan", "skipping", "evaluation", "search", "warning", "end")
+WITH_STEP = ("step", "probe", "plan", "skipping", "evaluation")
 
 _RESERVED = ("type", "time")
 _FLOAT = "$float"

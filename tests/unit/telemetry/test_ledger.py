@@ -10,7 +10,7 @@ import torch
 from rgft.cost import StepCost
 from rgft.errors import ConfigError
 from rgft.telemetry import ledger as module
-from rgft.telemetry.ledger import Ledger
+from rgft.telemetry.ledger import Ledger, Skipped
 
 FULL = StepCost(forward=100.0, dx=90.0, dw=100.0)
 HALF = StepCost(forward=40.0, dx=30.0, dw=20.0, head=12.0)
@@ -62,6 +62,7 @@ def test_every_figure_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
             "scoring_fraction": 60 / 542,
             "saved": {
                 "dw_skipped": 160.0, "dx_truncated": 120.0, "forward_cached": 120.0, "unread_positions": 0.0,
+                "examples_skipped": 0.0, "targets_skipped": 0.0,
                 "added": 72.0, "net": 328.0,
             },
             "evaluation": 1000.0,
@@ -75,13 +76,40 @@ def test_every_figure_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
             "source": None, "notes": [],
         },
         "memory": {"peak_bytes": 1234, "peak_accelerator_bytes": small().peak_accelerator_bytes or None},
-        "data": {"passes": 3, "examples": 10, "tokens": 96, "padding_tokens": 16},
+        "data": {"passes": 3, "examples": 10, "tokens": 96, "padding_tokens": 16, "examples_skipped": 0,
+                 "targets_skipped": 0, "targets_are_biased": False},
         "parameters": {
             "updated_in_last_step": 6, "updated_per_step": 10.5, "updated_in_all": 16,
             "steps_by_component": {"a": 1, "b": 2, "c": 1},
         },
     }  # fmt: skip
     json.dumps(summary, allow_nan=False)
+
+
+def skipping() -> Ledger:
+    """A pass over a batch of ten, of which four rows, and then some targets of the others, were skipped."""
+    ledger = Ledger()
+    ledger.add_forward(full=FULL, spent=HALF, rows=10, tokens=40)
+    ledger.add_skipped(
+        Skipped(rows=4, row_targets=9, targets=3, is_biased=True), tokens=16,
+        examples=StepCost(forward=16.0, dx=12.0, dw=8.0, head=4.0),
+        targets=StepCost(forward=2.0, dx=2.0, dw=2.0, head=6.0),
+    )  # fmt: skip
+    return ledger
+
+
+def test_what_is_skipped_by_hand() -> None:
+    ledger = skipping()
+    assert (ledger.examples, ledger.examples_skipped, ledger.targets_skipped, ledger.tokens) == (6, 4, 3, 24)
+    assert (ledger.forward_flops, ledger.dx_flops, ledger.dw_flops) == (22.0, 16.0, 10.0)
+    assert (ledger.examples_flops, ledger.targets_flops, ledger.head_flops) == (36.0, 6.0, 2.0)
+    assert ledger.reference_flops == FULL.total
+    rows = {what: flops for what, flops, _ in ledger.as_rows()}
+    assert rows["targets skipped (BIASED)"] == -6.0
+    assert sum(flops for what, flops in rows.items() if what != "spent") == rows["spent"] == 48.0
+    summary = ledger.summary()
+    assert FULL.total - summary["flops"]["saved"]["net"] == 48.0
+    assert summary["data"]["targets_are_biased"]
 
 
 def test_net_saving_is_what_separates_the_spent_from_the_reference() -> None:

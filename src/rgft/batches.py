@@ -46,11 +46,13 @@ class IndexedBatch:
         ids: in row order.
         batch: as collated.
         kept: what was left of a batch where examples may be skipped; None: they may not.
+        following: the ids of the batch that comes next, as far as that is known.
     """
 
     ids: tuple[int, ...]
     batch: Any
     kept: KeptRows | None = None
+    following: tuple[int, ...] = ()
 
 
 class BatchStream:
@@ -121,9 +123,10 @@ class BatchStream:
         if self._pruning is not None:
             yield from self._pruned(self._pruning)
             return
+        following = self.indices(self.position + 1)
         for batch in self._loader_of(_Indices(self, self.position), seed=self.seed):
             self.position += 1
-            yield batch
+            yield replace(batch, following=tuple(next(following, ())))
 
     def _pruned(self, pruning: ExamplePruning) -> Iterator[IndexedBatch]:
         """An epoch at a time, each decided once the one before was trained on: a loader may run ahead of training."""
@@ -133,10 +136,10 @@ class BatchStream:
             nominal = islice(self.indices(self.position), self.batches_per_epoch - place)
             kept = [pruning.kept(ids) for ids in nominal]
             loader = self._loader_of([list(rows.ids) for rows in kept], seed=self.seed + epoch)
-            for batch, rows in zip(loader, kept, strict=True):
+            for batch, rows, following in zip(loader, kept, [*kept[1:], None], strict=True):
                 was_over = pruning.has_ended()
                 self.position += 1
-                yield replace(batch, kept=rows)
+                yield replace(batch, kept=rows, following=() if following is None else tuple(following.ids))
                 if pruning.has_ended() and not was_over:
                     break  # from here on nothing is skipped: the rest of the epoch was chosen otherwise
 

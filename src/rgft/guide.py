@@ -233,6 +233,7 @@ class Guide(GuidedRun):
         assert stream is not None
         for indexed in self._awaited(stream):
             self.announce(indexed.batch, indexed.ids, kept=indexed.kept)
+            self._progress.following = indexed.following
             if not self.affords_upcoming:
                 break
             yield indexed.batch

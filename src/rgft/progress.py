@@ -43,6 +43,7 @@ class Progress:
         upcoming: the batch that the next step starts with; None: unknown.
         ids: which examples the rows of the batch in hand are; None: unknown.
         kept: what was left of the batch announced last; None: no example may be skipped.
+        following: the examples of the batch after the one in hand, as far as they are known.
     """
 
     def __init__(self, spending: Spending) -> None:
@@ -53,6 +54,12 @@ class Progress:
         self.upcoming: Any = None
         self.ids: Sequence[int] | None = None
         self.kept: KeptRows | None = None
+        self.following: Sequence[int] = ()
+
+    def take_following(self) -> Sequence[int]:
+        """The examples of the next batch; of several passes over the one in hand, the first alone is told."""
+        following, self.following = self.following, ()
+        return following
 
     @property
     def share(self) -> float:

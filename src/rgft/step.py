@@ -163,6 +163,7 @@ class Step:
             self._spending.book_fill(filled, tokens, below=cut, seconds=time.perf_counter() - started)
         self._executor.skip_positions(cut <= len(self._partition.layers))
         cached_below = self._executor.begin_forward(ids, kwargs.get("attention_mask"), tokens)
+        self._executor.read_ahead(self._progress.take_following(), tokens)
         self._spending.book_pass(
             self._executor.active, rows=rows, tokens=tokens, cached_below=cached_below,
             targets=self._training_loss.targets, dx_into=cut if self._executor.proves_padding else 0,

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rgft import Config, Guide
 from rgft.errors import CacheError, ConfigError
+from rgft.execution.disk_states import DiskStates
+from rgft.execution.states import CachedState
 from tests.families import FAMILIES
 from tests.integration.loops import Examples, adamw, assert_same_state, trimmed
 from tests.integration.policies import Scripted, steer
@@ -34,14 +38,15 @@ class Changing(Examples):
 
 def train(
     name: str = "bert", *, epochs: int = 2, seed: int = 0, lr: float = 1e-3, change: Change | None = None,
-    prepare: Callable[[nn.Module], None] = lambda model: None, **execution: Any,
+    prepare: Callable[[nn.Module], None] = lambda model: None, config: dict[str, Any] | None = None,
+    loss: Any = None, **execution: Any,
 ) -> Guide:  # fmt: skip
     """Trains the layers above the first, from the first step on."""
     family = FAMILIES[name]
     torch.manual_seed(seed)
     model = family.build()
     prepare(model)
-    guide = Guide(model, Config(preset="rgft", seed=seed, execution=execution))
+    guide = Guide(model, Config(preset="rgft", seed=seed, execution=execution, **(config or {})), loss=loss)
     steer(guide, Scripted(lambda s: {c.name for c in guide.partition if c.depth >= 2}))
     optimizer = adamw(guide, lr=lr)
     data = Changing(family, count=24, change=change)
@@ -52,6 +57,11 @@ def train(
         optimizer.zero_grad()
     guide.detach()
     return guide
+
+
+def per_example(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return F.cross_entropy(logits, batch["labels"], reduction="none")
 
 
 def disk(folder: Path, **execution: Any) -> dict[str, Any]:
@@ -161,3 +171,25 @@ def test_examples_that_change_switch_an_automatic_cache_off(caplog: pytest.LogCa
 def test_a_folder_goes_with_a_cache_on_disk(execution: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="cache_dir"):
         Config(execution=execution)
+
+
+@pytest.mark.parametrize("prune", [0.0, 0.5])
+def test_from_the_second_epoch_on_states_are_read_ahead(
+    prune: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+    load = DiskStates._load
+
+    def noted(self: DiskStates, *args: Any) -> CachedState:
+        threads.append(threading.current_thread().name)
+        return load(self, *args)
+
+    monkeypatch.setattr(DiskStates, "_load", noted)
+    examples = {"examples": {"prune": prune}} if prune else {}
+    ahead = train(**disk(tmp_path / "ahead"), epochs=3, config=examples, loss=per_example)
+    assert sum(name.startswith("rgft-read-ahead") for name in threads) >= 0.6 * len(threads) > 10
+    monkeypatch.setattr(DiskStates, "read_ahead", lambda self, keys: None)
+    threads.clear()
+    in_turn = train(**disk(tmp_path / "in_turn"), epochs=3, config=examples, loss=per_example)
+    assert set(threads) == {"MainThread"}
+    assert_same_state(ahead.model, in_turn.model)

@@ -51,8 +51,10 @@ class Binding:
             yield component, self.parameters[component.name]
 
     def owner(self, parameter: nn.Parameter) -> str | None:
-        """Name of the component that the parameter belongs to, or None."""
-        return self._owners.get(id(parameter))
+        """Name of the component that the parameter belongs to, or None; low-rank pairs belong to theirs."""
+        if (name := self._owners.get(id(parameter))) is not None or self.low_rank is None:
+            return name
+        return self.low_rank.owner(parameter)
 
     # ---------------------------------------------------------------- in the form that components have
 

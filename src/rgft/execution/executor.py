@@ -154,6 +154,11 @@ class Executor:
         """Announces a training forward; returns the cut below which it is read from the cache, 0 for none."""
         return 0 if self.cache is None else self.cache.begin(ids, attention_mask, tokens)
 
+    def read_ahead(self, ids: Sequence[int], tokens: int | None) -> None:
+        """Begins to read what a cache on disk has of the examples that come next."""
+        if self.cache is not None and ids:
+            self.cache.read_ahead(ids, tokens)
+
     @property
     def proves_padding(self) -> bool:
         """Whether the pass that was announced computes the gradient of the states at the cut, too."""

@@ -63,6 +63,14 @@ class LowRank(PairSet):
         """Component → all parameters that it may ever train."""
         return {c.name: (*parameters, *self.pairs.get(c.name, ())) for c, parameters in self._binding}
 
+    def owner(self, pair: nn.Parameter) -> str | None:
+        """Name of the component that one of the pairs belongs to, or None."""
+        return self._owners.get(id(pair))
+
+    @cached_property
+    def _owners(self) -> Mapping[int, str]:
+        return {id(pair): name for name, pairs in self.pairs.items() for pair in pairs}
+
     @cached_property
     def parts(self) -> Mapping[str, Parameters]:
         """Part → parameters. A candidate's own name stands for what of it has no pair."""

@@ -73,10 +73,18 @@ class Decisions:
         While everything is on they are, until examples repeat (a repeated example is not independent of the step it
         judges). An interval of 1 asks for it at every step.
         """
+        return self._scores(self._progress.step)
+
+    @property
+    def scores_next(self) -> bool:
+        """Whether the next step's gradients may be scored: they judge this step."""
+        return self._scores(self._progress.step + 1)
+
+    def _scores(self, step: int) -> bool:
         if self._config.probe.interval == 1:
             return True
         is_fresh = self._progress.course is None or self._progress.course.epoch == 0
-        return self.is_measuring and is_fresh and self._prober.scores_step(self._progress.step)
+        return self.is_measuring and is_fresh and self._prober.scores_step(step)
 
     def observe_norms(self, norms: Mapping[str, float]) -> None:
         """Takes note of a training step's ‖∇L‖² per component, made with everything on."""

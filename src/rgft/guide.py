@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -27,12 +27,16 @@ from rgft.batches import BatchStream, IndexedBatch, SizedDataset
 from rgft.config import Config
 from rgft.costing import machine_pace, traced_costs
 from rgft.errors import AttachError, ConfigError
+from rgft.execution.optimizers import counts_in_groups
+from rgft.execution.param_groups import By, param_groups
 from rgft.execution.target_positions import TargetLoss
 from rgft.guided_run import GuidedRun
+from rgft.optimizer import kind_named
 from rgft.plan import MemoryPlan, RunPlan
 from rgft.probe_schedule import ProbePool
 from rgft.progress import Course
 from rgft.schedule import learning_rate_schedule
+from rgft.telemetry.energy import EnergyMeter
 from rgft.training_loss import Loss
 from rgft.workload import Workload
 
@@ -68,40 +72,42 @@ class Guide(GuidedRun):
 
     def param_groups(
         self, lr: float, *, weight_decay: float = 0.0, classifier_lr: float | None = None,
-        decays: Collection[str] | None = None,
+        decays: Collection[str] | None = None, by: By = "rate",
     ) -> list[dict[str, Any]]:  # fmt: skip
-        """Parameter groups for any elementwise optimizer: all components, whether on now or not, in either form.
+        """Parameter groups for an optimizer: all components, whether on now or not, in either form.
 
         Args:
             lr: learning rate at multiplier 1; of low-rank pairs times `update.low_rank.lr_multiplier`.
             weight_decay: for weights; biases and norms (one-dimensional parameters) have none.
             classifier_lr: for classifier components; None is `lr` × `config.classifier_lr_multiplier`.
             decays: names of the parameters that decay, as the model shows them now; None: as under `weight_decay`.
+            by: "matrix": hidden layers' matrices also stand apart (`MuonAdamW`); "component": each component also has
+                groups of its own (optimizers that count steps in groups).
         """
         head_rate = lr * self.config.classifier_lr_multiplier if classifier_lr is None else classifier_lr
-        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for component, parameters in self._binding:
-            rate = head_rate if component.kind == "classifier" else lr
-            names = self._binding.names[component.name]
-            for part, parameter, name in zip(component.slices, parameters, names, strict=True):
-                is_decayed = len(part.shape) > 1 if decays is None else name in decays
-                decay = weight_decay if is_decayed else 0.0
-                groups.setdefault((rate, decay), []).append(parameter)
-            for parameter, name in self._pairs_of(component.name):
-                decay = weight_decay if decays is None or name in decays else 0.0
-                groups.setdefault((rate * self._pair_lr_multiplier, decay), []).append(parameter)
-        return [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
+        low_rank = self.config.update.low_rank
+        return param_groups(
+            self.model, self._binding, lr=lr, classifier_lr=head_rate, weight_decay=weight_decay, decays=decays, by=by,
+            pair_lr_multiplier=1.0 if low_rank is None else low_rank.lr_multiplier,
+        )  # fmt: skip
 
-    @property
-    def _pair_lr_multiplier(self) -> float:
-        settings = self.config.update.low_rank
-        return 1.0 if settings is None else settings.lr_multiplier
+    def make_optimizer(
+        self, name: str = "adamw", *, lr: float, weight_decay: float = 0.0, classifier_lr: float | None = None
+    ) -> Optimizer:
+        """An optimizer that is known by name, of all components, attached.
 
-    def _pairs_of(self, component: str) -> Iterator[tuple[nn.Parameter, str]]:
-        """Its low-rank pairs, if it may have any, and their names."""
-        low_rank = self._binding.low_rank
-        if low_rank is not None and component in low_rank.sites:
-            yield from zip(low_rank.pairs[component], low_rank.names[component], strict=True)
+        Args:
+            name: of `rgft.optimizer.KINDS`: adamw, sgd, adafactor, lion, muon, schedule-free, adamw-8bit.
+            lr, weight_decay, classifier_lr: see `param_groups`.
+
+        Raises:
+            OptimizerError: it cannot work on this granularity, or its package is not installed.
+        """
+        kind = kind_named(name)
+        groups = self.param_groups(lr, weight_decay=weight_decay, classifier_lr=classifier_lr, by=kind.groups)
+        optimizer = kind.build(groups, lr)
+        self.set_optimizer(optimizer)
+        return optimizer
 
     def scheduler(self, optimizer: Optimizer, *, shape: str = "linear", warmup: float = 0.1) -> LRScheduler:
         """A learning-rate schedule over the share of the run that is spent (FLOPs under a budget, else steps).
@@ -122,7 +128,13 @@ class Guide(GuidedRun):
         """
         if self._executor.optimizer is optimizer:
             return
+        if self.config.update.average_last and counts_in_groups(optimizer):
+            raise ConfigError(
+                f"update.average_last: expected 0 with {type(optimizer).__name__}, which averages its iterates itself; "
+                f"found {self.config.update.average_last:g}"
+            )
         self._executor.set_optimizer(optimizer)
+        self._spending.optimizer_flops = self._executor.optimizer_flops()
         if self._measurement is not None:
             self._measurement.set_optimizer(optimizer)
 
@@ -159,6 +171,12 @@ class Guide(GuidedRun):
             costs = memory.costs(costs)
         costs = self._executor.with_pairs(costs)
         pace = machine_pace(self.model) if spending.needs_pace else None
+        if spending.meter is None:
+            energy = self.config.energy
+            spending.meter = EnergyMeter.of(
+                next(self.model.parameters()).device, watts=energy.watts, measures=energy.counter == "auto"
+            )
+            self.ledger.carbon_intensity = energy.carbon_intensity
         spending.allow(costs, workload, full=full_flops, pace=pace)
         spending.require(self._decisions.plan_cheapest().active(0), workload)
         steps = spending.full_steps(stream.total_batches)
@@ -321,25 +339,40 @@ class Guide(GuidedRun):
         if self._measurement is not None and self._decisions.scores_training:
             with self._step.scoring():
                 self._measurement.observe_training(self.step_count)
+        if self._measurement is not None and (self._decisions.scores_training or self._decisions.scores_next):
+            self._measurement.expect_step()
+            self._spending.book_dry_step(self.active)
 
     def end_step(self) -> None:
         """After the optimizer's step, before gradients are cleared."""
         self._executor.skip_positions(False)
-        if self._measurement is not None and self._decisions.scores_training:
-            with self._step.scoring():
-                self._measurement.observe_own_step(self.step_count)
+        if self._measurement is not None:
+            self._step.book_scoring(self._measurement.take_seconds())
+            if self._decisions.scores_training:
+                with self._step.scoring():
+                    self._measurement.observe_own_step(self.step_count)
         self._step.end()
         if self._ends_after_step:
             self.finish()
 
     def finish(self) -> None:
-        """Ends the run: weights become the mean of the last iterates (`update.average_last`). Called once or more.
+        """Ends the run: weights become the mean of the last iterates (`update.average_last`, or a schedule-free
+        optimizer's own). Called once or more.
 
         `batches` calls it when the budget is spent or the data is over; not when the loop is left early.
         """
         self._ends_after_step = self._step.is_open  # the data ended inside an accumulation, whose step is still to come
         if not self._step.is_open:
             self._average.apply()
+            if self._executor.mean is not None:
+                self._executor.mean.keep()
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Inside, the model has the weights that it would end with: those of a schedule-free optimizer are means.
+
+        Afterwards it has what is trained, bit for bit.
+        """
+        return nullcontext() if self._executor.mean is None else self._executor.mean.shown()
 
     # ---------------------------------------------------------------- saving
 

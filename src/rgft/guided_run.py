@@ -232,6 +232,8 @@ class GuidedRun:
         if self.model.__dict__.get("_rgft_guide") is not self:
             return  # detached already; another guide may hold the model now
         self._step.leave()
+        if self._measurement is not None:
+            self._measurement.detach()
         self._executor.detach()
         if self._memory is not None:
             self._memory.leave()

@@ -71,6 +71,15 @@ class Measurement:
         """Whether it can measure: signals of the optimizer's step cannot before there is an optimizer."""
         return not self.signal.needs_update or self._steps is not None
 
+    def expect_step(self) -> None:
+        """Before an optimizer step that will be scored, by its own batch or by the next one."""
+        if self._steps is not None:
+            self._steps.keep_next((self._training_looks, self._training_looks + 1))
+
+    def take_seconds(self) -> float:
+        """Time that it took since the last call to find out what steps are, while they were made."""
+        return 0.0 if self._steps is None else self._steps.take_seconds()
+
     def observe_training(self, step: int) -> None:
         """Scores the gradients of a training batch. Call before the optimizer's step.
 
@@ -152,6 +161,7 @@ class Measurement:
         return {
             "error_map": self.error_map.to_dict(), "same_batch_map": self.same_batch_map.to_dict(),
             "initial": self._initial, "looks": [self._training_looks, self._probes],
+            "steps": None if self._steps is None else self._steps.state_dict(),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -159,3 +169,10 @@ class Measurement:
         self.same_batch_map = ErrorMap.from_dict(state["same_batch_map"])
         self._initial = state["initial"]
         self._training_looks, self._probes = state["looks"]
+        if self._steps is not None and state["steps"] is not None:
+            self._steps.load_state_dict(state["steps"])
+
+    def detach(self) -> None:
+        """Takes hooks from the optimizer."""
+        if self._steps is not None:
+            self._steps.detach()

@@ -191,24 +191,28 @@ class Budget:
     Attributes:
         flops: share of the FLOPs of full fine-tuning on the same data, epochs, collator and padding, in (0, 1].
         seconds: wall-clock of steps, scoring, filling and loading.
+        joules: energy of the same, measured where it can be, else estimated (`rgft.telemetry.energy`).
         memory: bytes that tensors of training may hold at once on the training device; text such as "8GB" or "7.5GiB"
             is turned into bytes.
     """
 
     flops: float | None = None
     seconds: float | None = None
+    joules: float | None = None
     memory: int | str | None = None
 
     def __post_init__(self) -> None:
         problems: list[str] = []
-        if self.flops is None and self.seconds is None and self.memory is None:
-            problems.append("budget: expected flops, seconds, memory or several of them, found none")
+        if not self.is_spent and self.memory is None:
+            problems.append("budget: expected flops, seconds, joules, memory or several of them, found none")
         if self.flops is not None and not 0.0 < self.flops <= 1.0:
             problems.append(
                 f"budget.flops: expected a share of full fine-tuning's FLOPs, 0 < flops <= 1, found {self.flops}"
             )
         if self.seconds is not None and not 0.0 < self.seconds < float("inf"):
             problems.append(f"budget.seconds: expected a number of seconds > 0, found {self.seconds}")
+        if self.joules is not None and not 0.0 < self.joules < float("inf"):
+            problems.append(f"budget.joules: expected a number of joules > 0, found {self.joules}")
         if self.memory is not None:
             try:
                 object.__setattr__(self, "memory", parsed_bytes(self.memory, setting="budget.memory"))
@@ -220,7 +224,7 @@ class Budget:
     @property
     def is_spent(self) -> bool:
         """Whether it ends the run: memory alone does not."""
-        return self.flops is not None or self.seconds is not None
+        return self.flops is not None or self.seconds is not None or self.joules is not None
 
     @property
     def memory_bytes(self) -> int | None:

@@ -45,7 +45,7 @@ class ProbeSchedule:
         """Fills in what is "auto".
 
         Args:
-            interval, size: numbers, or "auto". Interval 0 means no probes.
+            interval, size: numbers, or "auto". Interval or size 0 means no probes.
             steps: of the whole run.
             flops_allowed: what all probes together may cost.
             flops_per_example: of one probe.
@@ -58,8 +58,8 @@ class ProbeSchedule:
         if isinstance(interval, int):
             number = steps // interval if interval else 0
         else:
-            number = min(TARGET_PROBES, int(affordable / (size if isinstance(size, int) else MIN_PROBE_SIZE)))
-        if number < 1:
+            number = min(TARGET_PROBES, int(affordable / ((size if isinstance(size, int) else MIN_PROBE_SIZE) or 1)))
+        if number < 1 or size == 0:
             return cls()
         if isinstance(size, str):
             size = max(MIN_PROBE_SIZE, min(MAX_PROBE_SIZE, int(affordable / number)))

@@ -62,7 +62,10 @@ class Prober:
         """
         spending, settings = self._spending, self._settings
         assert spending.costs is not None
-        self._stride = max(1, int(measuring * steps / MAX_SCORED_STEPS))
+        scored = MAX_SCORED_STEPS
+        if dry := 2.0 * sum(spending.optimizer_flops.values()):  # each score finds out its own step and the one before
+            scored = max(1, min(scored, int(settings.max_fraction * spending.allowed / dry)))
+        self._stride = max(1, int(measuring * steps / scored))
         self.schedule = ProbeSchedule.derive(
             interval=settings.interval, size=settings.size, steps=steps,
             flops_allowed=spending.allowed * settings.max_fraction,
@@ -147,7 +150,10 @@ class Prober:
         if costs is None:
             return 0.0
         passes = sum(costs.probe_flops(*shape, weights=True) for shape in shapes)
-        return passes * (1.0 if self._ratio is None else self._ratio)
+        # The step that the optimizer would make is found out for every component.
+        makes_step = self._measurement is not None and self._measurement.signal.needs_update
+        step = sum(self._spending.optimizer_flops.values()) if makes_step else 0.0
+        return passes * (1.0 if self._ratio is None else self._ratio) + step
 
     def _fits(self, flops: float, pays: Callable[[float], bool]) -> bool:
         share = self._settings.max_fraction * self._spending.allowed if self.schedule.number else math.inf

@@ -19,14 +19,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rgft.batches import BatchStream, SizedDataset
 from rgft.config import Config
-from rgft.errors import ConfigError
+from rgft.errors import ConfigError, RGFTError
 from rgft.evaluation import Evaluated, evaluate
 from rgft.execution.agreement import Loss
 from rgft.execution.target_positions import TargetLoss
 from rgft.following import StepsFollowed
 from rgft.guide import Guide
 from rgft.memory import pieces
-from rgft.optimizer import adamw
+from rgft.optimizer import KINDS
 from rgft.plan import RunPlan
 from rgft.search import RateSearch, Search, are_rates, candidate_rates, first_rate, rounds_within
 from rgft.telemetry.flop_counter import flop_counter
@@ -36,6 +36,8 @@ log = logging.getLogger("rgft")
 
 #: Passes whose FLOPs are counted as they run, beside being modelled.
 MAX_AUDITS = 4
+
+SCHEDULE_FREE = frozenset(kind.name for kind in KINDS.values() if kind.is_schedule_free)
 
 
 class Task(Evaluated, Protocol):
@@ -52,6 +54,7 @@ class Settings:
     """What a run is told beside RGFT's own configuration.
 
     Attributes:
+        optimizer: by name; see `rgft.optimizer.KINDS`.
         lr: learning rate at multiplier 1. Several: the best is searched for inside the budget (`rgft.search`); "auto":
             among rates that suit the model's width.
         epochs: of the full fine-tuning that the budget is a share of.
@@ -65,6 +68,7 @@ class Settings:
         eval_batch_size: examples per evaluation batch.
     """
 
+    optimizer: str = "adamw"
     lr: float | tuple[float, ...] | Literal["auto"] = 2e-4
     epochs: float = 3.0
     batch_size: int = 32
@@ -82,6 +86,13 @@ class Settings:
         problems = [
             f"{name}: expected {what}, found {value!r}"
             for name, what, value, ok in (
+                ("optimizer", f"one of {', '.join(KINDS)}", self.optimizer, self.optimizer in KINDS),
+                (
+                    "schedule",
+                    f"'constant' with {self.optimizer}, whose mean of iterates takes the schedule's place",
+                    self.schedule,
+                    self.schedule == "constant" or self.optimizer not in SCHEDULE_FREE,
+                ),
                 (
                     "lr",
                     "numbers > 0, each once, or 'auto'",
@@ -134,9 +145,10 @@ class Result:
     step_seconds: list[float] = field(default_factory=list)
 
 
-def _candidates(lr: float | tuple[float, ...] | Literal["auto"], model: nn.Module) -> tuple[float, ...]:
+def _candidates(settings: Settings, model: nn.Module) -> tuple[float, ...]:
+    lr = settings.lr
     if lr == "auto":
-        return candidate_rates(model)
+        return candidate_rates(model, factor=KINDS[settings.optimizer].rate_factor)
     return lr if isinstance(lr, tuple) else (lr,)
 
 
@@ -161,7 +173,7 @@ class Run:
         self, task: Task, config: Config, settings: Settings, *, folder: RunFolder | None = None,
         observers: Sequence[Callable[[StepReport], None]] = (), full_flops: float | None = None,
     ) -> None:  # fmt: skip
-        self.rates = _candidates(settings.lr, task.model)
+        self.rates = _candidates(settings, task.model)
         if len(self.rates) > 1 and config.budget is not None and config.budget.memory is not None:
             raise ConfigError(
                 f"lr: expected one learning rate with a memory budget, found {len(self.rates)} to search among: each "
@@ -179,9 +191,12 @@ class Run:
             loss_at_targets=None if at_targets is None else replace(at_targets, placed=self._placed),
         )  # fmt: skip
         lr = first_rate(self.rates)
-        self.optimizer = adamw(self.guide.param_groups(lr, weight_decay=settings.weight_decay), lr=lr)
+        try:
+            self.optimizer = self.guide.make_optimizer(settings.optimizer, lr=lr, weight_decay=settings.weight_decay)
+        except RGFTError:
+            self.guide.detach()
+            raise
         self.scheduler = self.guide.scheduler(self.optimizer, shape=settings.schedule, warmup=settings.warmup)
-        self.guide.set_optimizer(self.optimizer)
         self.guide.accumulation = settings.accumulation
         self._followed = StepsFollowed(self.guide, is_on_cpu=self._device.type == "cpu")
         self.was_stopped = self._is_over = False
@@ -459,7 +474,8 @@ class Run:
         started = time.perf_counter()
         # What a step holds is enough for a forward pass over as many rows.
         largest = min(self.settings.eval_batch_size, self._rows_per_pass or self.settings.eval_batch_size)
-        metrics = evaluate(self.task, dataset, batch_size=largest, loss=self._loss)
+        with self.guide.evaluating():
+            metrics = evaluate(self.task, dataset, batch_size=largest, loss=self._loss)
         self.guide.ledger.add_evaluation(seconds=time.perf_counter() - started)
         return metrics
 

@@ -56,13 +56,14 @@ class Search:
     Attributes:
         rate: the winner.
         rounds: in order.
-        flops, seconds: that losers spent.
+        flops, seconds, joules: that losers spent.
     """
 
     rate: float
     rounds: tuple[Round, ...]
     flops: float
     seconds: float
+    joules: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Fit for JSON: losses as pairs of rate and loss, which is None where the candidate diverged."""
@@ -88,11 +89,16 @@ def are_rates(rates: Sequence[Any]) -> bool:
     return bool(rates) and are_numbers and len(set(rates)) == len(rates)
 
 
-def candidate_rates(model: nn.Module) -> tuple[float, ...]:
-    """Learning rates to try on a model, rising."""
+def candidate_rates(model: nn.Module, *, factor: float = 1.0) -> tuple[float, ...]:
+    """Learning rates to try on a model, rising.
+
+    Args:
+        model: to be trained.
+        factor: of the optimizer's usual rate against AdamW's.
+    """
     widths = [parameter.shape[-1] for parameter in model.parameters() if parameter.dim() == 2]
-    reference = REFERENCE_RATE * REFERENCE_WIDTH / median(widths) if widths else REFERENCE_RATE
-    return tuple(float(f"{factor * reference:.2g}") for factor in FACTORS)
+    reference = factor * (REFERENCE_RATE * REFERENCE_WIDTH / median(widths) if widths else REFERENCE_RATE)
+    return tuple(float(f"{times * reference:.2g}") for times in FACTORS)
 
 
 def first_rate(rates: Sequence[float]) -> float:
@@ -182,10 +188,11 @@ class _Point:
     guide: dict[str, Any]
     scheduler: dict[str, Any]
 
-    def charge(self, flops: float, seconds: float) -> None:
-        """Books what other candidates spent."""
+    def charge(self, spent: Sequence[float]) -> None:
+        """Books what other candidates spent: FLOPs, seconds, joules, and how many of these were measured."""
         ledger = Ledger.from_dict(self.guide["spending"]["ledger"])
-        ledger.add_search(flops=flops, seconds=seconds)
+        ledger.add_search(flops=spent[0], seconds=spent[1], joules=spent[2])
+        ledger.measured_joules += spent[3]
         self.guide["spending"]["ledger"] = ledger.to_dict()
 
 
@@ -216,26 +223,26 @@ class RateSearch:
         """
         start = self._here()
         points: dict[float, _Point] = {}
-        spent: dict[float, tuple[float, float]] = {}
+        spent: dict[float, tuple[float, ...]] = {}  # in the order of `charge`
 
         def train(rate: float, steps: int) -> Sequence[float]:
             self._go_to(points.get(rate, start))
-            flops, seconds = self._guide.ledger.spent_flops, self._guide.ledger.elapsed
+            before = _spent(self._guide.ledger)
             if rate not in points:
                 self._scale_rates(rate / reference)
             try:
                 return self._train(rate, steps)
             finally:
-                ledger = self._guide.ledger
-                spent[rate] = (ledger.spent_flops - flops, ledger.elapsed - seconds)
+                now = _spent(self._guide.ledger)
+                spent[rate] = tuple(after - then for after, then in zip(now, before, strict=True))
                 points[rate] = self._here()
 
         def end_of_round(alive: Sequence[float]) -> None:
-            flops, seconds = (sum(cost) for cost in zip(*spent.values(), strict=True))
+            total = [sum(cost) for cost in zip(*spent.values(), strict=True)]
             for rate in spent.keys() - set(alive):
                 del points[rate]
             for rate in alive:
-                points[rate].charge(flops - spent[rate][0], seconds - spent[rate][1])
+                points[rate].charge([whole - own for whole, own in zip(total, spent[rate], strict=True)])
             spent.clear()
 
         try:
@@ -246,7 +253,10 @@ class RateSearch:
             raise
         self._go_to(points[rate])
         ledger = self._guide.ledger
-        return Search(rate=rate, rounds=rounds, flops=ledger.search_flops, seconds=ledger.seconds["search"])
+        return Search(
+            rate=rate, rounds=rounds, flops=ledger.search_flops, seconds=ledger.seconds["search"],
+            joules=ledger.joules.get("search", 0.0),
+        )  # fmt: skip
 
     def _here(self) -> _Point:
         guide = self._guide
@@ -267,3 +277,7 @@ class RateSearch:
             group["lr"] *= factor
             group["initial_lr"] *= factor
         self._scheduler.base_lrs = [rate * factor for rate in self._scheduler.base_lrs]
+
+
+def _spent(ledger: Ledger) -> tuple[float, ...]:
+    return ledger.spent_flops, ledger.elapsed, ledger.spent_joules, ledger.measured_joules

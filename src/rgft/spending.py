@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from rgft.cost import CostModel
 from rgft.errors import BudgetError
 from rgft.execution.activation_cache import ActivationCache
+from rgft.pace import PacedLimit
 from rgft.plan import Budget, UpdatePlan
+from rgft.telemetry.energy import EnergyMeter
 from rgft.telemetry.ledger import Ledger
 from rgft.workload import Workload, batch_shape
 
-#: Weight of what was known in the running pace, per step: about the last five steps count.
-PACE_MEMORY = 0.8
-
 
 class Spending:
-    """The FLOPs and seconds of a run: allowed, booked and still to be had. Before `allow`, nothing is limited.
+    """The FLOPs, seconds and joules of a run: allowed, booked and still to be had. Before `allow`, nothing is limited.
 
-    Seconds are turned into FLOPs at the pace of the run's own last steps; before the first, at the machine's.
+    Seconds and joules are turned into FLOPs at the pace of the run's own last steps; before the first, at that of the
+    machine.
 
     Args:
         budget: None does not limit; the ledger is kept all the same.
@@ -33,15 +33,17 @@ class Spending:
         typical: (rows, tokens) of a typical batch.
         count: targets of a batch, where steps compute what they can at these alone; else None.
         accumulation: micro-batches per optimizer step; a step is begun only if all of them are paid for.
+        meter: of energy; None: none is booked.
+        optimizer_flops: component → FLOPs of products in the optimizer's own step (Muon's); others make none.
     """
 
     def __init__(self, budget: Budget | None, cache: ActivationCache | None) -> None:
         self.is_limited = budget is not None and budget.is_spent
         self._share = 1.0 if budget is None or budget.flops is None else budget.flops
         self._counts_flops = budget is not None and budget.flops is not None
-        self._seconds = None if budget is None else budget.seconds
-        self._pace: float | None = None  # FLOPs per second, of the last steps
-        self._seen = (0.0, 0.0)  # FLOPs and seconds booked before the step in hand
+        self._seconds = PacedLimit(None if budget is None else budget.seconds)
+        self._joules = PacedLimit(None if budget is None else budget.joules)
+        self.meter: EnergyMeter | None = None
         self._cache = cache
         self.ledger = Ledger()
         self.costs: CostModel | None = None
@@ -50,11 +52,12 @@ class Spending:
         self.count: Callable[[Any], int] | None = None
         self._largest_target_share = 1.0
         self.accumulation = 1
+        self.optimizer_flops: dict[str, float] = {}
 
     @property
     def needs_pace(self) -> bool:
         """Whether `allow` wants to know how fast the machine is."""
-        return self._seconds is not None and self._pace is None
+        return any(paced.limit is not None and paced.pace is None for paced in (self._seconds, self._joules))
 
     def allow(self, costs: CostModel, workload: Workload, *, full: float | None, pace: float | None = None) -> None:
         """Fixes what the run may spend: the budget's share of `full`, or of fully fine-tuning on the workload.
@@ -62,14 +65,18 @@ class Spending:
         Args:
             costs, workload: of the run.
             full: FLOPs of full fine-tuning; None: of this model on this workload.
-            pace: FLOPs per second to reckon with before the first step, where seconds are limited.
+            pace: FLOPs per second to reckon with before the first step, where seconds or joules are limited.
         """
         self.costs, self.typical = costs, workload.typical
         self._largest_target_share = workload.largest_target_share
         self.full = workload.full_flops(costs) if full is None else full
         self._allowed_flops = self.full * self._share
-        if self._seconds is not None and self._pace is None:
-            self._pace = pace
+        if self.meter is not None:
+            self.meter.begin(self.ledger.seconds)
+        if pace is not None:
+            self._seconds.pace = self._seconds.pace or pace
+            watts = self.meter.watts if self.meter is not None else None
+            self._joules.pace = self._joules.pace or (pace / watts if watts else None)
 
     def require(self, active: Collection[str], workload: Workload) -> None:
         """Makes sure that a step on any batch of the workload can be paid for, with only `active` on.
@@ -84,12 +91,14 @@ class Spending:
                 active, rows=rows, tokens=tokens, targets=self._most_targets(rows, tokens)
             ).total
             for rows, tokens in workload.shapes
-        )  # fmt: skip
-        if self._seconds is not None and self._pace is not None and flops > 2.0 * self._seconds * self._pace:
-            raise BudgetError(
-                f"the budget of {self._seconds:g} s is less than a step of the cheapest plan takes here, about "
-                f"{flops / self._pace:.3g} s"
-            )
+        ) + self._of_optimizer(active)  # fmt: skip
+        for paced, unit in ((self._seconds, "s"), (self._joules, "J")):
+            needed = paced.amount_of(flops)
+            if needed is not None and paced.limit is not None and needed > 2.0 * paced.limit:  # the pace is a guess
+                raise BudgetError(
+                    f"the budget of {paced.limit:g} {unit} is less than a step of the cheapest plan takes here, about "
+                    f"{needed:.3g} {unit}"
+                )
         if self._counts_flops and self._allowed_flops < flops:
             smallest = math.ceil(1e4 * flops / self.full) / 1e4
             raise BudgetError(
@@ -102,7 +111,8 @@ class Spending:
         assert self.costs is not None
         if not self.is_limited:
             return batches
-        return max(1, round(self.allowed / self.costs.full_step(*self.typical).total))
+        of_optimizer = self._of_optimizer(self.optimizer_flops) / self.accumulation
+        return max(1, round(self.allowed / (self.costs.full_step(*self.typical).total + of_optimizer)))
 
     # ---------------------------------------------------------------- booking
 
@@ -146,27 +156,27 @@ class Spending:
             if level < below
         )
 
+    def book_dry_step(self, active: Collection[str]) -> None:
+        """What finding out an optimizer's step costs, beside making it."""
+        self.ledger.add_scoring(flops=self._of_optimizer(active), seconds=0.0)
+
     def end_step(self, *, seconds: float, updated: Mapping[str, int]) -> None:
         """A step's end; see `Ledger.end_step`."""
         ledger = self.ledger
-        ledger.end_step(seconds=seconds, updated=updated)
-        flops, elapsed = ledger.spent_flops - self._seen[0], ledger.elapsed - self._seen[1]
-        self._seen = (ledger.spent_flops, ledger.elapsed)
-        if self._seconds is not None and flops > 0.0 and elapsed > 0.0:
-            pace = flops / elapsed
-            # What the machine was said to do is a guess, and the first step is slow: allocations, choice of kernels.
-            is_known = self._pace is not None and ledger.steps > 2
-            self._pace = PACE_MEMORY * self._pace + (1.0 - PACE_MEMORY) * pace if is_known and self._pace else pace
+        ledger.end_step(seconds=seconds, updated=updated, optimizer_flops=self._of_optimizer(updated))
+        if self.meter is not None:
+            ledger.add_energy(self.meter.spent(ledger.seconds))
+        self._seconds.observe(ledger.spent_flops, ledger.elapsed, steps=ledger.steps)
+        self._joules.observe(ledger.spent_flops, ledger.spent_joules, steps=ledger.steps)
 
     # ---------------------------------------------------------------- what is left
 
     @property
     def allowed(self) -> float:
-        """FLOPs of the whole run; where seconds are limited, what they are going to buy."""
-        if self._seconds is None or self._pace is None:
-            return self._allowed_flops
-        bought = self.ledger.spent_flops + max(0.0, self._seconds - self.ledger.elapsed) * self._pace
-        return min(self._allowed_flops, bought)
+        """FLOPs of the whole run; where seconds or joules are limited, what they are going to buy."""
+        ledger = self.ledger
+        left = (self._seconds.flops_left(ledger.elapsed), self._joules.flops_left(ledger.spent_joules))
+        return min([self._allowed_flops, *(ledger.spent_flops + flops for flops in left if flops is not None)])
 
     @property
     def left(self) -> float:
@@ -182,8 +192,9 @@ class Spending:
     def share_spent(self) -> float:
         """What was spent so far, as a share of what is allowed; 0 without a limit."""
         shares = [self.ledger.spent_flops / self._allowed_flops] if self._counts_flops else []
-        if self._seconds is not None:
-            shares.append(self.ledger.elapsed / self._seconds)
+        for paced, spent in ((self._seconds, self.ledger.elapsed), (self._joules, self.ledger.spent_joules)):
+            if paced.limit is not None:
+                shares.append(spent / paced.limit)
         return max(shares, default=0.0)
 
     def pays_for(
@@ -213,20 +224,26 @@ class Spending:
         if targets is not None and self.accumulation > 1:  # of the other micro-batches it is not known yet
             targets = self._most_targets(rows, tokens)
         flops = fill + self._step(plan, step, rows, tokens, cached_below=cached_below, targets=targets)
-        return beside + self.accumulation * flops <= self.left
+        return beside + self.accumulation * flops + self._of_optimizer(plan.active_set(step)) <= self.left
 
     def pays_for_typical(self, plan: UpdatePlan, step: int, *, is_hit: bool) -> bool:
         """Whether it still pays for a step on typical batches, which the cache knows or does not."""
         if self.costs is None or not self.is_limited:
             return True
-        cached_below = plan.cut if is_hit else 0
-        return self.accumulation * self._step(plan, step, *self.typical, cached_below=cached_below) <= self.left
+        return self._typical(plan, step, cached_below=plan.cut if is_hit else 0) <= self.left
 
     def steps_left(self, plan: UpdatePlan, step: int) -> float:
         """How many steps of the plan it pays for, on typical batches that the cache does not know."""
         if self.costs is None or not self.is_limited:
             return math.inf
-        return self.left / (self.accumulation * self._step(plan, step, *self.typical, cached_below=0))
+        return self.left / self._typical(plan, step, cached_below=0)
+
+    def _typical(self, plan: UpdatePlan, step: int, *, cached_below: int) -> float:
+        passes = self.accumulation * self._step(plan, step, *self.typical, cached_below=cached_below)
+        return passes + self._of_optimizer(plan.active_set(step))
+
+    def _of_optimizer(self, active: Iterable[str]) -> float:
+        return sum(self.optimizer_flops.get(name, 0.0) for name in active) if self.optimizer_flops else 0.0
 
     def _step(
         self, plan: UpdatePlan, step: int, rows: int, tokens: int, *, cached_below: int, targets: int | None = None
@@ -243,9 +260,13 @@ class Spending:
     # ---------------------------------------------------------------- saving
 
     def state_dict(self) -> dict[str, Any]:
-        return {"ledger": self.ledger.to_dict(), "pace": self._pace, "seen": list(self._seen)}
+        return {
+            "ledger": self.ledger.to_dict(), "seconds": self._seconds.state_dict(), "joules": self._joules.state_dict()
+        }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.ledger = Ledger.from_dict(state["ledger"])
-        self._pace = state["pace"]
-        self._seen = (state["seen"][0], state["seen"][1])
+        self._seconds.load_state_dict(state["seconds"])
+        self._joules.load_state_dict(state["joules"])
+        if self.meter is not None:
+            self.meter.begin(self.ledger.seconds)

@@ -120,9 +120,12 @@ class Step:
         """Time spent inside is booked as scoring, and is no time of the step that it happens in."""
         started = time.perf_counter()
         yield
-        now = time.perf_counter()
-        self._spending.ledger.add_scoring(seconds=now - started)
-        self._started += now - started
+        self.book_scoring(time.perf_counter() - started)
+
+    def book_scoring(self, seconds: float) -> None:
+        """Books time as scoring that passed in the step, and is no time of it."""
+        self._spending.ledger.add_scoring(seconds=seconds)
+        self._started += seconds
 
     def end(self) -> None:
         """After the optimizer's step."""

@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +84,29 @@ class StepScores:
     ) -> None:
         self._binding, self._directions, self._rates, self._row_stride = binding, directions, rates, row_stride
         self._tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-        self._sparse = _may_be_sparse(model, binding)
+        self._sparse = [table for table in _may_be_sparse(model, binding) if directions.is_rowwise(table.weight)]
+        self._names = {
+            id(p): f"{name}:{index}" for name, held in binding.parameters.items() for index, p in enumerate(held)
+        }
+
+    def keep_next(self, turns: Iterable[int]) -> None:
+        """Before the optimizer's step: it will be scored, on the rows of these turns."""
+        self._directions.keep_next(self._row_stride, tuple(turns))
+
+    def take_seconds(self) -> float:
+        """Time since the last call that keeping steps took."""
+        seconds, self._directions.seconds = self._directions.seconds, 0.0
+        return seconds
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._directions.state_dict(self._names)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        held = {self._names[id(p)]: p for parameters in self._binding.parameters.values() for p in parameters}
+        self._directions.load_state_dict(state, held)
+
+    def detach(self) -> None:
+        self._directions.detach()
 
     def last(self, component: Component, turn: int) -> Iterator[PartGradient]:
         """Parts of a component that pair its gradients with the step just made; none before its first step.
@@ -101,7 +123,7 @@ class StepScores:
             scale = self._scale(parameter) * sample.factor(gradient)
             is_table = id(parameter) in self._tables
             for rows in rows_with_gradient(gradient, sample) if is_table else sample.blocks(gradient):
-                update = self._directions.last(parameter, scale, rows)
+                update = self._directions.last(parameter, scale, rows, stride=sample.factor(parameter))
                 if update is None:
                     break
                 yield PartGradient(weight=parameter.detach()[rows], gradient=gradient[rows], update=update)
@@ -162,6 +184,13 @@ class StepScores:
         """Steps of the sampled rows, so much larger as fewer are read; none of what the optimizer does not hold."""
         sample = self._sample(turn)
         scale = self._scale(parameter) * sample.factor(parameter)
+        if not self._directions.is_rowwise(parameter):
+            whole = self._directions.would_make(
+                parameter, torch.zeros_like(parameter) if gradient is None else gradient
+            )
+            if whole is not None:
+                yield from ((rows, whole[rows] * scale) for rows in sample.blocks(parameter))
+            return
         for rows in sample.blocks(parameter):
             own = torch.zeros_like(parameter[rows]) if gradient is None else gradient[rows]
             update = self._directions.would_make(parameter, own, scale, rows)

@@ -69,7 +69,7 @@ class Session:
     def end(self) -> dict[str, Any]:
         """All that must be equal."""
         ledger = self.guide.ledger.to_dict()
-        for key in ("seconds", "peak_memory_bytes", "peak_accelerator_bytes"):
+        for key in ("seconds", "joules", "measured_joules", "peak_memory_bytes", "peak_accelerator_bytes"):
             del ledger[key]
         guide = self.guide.state_dict()
         del guide["spending"]  # the ledger again, and seconds

@@ -30,7 +30,7 @@ class Clock:
 
 def run(clock: Clock, budget: Any, *, epochs: float = 50, pace: float = 1e6, **settings: Any) -> Guide:
     guide = Guide(BERT.build(), Config(budget=budget, **settings))
-    guide._spending._pace = pace
+    guide._spending._seconds.pace = pace
     clock.guide = guide
     guided(guide, adamw(guide), Examples(BERT, 40), epochs=epochs)
     return guide
@@ -51,7 +51,7 @@ def test_the_time_is_used_and_kept_to(monkeypatch: pytest.MonkeyPatch, preset: A
 def test_a_machine_that_slows_down_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch, per_flop=1e-6)
     guide = Guide(BERT.build(), Config(budget={"seconds": 60.0}, preset="full"))
-    guide._spending._pace = 1e6
+    guide._spending._seconds.pace = 1e6
     clock.guide = guide
 
     def slower(guide: Guide) -> None:
@@ -89,7 +89,7 @@ def test_waiting_for_data_counts(monkeypatch: pytest.MonkeyPatch) -> None:
             return super().__getitem__(index)
 
     guide = Guide(BERT.build(), Config(budget={"seconds": 60.0}, preset="full"))
-    guide._spending._pace = 1e6
+    guide._spending._seconds.pace = 1e6
     clock.guide = guide
     guided(guide, adamw(guide), Slow(BERT, 40), epochs=50)
     assert guide.ledger.seconds["data"] >= 0.5 * 4 * guide.step_count
@@ -109,4 +109,4 @@ def test_pace_and_place_are_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     other.set_optimizer(adamw(other))
     other.load_state_dict(guide.state_dict())
     assert other.ledger.elapsed == guide.ledger.elapsed
-    assert other._spending._pace == pytest.approx(1e6, rel=0.01)
+    assert other._spending._seconds.pace == pytest.approx(1e6, rel=0.01)

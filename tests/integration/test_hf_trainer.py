@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -702,3 +703,39 @@ def test_callback_refuses_an_optimizer_that_misses_parameters(tmp_path: Path) ->
     with pytest.raises(AttachError, match="lacks parameters"):
         trainer.train()
     assert not hasattr(model, "_rgft_guide")
+
+
+@pytest.mark.parametrize(
+    ("optim", "package"),
+    [("adafactor", None), ("lion_32bit", "bitsandbytes"), ("adamw_bnb_8bit", "bitsandbytes"), ("rmsprop", None),
+     ("schedule_free_adamw", "schedulefree")],
+)  # fmt: skip
+def test_the_trainers_other_optimizers(tmp_path: Path, optim: str, package: str | None) -> None:
+    """They train whole components, and what is off keeps every bit, also through the Trainer's evaluations."""
+    if package is not None:
+        pytest.importorskip(package)
+    lr = {"adafactor": 1e-2, "lion_32bit": 1e-4}.get(optim, 1e-3)
+    trainer = make_trainer(
+        tmp_path, optim=optim, learning_rate=lr, more={"eval_dataset": examples(8)}, eval_strategy="steps",
+        eval_steps=4, lr_scheduler_type="constant",
+    )  # fmt: skip
+    guide = enable(trainer, budget=0.6, mask=HALF, update={"average_last": 0.0})
+    seen: list[tuple[frozenset[str], dict[str, list[torch.Tensor]]]] = []
+
+    class Weights(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            off = set(guide.partition.names) - set(guide.plan.active())
+            seen.append((frozenset(off), {n: [p.detach().clone() for p in guide._binding.parameters[n]] for n in off}))
+
+    trainer.add_callback(Weights())
+    trainer.train()
+    assert guide.error_map.observed
+    frozen = [(off, values) for off, values in seen if off]
+    assert len(frozen) > 3
+    assert len({off for off, _ in frozen}) == 1
+    for name in frozen[0][0]:
+        for first, last in zip(frozen[0][1][name], frozen[-1][1][name], strict=True):
+            assert torch.equal(first, last), name
+    assert all(math.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
+    weight = trainer.model.get_parameter("classifier.weight")  # type: ignore[union-attr]
+    assert not torch.equal(weight, FAMILIES["bert"].build().get_parameter("classifier.weight"))

@@ -100,7 +100,7 @@ def test_what_losers_spend_is_part_of_the_budget(prepared: PreparedTask, tmp_pat
     records = folder.read_records()
     assert [r.step for r in records if r.type == "step"] == list(range(1, run.guide.step_count + 1))
     (found,) = [r.data for r in records if r.type == "search"]
-    assert Search.from_dict({key: found[key] for key in ("rate", "rounds", "flops", "seconds")}) == search
+    assert Search.from_dict({key: found[key] for key in ("rate", "rounds", "flops", "seconds", "joules")}) == search
     run.close()
 
 

@@ -18,6 +18,7 @@ from rgft.plan import Budget
 from rgft.signals import SIGNALS
 
 COMMON: dict[str, Any] = {
+    "energy": {"watts": None, "counter": "auto", "carbon_intensity": 473.0},
     "budget": None, "ffn_blocks": 1, "period": None, "policy": None,
     "update": {"moments": "keep", "average_last": 0.0, "low_rank": None},
     "classifier_lr_multiplier": 1.0, "seed": 0,

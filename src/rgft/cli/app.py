@@ -37,6 +37,13 @@ MaxLength = Annotated[
 ]
 Preset = Annotated[str | None, typer.Option(help="rgft (default), proposal_a, proposal_b or full")]
 Granularity = Annotated[str | None, typer.Option(help="layer (default), block, head or adapter")]
+Optimizer = Annotated[
+    str | None,
+    typer.Option(
+        help="adamw (default), sgd, adafactor, lion, muon, schedule-free or adamw-8bit; each has a default learning "
+        "rate of its own"
+    ),
+]
 Seed = Annotated[int | None, typer.Option(help="of splits, new weights, data order and dropout  [default: 0]")]
 File = Annotated[Path | None, typer.Option("--config", help="YAML: run settings, and RGFT's own below `rgft:`; flags "
                                                              "override it")]  # fmt: skip
@@ -53,6 +60,10 @@ LowRank = Annotated[
     typer.Option(
         min=1, help="train layers by low-rank pairs of this rank in place of dense dW; more: --set update.low_rank.…"
     ),
+]
+Watts = Annotated[
+    float | None,
+    typer.Option(help="power of the training device, for energy that is not measured  [default: by its type]"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on standard output, all else on standard error")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress, no tables")]
@@ -75,10 +86,13 @@ def train(
         ),
     ] = None,
     seconds: Annotated[float | None, typer.Option(help="wall-clock budget; with --budget, what is first")] = None,
+    joules: Annotated[float | None, typer.Option(help="energy budget; with others, what is first")] = None,
+    watts: Watts = None,
     memory: Memory = None,
     preset: Preset = None,
     granularity: Granularity = None,
     low_rank: LowRank = None,
+    optimizer: Optimizer = None,
     lr: LearningRate = None,
     epochs: Annotated[
         float | None, typer.Option(help="of the full fine-tuning that the budget is a share of  [default: 3]")
@@ -113,12 +127,14 @@ def train(
         # Beside what the file says of the same group, which they do not replace.
         beside = [] if memory is None else [f"budget.memory={memory}"]
         beside += [] if low_rank is None else [f"update.low_rank.rank={low_rank}"]
+        beside += [] if watts is None else [f"energy.watts={watts}"]
         request = read_request(
             file=config, overrides=[*beside, *(overrides or ())], stored=stored_request(output) if resume else None,
             flags={"model": model, "data": data, "task": task, "text": tuple(text) if text else None, "label": label,
-                   "validation": validation, "test": test, "lr": lr, "epochs": epochs, "batch_size": batch_size,
+                   "validation": validation, "test": test, "optimizer": optimizer, "lr": lr,
+                   "epochs": epochs, "batch_size": batch_size,
                    "max_length": max_length, "checkpoint_every": checkpoint_every, "seed": seed},
-            rgft_flags={"budget": budget_of(budget, seconds), "preset": preset, "granularity": granularity},
+            rgft_flags={"budget": budget_of(budget, seconds, joules), "preset": preset, "granularity": granularity},
         )  # fmt: skip
         if dry_run:
             _show(describe_run(request), preview.show, as_json=as_json, quiet=quiet)
@@ -259,9 +275,13 @@ def plan_costs(
     device: Annotated[
         str, typer.Option(help="whose rates the times are for: auto, cpu, cuda, …; none: no times")
     ] = "auto",
+    watts: Watts = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what full fine-tuning, LoRA and RGFT would cost: FLOPs, memory, time. Needs no weights and trains nothing."""
+    """Say what full fine-tuning, LoRA and RGFT would cost: FLOPs, memory, time, energy.
+
+    Needs no weights and trains nothing.
+    """
     from rgft.cli.failures import reported
 
     with reported():
@@ -277,7 +297,7 @@ def plan_costs(
         found = planning.plan(
             model=model, task=task, rows=batch_size, tokens=tokens, examples=examples, epochs=epochs, labels=labels,
             dtype=dtype, budget=budget, memory=None if memory is None else parsed_bytes(memory, setting="memory"),
-            device=None if device == "none" else device_of(device), low_rank=low_rank,
+            device=None if device == "none" else device_of(device), low_rank=low_rank, watts=watts,
         )  # fmt: skip
         _show(found, planning.show, as_json=as_json, quiet=False)
 

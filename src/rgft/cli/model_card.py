@@ -66,6 +66,8 @@ def model_card(
         f"- {ledger['steps']} steps of {settings.batch_size * settings.accumulation} examples; "
         f"{parameters['updated_per_step']:,.0f} parameters updated per step, {parameters['updated_in_all']:,} in all",
         f"- {ledger['seconds']['total']:.0f} s, evaluation not counted",
+        f"- {ledger['energy']['kwh']:.3g} kWh and {ledger['energy']['co2_grams']:.3g} g CO2, "
+        f"{ledger['energy']['source']}",
         "",
         "## Use",
         "",

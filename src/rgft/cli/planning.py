@@ -23,6 +23,7 @@ from rgft.execution.low_rank import LowRank
 from rgft.execution.views import bind
 from rgft.forecast import Forecast, Length, forecast
 from rgft.partition import partition
+from rgft.telemetry.energy import DEFAULT_WATTS, OTHER_WATTS, energy_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -85,7 +86,7 @@ def empty_batch(model: nn.Module, task: str, *, rows: int, tokens: int, dtype: t
 def plan(
     *, model: str, task: str, rows: int, tokens: int, examples: int, epochs: float, labels: int = 2,
     dtype: str = "fp32", budget: float | None = None, memory: int | None = None, rank: int = 8,
-    device: str | None = None, low_rank: int | None = None,
+    device: str | None = None, low_rank: int | None = None, watts: float | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Forecasts of all ways of training, fit for JSON.
 
@@ -97,8 +98,9 @@ def plan(
         budget: share of full fine-tuning's FLOPs; then each row says how many epochs it buys.
         memory: limit in bytes; then each row says whether it fits as it is, and `under_limit` what RGFT would do.
         rank: of LoRA, on all linear layers.
-        device: whose rates are measured for the times; None: no times.
+        device: whose rates are measured for the times; None: no times, and no energy.
         low_rank: rank of pairs in place of dense dW, for rows of their own; None: none.
+        watts: its power, for energy; None: typical of its type.
 
     Raises:
         DataError, ConfigError: see `empty_model`.
@@ -129,6 +131,10 @@ def plan(
             reference_flops=full.step_flops, low_rank=paired,
         )  # fmt: skip
         paired.be_trained(frozenset(parts.names))
+    if watts is not None and not 0.0 < watts < math.inf:
+        raise ConfigError(f"watts: expected a number > 0, found {watts:g}")
+    if device is not None and watts is None:
+        watts = DEFAULT_WATTS.get(torch.device(device).type, OTHER_WATTS)
     limited = (
         None
         if memory is None
@@ -139,10 +145,13 @@ def plan(
         "epochs": epochs, "steps": round(length.steps * epochs), "budget": budget,
         "parameters": sum(p.numel() for p in whole.parameters()),
         "rates": None if rates is None else {"device": device, **rates.to_dict()},
-        "memory": memory, "under_limit": None if limited is None else limited.under_limit(),
+        "watts": None if rates is None else watts, "memory": memory,
+        "under_limit": None if limited is None else limited.under_limit(),
         "ways": [
             {
-                **row.to_dict(), "epochs_in_budget": _epochs_in(row, full, length, budget),
+                **row.to_dict(),
+                "estimated_joules": None if row.seconds is None or watts is None else row.seconds * watts,
+                "epochs_in_budget": _epochs_in(row, full, length, budget),
                 **({} if limited is None else limited.of(row)),
             }
             for row in found
@@ -207,7 +216,7 @@ def show(found: Mapping[str, Any], console: Console) -> None:
     )
     table = Table(box=None, padding=(0, 1))
     table.add_column("way", no_wrap=True)
-    names = ["trained", "FLOPs", "of full", "memory", "(saved)", "cache", "time"]
+    names = ["trained", "FLOPs", "of full", "memory", "(saved)", "cache", "time", "energy"]
     for name in names if found["budget"] is None else [*names, "epochs"]:
         table.add_column(name, justify="right", no_wrap=True)
     for way in found["ways"]:
@@ -217,6 +226,7 @@ def show(found: Mapping[str, Any], console: Console) -> None:
             f"{way['fraction_of_full']:.0%}", _size(memory.total), _size(memory.activations),
             _size(way["cache_bytes"]) if way["cache_bytes"] else "–",
             "–" if way["seconds"] is None else _time(way["seconds"]),
+            "–" if way["estimated_joules"] is None else energy_text(way["estimated_joules"]),
         ]  # fmt: skip
         if found["budget"] is not None:
             cells.append(f"{way['epochs_in_budget']:.1f}")
@@ -225,7 +235,8 @@ def show(found: Mapping[str, Any], console: Console) -> None:
     console.print(
         "RGFT: by share of frozen layers. FLOPs: of products. Memory: of a step; (saved): activations kept for "
         "backward, less with fused attention. Cache: of the frozen prefix, all examples. Time: at this machine's "
-        "rates of products, elementwise work and AdamW.",
+        "rates of products, elementwise work and AdamW."
+        + ("" if found["watts"] is None else f" Energy: estimated, time × {found['watts']:g} W."),
         highlight=False,
     )
     if found["memory"] is not None:

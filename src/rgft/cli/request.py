@@ -15,6 +15,7 @@ from rgft.config.presets import DEFAULT_PRESET
 from rgft.config.problems import problems_of
 from rgft.config.sections import Names, Section
 from rgft.errors import ConfigError
+from rgft.optimizer import KINDS, Kind, Name
 from rgft.search import are_rates
 
 TaskName = Literal["text-classification", "regression", "language-modelling", "chat", "image-classification"]
@@ -103,10 +104,11 @@ class RunSettings(Section):
     max_length: int | None = Field(
         default=None, ge=2, description="tokens; longer inputs are cut (None: 128; 512 and 1024 for language models)"
     )
+    optimizer: Name = Field(default="adamw", description="what makes the steps")
     lr: Annotated[float | tuple[float, ...] | Literal["auto"], BeforeValidator(_learning_rates)] = Field(
         default=2e-4,
-        description="learning rate at multiplier 1; several (1e-4,3e-4): the best is searched for inside the budget; "
-        "auto: among rates that suit the model's width",
+        description="learning rate at multiplier 1, by default AdamW's 2e-4, or another optimizer's usual one; several "
+        "(1e-4,3e-4): the best is searched for inside the budget; auto: among rates that suit the model's width",
     )
     epochs: float = Field(default=3.0, gt=0, description="of the full fine-tuning that the budget is a share of")
     batch_size: int = Field(default=32, ge=1, description="examples per micro-batch")
@@ -164,9 +166,11 @@ class Request:
         }
 
 
-def budget_of(flops: float | None, seconds: float | None) -> Any:
-    """The budget that two flags ask for; None where neither is given."""
-    return flops if seconds is None else {"seconds": seconds} if flops is None else {"flops": flops, "seconds": seconds}
+def budget_of(flops: float | None, seconds: float | None, joules: float | None = None) -> Any:
+    """The budget that flags ask for; None where none is given."""
+    given = {"flops": flops, "seconds": seconds, "joules": joules}
+    given = {key: value for key, value in given.items() if value is not None}
+    return None if not given else flops if set(given) == {"flops"} else given
 
 
 def read_request(
@@ -215,6 +219,8 @@ def read_request(
         rgft.setdefault("budget", DEFAULT_BUDGET)
         if isinstance(rgft["budget"], Mapping) and set(rgft["budget"]) == {"memory"}:
             rgft["budget"] = {"flops": DEFAULT_BUDGET, **rgft["budget"]}  # memory is a limit, and spends nothing
+    if stored is None and (kind := KINDS.get(str(settings.get("optimizer", "adamw")))) is not None:
+        _suit_optimizer(kind, settings, rgft)
     if "seed" in rgft:
         problems.append(f"{SECTION}.seed: the seed of a run stands outside this section, found it inside; give seed")
     problems += [
@@ -239,6 +245,17 @@ def read_request(
     if stored is not None:
         _refuse_changes(request, stored)
     return request
+
+
+def _suit_optimizer(kind: Kind, settings: dict[str, Any], rgft: dict[str, Any]) -> None:
+    """What is not given, as it suits the optimizer."""
+    if kind.rate_factor != 1.0:
+        settings.setdefault("lr", float(f"{RunSettings.model_fields['lr'].default * kind.rate_factor:.3g}"))
+    if kind.is_schedule_free:  # it averages the iterates itself, in place of a schedule
+        settings.setdefault("schedule", "constant")
+        update = rgft.get("update", {})
+        if isinstance(update, Mapping):
+            rgft["update"] = {"average_last": 0.0, **update}
 
 
 def _split(overrides: Iterable[str]) -> tuple[list[str], list[str]]:

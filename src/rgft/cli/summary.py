@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rgft.cli.progress import duration
 from rgft.sizes import size_text
+from rgft.telemetry.energy import energy_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,7 +32,10 @@ def show(report: Mapping[str, Any], console: Console) -> None:
         ("positions not read", -saved["unread_positions"]), ("probes", flops["probes"]),
         ("cache filling", flops["cache_filling"]), ("search", flops["search"]), ("spent", flops["spent"]),
     )  # fmt: skip
-    added = (("computed twice", flops["recomputed"]), ("low-rank pairs", flops["low_rank_pairs"]))
+    added = (
+        ("computed twice", flops["recomputed"]), ("low-rank pairs", flops["low_rank_pairs"]),
+        ("optimizer's products", flops["optimizer"]),
+    )  # fmt: skip
     rows = (*rows[:5], *(row for row in added if row[1]), *rows[5:])
     if flops["head_at_targets"]:
         rows = (*rows, ("of it a language model's head", flops["head_at_targets"]))
@@ -44,9 +48,21 @@ def show(report: Mapping[str, Any], console: Console) -> None:
     counted = "" if audit["error"] is None else f"; counted in {audit['audits']} passes, off by {audit['error']:+.2%}"
     console.print(
         f"{report['steps']} steps in {duration(report['seconds']['total'])}, cut at depth {report['plan']['cut']} "
-        f"({report['plan']['reason']}){counted}\n{_memory(report['memory'])}model: {report['model']}",
+        f"({report['plan']['reason']}){counted}\n{_energy(report['energy'])}{_memory(report['memory'])}"
+        f"model: {report['model']}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
+
+
+def _energy(energy: Mapping[str, Any]) -> str:
+    """A line about energy, which says whether it was measured."""
+    if energy["source"] is None:
+        return ""
+    notes = "; ".join(note.partition(": ")[2] for note in energy["notes"])
+    return (
+        f"energy, {energy['source']}: {energy_text(energy['joules']['total'])} ({energy['kwh']:.3g} kWh), "
+        f"{energy['co2_grams']:.3g} g CO2 at {energy['carbon_intensity']:g} g/kWh ({notes})\n"
+    )
 
 
 def _memory(memory: Mapping[str, Any]) -> str:

@@ -176,7 +176,8 @@ def _finish(run: Run, task: PreparedTask, request: Request, folder: RunFolder) -
         "status": "finished", "output": str(folder.path), "model": str(folder.model), "steps": guide.step_count,
         "lr": run.lr, "search": None if run.search is None else run.search.to_dict(), "metrics": metrics,
         "primary_metric": task.primary_metric, "flops": ledger["flops"], "audit": ledger["audit"],
-        "seconds": ledger["seconds"], "memory": ledger["memory"], "parameters": ledger["parameters"], "plan": plan,
+        "seconds": ledger["seconds"], "energy": ledger["energy"], "memory": ledger["memory"],
+        "parameters": ledger["parameters"], "plan": plan,
     }  # fmt: skip
     folder.records.append("end", report)
     folder.remove_checkpoint()

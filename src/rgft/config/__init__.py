@@ -8,6 +8,7 @@ signals, scalings, masks, periods, policies) Â· `overrides` (`key.path=value`) Â
 from rgft.config.overrides import apply_overrides
 from rgft.config.presets import PRESETS
 from rgft.config.sections import (
+    EnergyConfig,
     ErrorMapConfig,
     ExecutionConfig,
     ProbeConfig,
@@ -18,6 +19,6 @@ from rgft.config.sections import (
 from rgft.config.tree import CONFIG_FILE, Config
 
 __all__ = [
-    "CONFIG_FILE", "PRESETS", "Config", "ErrorMapConfig", "ExecutionConfig", "ProbeConfig", "StabilityConfig",
-    "StageConfig", "UpdateConfig", "apply_overrides",
+    "CONFIG_FILE", "PRESETS", "Config", "EnergyConfig", "ErrorMapConfig", "ExecutionConfig", "ProbeConfig",
+    "StabilityConfig", "StageConfig", "UpdateConfig", "apply_overrides",
 ]  # fmt: skip

@@ -118,4 +118,4 @@ def _given(config: Config, settings: Mapping[str, Any]) -> set[str]:
     return given
 
 
-_SECTIONS = ("error_map", "stability", "probe", "update", "execution")
+_SECTIONS = ("error_map", "stability", "probe", "update", "execution", "energy")

@@ -7,6 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from rgft.telemetry.energy import WORLD_CARBON_INTENSITY
+
 
 def _integer_or_auto(value: Any) -> Any:
     if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
@@ -152,6 +154,24 @@ class UpdateConfig(Section):
     )
     low_rank: LowRankConfig | None = Field(
         default=None, description="components that are trained by low-rank pairs, and how; None: none"
+    )
+
+
+class EnergyConfig(Section):
+    """How a run's energy is found."""
+
+    watts: float | None = Field(
+        default=None,
+        gt=0,
+        description="power of the training device, for estimates; None: a stated default per type of device",
+    )
+    counter: Literal["auto", "none"] = Field(
+        default="auto", description="auto: NVML's or RAPL's counter where it can be read; none: seconds × watts"
+    )
+    carbon_intensity: float = Field(
+        default=WORLD_CARBON_INTENSITY,
+        ge=0,
+        description="grams of CO2 equivalent per kWh (default: the world's electricity in 2024, Ember 2025)",
     )
 
 

@@ -17,6 +17,7 @@ from rgft.config.effects import without_effect
 from rgft.config.presets import DEFAULT_PRESET, STAGES, PresetName, with_preset
 from rgft.config.problems import nearest, problems_of
 from rgft.config.sections import (
+    EnergyConfig,
     ErrorMapConfig,
     ExecutionConfig,
     ProbeConfig,
@@ -53,6 +54,7 @@ class Settings(TypedDict, total=False):
     probe: ProbeConfig | Mapping[str, Any]
     update: UpdateConfig | Mapping[str, Any]
     execution: ExecutionConfig | Mapping[str, Any]
+    energy: EnergyConfig | Mapping[str, Any]
     warmup_fraction: float
     classifier_lr_multiplier: float
     seed: int
@@ -124,7 +126,8 @@ class Config(Section):
     budget: BudgetField = Field(
         default=None,
         description="what the run may spend, as a share of full fine-tuning's FLOPs on the same data and epochs, in "
-        "(0, 1]; a number or {flops: number, seconds: number, memory: '8GB'}, any of them; None: no limit",
+        "(0, 1]; a number or {flops: number, seconds: number, joules: number, memory: '8GB'}, any of them; "
+        "None: no limit",
     )
     granularity: GranularityField = Field(
         default="layer",
@@ -148,6 +151,7 @@ class Config(Section):
     probe: ProbeConfig = Field(default_factory=ProbeConfig, description="looks at examples that are never trained on")
     update: UpdateConfig = Field(default_factory=UpdateConfig, description="how updates are made")
     execution: ExecutionConfig = Field(default_factory=ExecutionConfig, description="how the plan is carried out")
+    energy: EnergyConfig = Field(default_factory=EnergyConfig, description="how the run's energy is found")
     warmup_fraction: float = Field(
         default=0.0,
         ge=0,

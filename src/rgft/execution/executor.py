@@ -22,8 +22,10 @@ from rgft.execution.fused_kernels import FusedKernels
 from rgft.execution.moments import MomentMode, Moments
 from rgft.execution.multipliers import Multipliers
 from rgft.execution.read_positions import ReadPositions
+from rgft.execution.schedule_free import MeanOfIterates
 from rgft.execution.switching import Switch
 from rgft.execution.views import check_optimizer
+from rgft.optimizer.muon import muon_flops
 from rgft.plan import UpdatePlan
 
 
@@ -46,6 +48,7 @@ class Executor:
         self._multipliers: Multipliers | None = None
         self._moments: Moments | None = None
         self._kernels: FusedKernels | None = None
+        self.mean: MeanOfIterates | None = None
         self.optimizer: Optimizer | None = None
         self.cache = cache
         self.positions: ReadPositions | None = None
@@ -100,6 +103,17 @@ class Executor:
         self._multipliers = Multipliers(optimizer, self._binding)
         self._moments = Moments(optimizer, self._binding, self._mode)
         self._kernels = FusedKernels(optimizer, self._binding)
+        self.mean = MeanOfIterates.of(optimizer, self._is_on)
+
+    def _is_on(self, parameter: nn.Parameter) -> bool:
+        """Whether the plan in force updates a parameter, if not at every step."""
+        return self._switch.plan is None or self._binding.owner(parameter) in self._switch.plan.active()
+
+    def optimizer_flops(self) -> dict[str, float]:
+        """FLOPs of products in the optimizer's own step, by component; none without any."""
+        by_parameter = {} if self.optimizer is None else muon_flops(self.optimizer)
+        by_component = {c.name: sum(by_parameter.get(id(p), 0.0) for p in held) for c, held in self._binding}
+        return {name: flops for name, flops in by_component.items() if flops}
 
     def apply(self, plan: UpdatePlan, step: int) -> None:
         """Puts the plan into force for `step`."""
@@ -217,6 +231,8 @@ class Executor:
             self._multipliers.detach()
         if self._kernels is not None:
             self._kernels.detach()
+        if self.mean is not None:
+            self.mean.detach()
         if self.cache is not None:
             self.cache.detach()
         if self.positions is not None:

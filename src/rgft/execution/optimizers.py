@@ -21,6 +21,9 @@ ELEMENTWISE = (
 #: Those of them whose fused kernels were found to write where their tensors are, when these are dense and alike.
 WITH_FUSED_KERNELS = (optim.SGD, optim.Adam, optim.AdamW, optim.Adagrad)
 
+#: Other packages' classes, by package and name, whose step is elementwise.
+ELEMENTWISE_ELSEWHERE = re.compile(r"^(lion_pytorch\.Lion|schedulefree\.(AdamW|SGD|RAdam)ScheduleFree)$")
+
 #: Words in a class's or module's name, and why such an optimizer means something else on a slice.
 _REASONS = {
     r"bitsandbytes|8bit|4bit|fp8|blockwise|paged": "writes through raw pointers or quantises its state in blocks",
@@ -52,15 +55,16 @@ def check_optimizer(optimizer: Optimizer, binding: Binding) -> None:
         RGFTWarning: the optimizer is not known to be elementwise.
     """
     optimizer = unwrapped(optimizer)
+    _refuse_shared_counts(optimizer, binding)
     views = sliced(binding)
     if not views:
         return
     problems = _stale_parameters(optimizer, views)
     problems += unknown_kernels(optimizer, views)
     kind = type(optimizer)
-    described = " ".join(f"{base.__module__.partition('.')[0]}.{base.__qualname__}" for base in kind.__mro__).lower()
-    reasons = [reason for pattern, reason in _REASONS.items() if re.search(pattern, described)]
-    problems += [f"{kind.__name__} {reason}, so that it changes meaning on slices of a weight" for reason in reasons]
+    problems += [
+        f"{kind.__name__} {reason}, so that it changes meaning on slices of a weight" for reason in _reasons(kind)
+    ]
     if problems:
         example = next(iter(views.values()))
         raise OptimizerError(
@@ -68,13 +72,52 @@ def check_optimizer(optimizer: Optimizer, binding: Binding) -> None:
             + "\n  ".join(problems)
             + "\nuse torch's AdamW or another elementwise optimizer of torch.optim, or granularity='layer'"
         )
-    if not isinstance(optimizer, ELEMENTWISE):
+    if not is_elementwise(optimizer):
         warnings.warn(
             f"{kind.__name__} is not known to be elementwise. If the step of an element depends on others (matrix "
             "preconditioning, norms, blocks), it changes meaning on slices: then use granularity='layer'",
             RGFTWarning,
             stacklevel=2,
         )
+
+
+def is_elementwise(optimizer: Optimizer) -> bool:
+    """Whether the step of an element is known to depend on that element alone."""
+    kind = type(unwrapped(optimizer))
+    if _reasons(kind):
+        return False
+    is_known = any(ELEMENTWISE_ELSEWHERE.match(name) for name in _qualified(kind))
+    return is_known or issubclass(kind, ELEMENTWISE)
+
+
+def counts_in_groups(optimizer: Optimizer) -> bool:
+    """Whether its groups hold running values (schedule-free: steps and sums of weights), not settings alone."""
+    return any("train_mode" in group for group in optimizer.param_groups)
+
+
+def _reasons(kind: type[Optimizer]) -> list[str]:
+    """Why such an optimizer means something else on a slice."""
+    described = " ".join(_qualified(kind)).lower()
+    return [reason for pattern, reason in _REASONS.items() if re.search(pattern, described)]
+
+
+def _qualified(kind: type[Optimizer]) -> list[str]:
+    return [f"{base.__module__.partition('.')[0]}.{base.__qualname__}" for base in kind.__mro__]
+
+
+def _refuse_shared_counts(optimizer: Optimizer, binding: Binding) -> None:
+    """Counts of steps belong to a component, which may be off while others step."""
+    if not counts_in_groups(optimizer):
+        return
+    for index, group in enumerate(optimizer.param_groups):
+        owners = {owner for p in group["params"] if (owner := binding.owner(p)) is not None}
+        if len(owners) > 1:
+            first, second = sorted(owners)[:2]
+            raise OptimizerError(
+                f"{type(optimizer).__name__} counts steps in its groups, and group {index} holds several components "
+                f"({first!r}, {second!r}, …), which need not be on together; use guide.make_optimizer('schedule-free', "
+                "…), or groups of guide.param_groups(…, by='component')"
+            )
 
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:

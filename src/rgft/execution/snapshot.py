@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch.optim import Optimizer
 
 
 class Snapshot:
-    """What training changes: weights, their optimizer state, learning rates, and the model's buffers.
+    """What training changes: weights, their optimizer state, its groups' settings, and the model's buffers.
 
     Args:
         model: whose buffers are kept.
@@ -22,11 +23,12 @@ class Snapshot:
         self._optimizer = optimizer
         self._weights = [(parameter, parameter.detach().clone()) for parameter in parameters]
         self._states = [
-            (p, {k: v.clone() if isinstance(v, Tensor) else v for k, v in optimizer.state.get(p, {}).items()})
-            for p in parameters
+            (p, {key: _copied(value) for key, value in optimizer.state.get(p, {}).items()}) for p in parameters
         ]
         self._buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-        self._rates = [(group["lr"], group.get("initial_lr")) for group in optimizer.param_groups]
+        self._groups = [
+            {key: _copied(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+        ]
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -46,8 +48,10 @@ class Snapshot:
                 if isinstance(value, Tensor) and isinstance(held, Tensor):
                     held.copy_(value)
                 else:
-                    state[key] = value.clone() if isinstance(value, Tensor) else value
-        for group, (rate, initial) in zip(self._optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate
-            if initial is not None:
-                group["initial_lr"] = initial
+                    state[key] = _copied(value)
+        for group, kept in zip(self._optimizer.param_groups, self._groups, strict=True):
+            group |= {key: _copied(value) for key, value in kept.items()}
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value

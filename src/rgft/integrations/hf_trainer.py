@@ -227,6 +227,7 @@ class _Engagement:
         groups = self.guide.param_groups(
             args.learning_rate, weight_decay=args.weight_decay,
             decays=frozenset(trainer.get_decay_parameter_names(model)),
+            by="component" if kind.__module__.startswith("schedulefree") else "rate",
         )  # fmt: skip
         return kind(groups, **kwargs)
 

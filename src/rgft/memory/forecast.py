@@ -12,17 +12,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from rgft.components import Partition
 from rgft.cost import BatchShape
 from rgft.cost.saved import SavedActivations, saved_activations
 from rgft.cost.undisturbed import undisturbed
+from rgft.optimizer.state_bytes import StateBytes, state_bytes
 
 #: Share of what was counted that is kept free for what is not counted: inputs, masks, small temporaries.
 MARGIN = 0.05
@@ -37,27 +37,20 @@ class Setup:
     """What a run keeps beside weights and gradients.
 
     Attributes:
-        moments: optimizer state, in tensors of a parameter's size.
+        state: (parameter, share of it that is a slice) → bytes of optimizer state.
+        kept_steps: float32 copies of what is trained that tell signals of a step what was made, while it is scored.
         averages: whether means of the weights are kept, in fp32 at least.
         copies: of all weights, kept by signals.
         steps_in_probe: model-sized temporaries that a probe makes.
         keeps_moments: whether the optimizer state of what is off stays in the same memory.
     """
 
-    moments: int = 2
+    state: StateBytes = field(default_factory=lambda: state_bytes(None))
+    kept_steps: float = 0.0
     averages: bool = False
     copies: int = 0
     steps_in_probe: int = 0
     keeps_moments: bool = True
-
-
-def moments_of(optimizer: Optimizer | None) -> int:
-    """Tensors of optimizer state per parameter; AdamW's two where the optimizer is not known."""
-    if isinstance(optimizer, SGD):
-        return int(any(group.get("momentum", 0.0) for group in optimizer.param_groups))
-    if isinstance(optimizer, Adam | AdamW):
-        return 2 + int(any(group.get("amsgrad") for group in optimizer.param_groups))
-    return 2
 
 
 class MemoryForecast:
@@ -91,6 +84,10 @@ class MemoryForecast:
             for p in (parameters[part.parameter],)
             for size in (part.fraction * p.nbytes,)
         ]  # fmt: skip
+        #: Per slice: depth, bytes of optimizer state.
+        self._states = [
+            (c.depth, setup.state(parameters[part.parameter], part.fraction)) for c in partition for part in c.slices
+        ]
         self._saved: dict[tuple[int, int, bool], SavedActivations] = {}
         self._checkpointed = list(checkpointed_modules(model))
 
@@ -123,23 +120,25 @@ class MemoryForecast:
         on = [(size, wide) for depth, size, wide in self._slices if depth >= cut]
         gradients, largest = sum(size for size, _ in on), max((wide for _, wide in on), default=0)
         lowest = cut if moments_from is None or not self._setup.keeps_moments else moments_from
-        stepped = [size for depth, size, _ in self._slices if depth >= lowest]
+        state = sum(size for depth, size in self._states if depth >= lowest)
+        kept = math.ceil(self._setup.kept_steps * sum(wide for _, wide in on))
         plain = self._saved_by(rows, self.tokens, False)
         saved = self._saved_by(rows, self.tokens, True) if checkpointing else plain
         again = max(plain.by_layer[max(0, cut - 1) :], default=0) if checkpointing else 0
         activations = saved.above(cut) + again
         of_backward = BACKWARD_TEMPORARIES * max(plain.largest, saved.largest) + largest
-        of_optimizer = gradients if self._is_accelerated else 2 * largest
+        # A step that is found out on a copy takes the parameter, its gradient, both before and after, and its state.
+        of_copy = (6 * largest if self._setup.kept_steps else 0) + kept
+        of_optimizer = (gradients if self._is_accelerated else 2 * largest) + of_copy
         # A layer that is off holds at once no more than it would save if it were on.
         of_prefix = max(plain.by_layer, default=0) + plain.largest
         return self._with_margin({
             "weights": self.weights * (1 + self._setup.copies),
             "gradients": gradients,
-            # Beside the moments AdamW counts steps, in a number of four bytes.
-            "moments": self._setup.moments * sum(stepped) + 4 * len(stepped) * bool(self._setup.moments),
+            "moments": state,
             "averages": (sum(wide for _, wide in on) + self._buffers) * self._setup.averages,
             "activations": activations,
-            "temporaries": max(activations + of_backward, of_optimizer, of_prefix) - activations,
+            "temporaries": max(activations + of_backward + kept, of_optimizer, of_prefix) - activations,
         })  # fmt: skip
 
     def needed(self, cut: int, *, rows: int, checkpointing: bool) -> int:

@@ -21,6 +21,8 @@ from rgft.cost import CostModel
 from rgft.errors import BudgetError
 from rgft.execution.activation_cache import ActivationCache
 from rgft.execution.binding import Binding
+from rgft.execution.directions import reads_steps
+from rgft.execution.optimizers import counts_in_groups
 from rgft.memory.choice import Wish, choose
 from rgft.memory.forecast import (
     TRACE_ROWS,
@@ -30,9 +32,9 @@ from rgft.memory.forecast import (
     checkpointed_modules,
     disable_checkpointing,
     enable_checkpointing,
-    moments_of,
     resized,
 )
+from rgft.optimizer.state_bytes import state_bytes
 from rgft.plan import MemoryPlan, UpdatePlan
 from rgft.probe_schedule import MAX_PROBE_SIZE
 from rgft.signals import Signal
@@ -97,7 +99,7 @@ class MemoryKeeper:
         """
         if self._is_restored and self.plan is not None:
             return self.plan
-        forecast = self._forecast(stream, workload, batch, loss, moments_of(optimizer))
+        forecast = self._forecast(stream, workload, batch, loss, optimizer)
         examples = len(stream.dataset) * number_of_variants(stream.dataset)
         wish = self._wish(forecast, examples, may_split=may_split and not self._normalises_over_batch)
         plan = choose(forecast, self._limit, wish)
@@ -109,7 +111,7 @@ class MemoryKeeper:
 
     def _forecast(
         self, stream: BatchStream, workload: Workload, batch: Any, loss: Callable[[nn.Module, Any], Tensor],
-        moments: int,
+        optimizer: Optimizer | None,
     ) -> MemoryForecast:  # fmt: skip
         with self._binding.plain():
             parameters = dict(self._model.named_parameters())
@@ -120,7 +122,8 @@ class MemoryKeeper:
         rows, tokens = largest_batch(stream, workload)
         by_norm = self._config.scaling is not None and self._config.scaling.name == "gradient_normalised"
         setup = Setup(
-            moments=moments, averages=self._config.update.average_last > 0.0,
+            state=state_bytes(optimizer), kept_steps=self._kept_steps(optimizer),
+            averages=self._config.update.average_last > 0.0,
             copies=int(self._signal is not None and self._signal.needs_initial),
             steps_in_probe=int(self._signal is not None and self._signal.needs_update) + int(by_norm),
             keeps_moments=self._keeps_moments(parameters),
@@ -129,6 +132,13 @@ class MemoryKeeper:
             self._model, self._binding.as_trained, parameters=parameters, batch=batch, rows=rows, tokens=tokens,
             is_padded=_is_padded(batch) or len({length for _, length in workload.shapes}) > 1, loss=loss, setup=setup,
         )  # fmt: skip
+
+    def _kept_steps(self, optimizer: Optimizer | None) -> float:
+        """Copies of what is trained that are kept of a scored step, where the optimizer's state does not tell it."""
+        if optimizer is None or self._signal is None or not self._signal.needs_update or reads_steps(optimizer):
+            return 0.0
+        # The rows of two samples in a row; and the gradient, of optimizers that write into it.
+        return min(1.0, 2.0 / self._config.probe.row_stride) + counts_in_groups(optimizer)
 
     def _keeps_moments(self, parameters: Mapping[str, Tensor]) -> bool:
         on_cpu = next(iter(parameters.values())).device.type == "cpu"

@@ -9,12 +9,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 
 from rgft.cost import StepCost
 from rgft.errors import ConfigError
+from rgft.telemetry.energy import JOULES_PER_KWH, WORLD_CARBON_INTENSITY, Spent, co2_grams
 
 try:
     import resource
@@ -57,11 +58,16 @@ class Ledger:
         head_flops: part of what they spent: of a language model's head, where it is computed at targets alone.
         pair_flops: what low-rank pairs cost beside the model's own weights, on all axes.
         recomputed_flops: what gradient checkpointing added to them, where a memory budget turned it on.
+        optimizer_flops: products in the optimizer's own steps (Muon's).
         probe_flops, fill_flops, search_flops: scoring, filling the activation cache, and candidates of a search that
             lost; part of what is spent.
         evaluation_flops: not part of it.
         audited_flops, audited_modelled_flops, audits: counted and modelled FLOPs of the same audited pieces of work.
         seconds: wall-clock by part; "probe" is all scoring, of training gradients too.
+        joules: energy by part, as `seconds`.
+        measured_joules: of these, counted by the hardware; the others are an estimate.
+        energy_notes: how energy was found, in words; one for each way.
+        carbon_intensity: grams of CO2 equivalent per kWh.
         peak_memory_bytes: highest resident memory of the process; None when unknown.
         peak_accelerator_bytes: highest tensor memory on one device.
         memory_limit_bytes: of the memory budget; None without one.
@@ -91,6 +97,7 @@ class Ledger:
     head_flops: float = 0.0
     recomputed_flops: float = 0.0
     pair_flops: float = 0.0
+    optimizer_flops: float = 0.0
     probe_flops: float = 0.0
     probes: int = 0
     fill_flops: float = 0.0
@@ -102,6 +109,10 @@ class Ledger:
     seconds: dict[Part, float] = field(
         default_factory=lambda: {"step": 0.0, "probe": 0.0, "fill": 0.0, "search": 0.0, "data": 0.0, "evaluation": 0.0}
     )
+    joules: dict[Part, float] = field(default_factory=dict)
+    measured_joules: float = 0.0
+    energy_notes: list[str] = field(default_factory=list)
+    carbon_intensity: float = WORLD_CARBON_INTENSITY
     peak_memory_bytes: int | None = None
     peak_accelerator_bytes: int = 0
     memory_limit_bytes: int | None = None
@@ -150,14 +161,16 @@ class Ledger:
         self.unread_flops += planned.forward + planned.dx + planned.dw - (spent.forward + spent.dx + spent.dw)
         self.head_flops += spent.head
 
-    def end_step(self, *, seconds: float, updated: Mapping[str, int]) -> None:
+    def end_step(self, *, seconds: float, updated: Mapping[str, int], optimizer_flops: float = 0.0) -> None:
         """Books the end of an optimizer step.
 
         Args:
             seconds: wall-clock of the step, scoring excluded.
             updated: name → number of parameters, of the components that were updated.
+            optimizer_flops: of products in the optimizer's own step.
         """
         self.steps += 1
+        self.optimizer_flops += optimizer_flops
         self.seconds["step"] += seconds
         self.last_updated_parameters = sum(updated.values())
         self.updated_parameters += self.last_updated_parameters
@@ -172,8 +185,9 @@ class Ledger:
         self.probe_flops += flops
         self.seconds["probe"] += seconds
 
-    def add_scoring(self, *, seconds: float) -> None:
+    def add_scoring(self, *, seconds: float, flops: float = 0.0) -> None:
         """Books time spent on scoring a training step's own gradients, which needs no pass of its own."""
+        self.probe_flops += flops
         self.seconds["probe"] += seconds
 
     def add_fill(self, *, flops: float, seconds: float) -> None:
@@ -181,10 +195,23 @@ class Ledger:
         self.fill_flops += flops
         self.seconds["fill"] += seconds
 
-    def add_search(self, *, flops: float, seconds: float) -> None:
+    def add_search(self, *, flops: float, seconds: float, joules: float = 0.0) -> None:
         """Books what candidates of a search spent whose training is thrown away."""
         self.search_flops += flops
         self.seconds["search"] += seconds
+        if joules:
+            self.joules["search"] = self.joules.get("search", 0.0) + joules
+
+    def add_energy(self, spent: Spent) -> None:
+        """Books the energy of a stretch of time."""
+        for part, joules in spent.joules.items():
+            if joules:
+                self.joules[cast("Part", part)] = self.joules.get(cast("Part", part), 0.0) + joules
+        if spent.source == "measured":
+            self.measured_joules += sum(spent.joules.values())
+        note = f"{spent.source}: {spent.note}"
+        if note not in self.energy_notes:
+            self.energy_notes.append(note)
 
     def add_data(self, *, seconds: float) -> None:
         """Books time spent on waiting for a batch."""
@@ -227,13 +254,30 @@ class Ledger:
 
     @property
     def spent_flops(self) -> float:
-        """What counts against the budget: training, probes, cache filling and search; evaluation does not."""
-        return self.training_flops + self.probe_flops + self.fill_flops + self.search_flops
+        """What counts against the budget: training, its optimizer's products, probes, cache filling and search;
+        evaluation does not."""
+        return self.training_flops + self.optimizer_flops + self.probe_flops + self.fill_flops + self.search_flops
 
     @property
     def elapsed(self) -> float:
         """Seconds that count against a budget: all but evaluation."""
         return sum(self.seconds.values()) - self.seconds["evaluation"]
+
+    @property
+    def spent_joules(self) -> float:
+        """Joules that count against a budget: all but evaluation's."""
+        return sum(joules for part, joules in self.joules.items() if part != "evaluation")
+
+    def _energy(self) -> dict[str, Any]:
+        spent, all_joules = self.spent_joules, sum(self.joules.values())
+        # Losers' energy is booked once more, as the search's, and is of either source.
+        is_all, is_some = self.measured_joules >= all_joules * (1.0 - 1e-9), self.measured_joules > 0.0
+        source = "measured" if is_all else "measured in part" if is_some else "estimated"
+        return {
+            "joules": {**self.joules, "total": spent}, "kwh": spent / JOULES_PER_KWH,
+            "co2_grams": co2_grams(spent, self.carbon_intensity), "carbon_intensity": self.carbon_intensity,
+            "source": source if self.joules else None, "notes": list(self.energy_notes),
+        }  # fmt: skip
 
     @property
     def parameters_ever_updated(self) -> int:
@@ -253,11 +297,12 @@ class Ledger:
 
         Returns:
             Nested by topic: `flops` (`spent` and its parts; `saved` against full fine-tuning on the *same* batches, by
-            axis, with probes, filling and search as `added`; the fractions), `audit`, `seconds`, `memory`, `data`,
-            `parameters`.
+            axis, with probes, filling and search as `added`; the fractions), `audit`, `seconds`, `energy` (without
+            evaluation's), `memory`, `data`, `parameters`.
         """
         saved = self.forward_cached_flops + self.dx_truncated_flops + self.dw_skipped_flops + self.unread_flops
         added = self.probe_flops + self.fill_flops + self.search_flops + self.recomputed_flops + self.pair_flops
+        added += self.optimizer_flops
         return {
             "steps": self.steps,
             "flops": {
@@ -270,6 +315,7 @@ class Ledger:
                 "head_at_targets": self.head_flops,
                 "probes": self.probe_flops, "cache_filling": self.fill_flops, "search": self.search_flops,
                 "recomputed": self.recomputed_flops, "low_rank_pairs": self.pair_flops,
+                "optimizer": self.optimizer_flops,
                 "scoring_fraction": self.probe_flops / self.spent_flops if self.spent_flops else None,
                 "saved": {
                     "dw_skipped": self.dw_skipped_flops, "dx_truncated": self.dx_truncated_flops,
@@ -283,6 +329,7 @@ class Ledger:
                 "error": self.audit_error,
             },
             "seconds": {**self.seconds, "total": self.elapsed},
+            "energy": self._energy(),
             "memory": {
                 "peak_bytes": self.peak_memory_bytes, "peak_accelerator_bytes": self.peak_accelerator_bytes or None,
                 **self._against_limit(),
@@ -330,6 +377,7 @@ class Ledger:
             ("positions not read", -self.unread_flops),
             ("computed twice", self.recomputed_flops),
             ("low-rank pairs", self.pair_flops),
+            ("optimizer's products", self.optimizer_flops),
             ("probes", self.probe_flops),
             ("cache filling", self.fill_flops),
             ("search", self.search_flops),
@@ -357,5 +405,7 @@ class Ledger:
         ]
         if problems:
             raise ConfigError(problems)
-        restored: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in data.items()}
+        restored: dict[str, Any] = {
+            k: dict(v) if isinstance(v, Mapping) else list(v) if isinstance(v, list) else v for k, v in data.items()
+        }
         return cls(**restored)

@@ -58,7 +58,7 @@ def test_every_figure_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
             "spent": 290 + 90 + 90 + 60 + 7 + 5, "full": 10_000.0, "fraction_of_full": 0.0542,
             "same_batches_in_full": 870.0, "fraction_of_same_batches": 542 / 870,
             "forward": 180.0, "dx": 150.0, "dw": 140.0, "head_at_targets": 24.0, "probes": 60.0, "cache_filling": 7.0,
-            "search": 5.0, "recomputed": 0.0, "low_rank_pairs": 0.0,
+            "search": 5.0, "recomputed": 0.0, "low_rank_pairs": 0.0, "optimizer": 0.0,
             "scoring_fraction": 60 / 542,
             "saved": {
                 "dw_skipped": 160.0, "dx_truncated": 120.0, "forward_cached": 120.0, "unread_positions": 0.0,
@@ -69,6 +69,10 @@ def test_every_figure_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         "audit": {"audits": 1, "counted": 200.0, "modelled": 201.0, "error": pytest.approx(0.005)},
         "seconds": {
             "step": 3.0, "probe": 0.625, "fill": 0.25, "search": 0.125, "data": 0.5, "evaluation": 9.0, "total": 4.5,
+        },
+        "energy": {
+            "joules": {"total": 0}, "kwh": 0.0, "co2_grams": 0.0, "carbon_intensity": 473.0,
+            "source": None, "notes": [],
         },
         "memory": {"peak_bytes": 1234, "peak_accelerator_bytes": small().peak_accelerator_bytes or None},
         "data": {"passes": 3, "examples": 10, "tokens": 96, "padding_tokens": 16},
@@ -159,7 +163,7 @@ def test_an_odd_state_is_refused_with_all_its_problems() -> None:
     data = small().to_dict()
     del data["steps"], data["seconds"]
     with pytest.raises(ConfigError) as caught:
-        Ledger.from_dict({**data, "joules": 1.0})
+        Ledger.from_dict({**data, "calories": 1.0})
     assert len(caught.value.problems) == 3
 
 

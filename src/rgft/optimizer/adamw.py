@@ -1,4 +1,4 @@
-"""The optimizer of RGFT's own loops."""
+"""AdamW, the default."""
 
 from __future__ import annotations
 

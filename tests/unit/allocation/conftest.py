@@ -18,6 +18,7 @@ class Cost:
     forward: float
     dx: float
     dw: float
+    pairs: float = 0.0
 
     @property
     def total(self) -> float:

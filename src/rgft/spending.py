@@ -82,20 +82,25 @@ class Spending:
             watts = self.meter.watts if self.meter is not None else None
             self._joules.pace = self._joules.pace or (pace / watts if watts else None)
 
-    def require(self, active: Collection[str], workload: Workload) -> None:
-        """Makes sure that a step on any batch of the workload can be paid for, with only `active` on.
+    def require(self, plan: UpdatePlan, workload: Workload) -> None:
+        """Makes sure that a first step on any batch of the workload can be paid for.
+
+        Args:
+            plan: the cheapest.
+            workload: of the run.
 
         Raises:
             BudgetError: the budget is smaller.
         """
         assert self.costs is not None
-        # Of the largest batch, for whichever comes first must fit.
-        flops = max(
-            self.costs.step_flops(
-                active, rows=rows, tokens=tokens, targets=self._most_targets(rows, tokens)
-            ).total
+        # Of the largest batch, for whichever comes first must fit; with a cache it has to prove that padding is unread.
+        dx_into = 0 if self._cache is None else plan.cut
+        flops = self._of_optimizer(plan.active(0)) + max(
+            self._step(
+                plan, 0, rows, tokens, cached_below=0, targets=self._most_targets(rows, tokens), dx_into=dx_into
+            )
             for rows, tokens in workload.shapes
-        ) + self._of_optimizer(active)  # fmt: skip
+        )  # fmt: skip
         for paced, unit in ((self._seconds, "s"), (self._joules, "J")):
             needed = paced.amount_of(flops)
             if needed is not None and paced.limit is not None and needed > 2.0 * paced.limit:  # the pace is a guess
@@ -226,10 +231,11 @@ class Spending:
         if self.costs is None or not self.is_limited:
             return True
         rows, tokens = self.typical if batch is None else batch_shape(batch)
-        fill, cached_below = 0.0, 0
-        if self._cache is not None and batch is not None and ids is not None and self._cache.cut == plan.cut:
+        fill, cached_below, dx_into = 0.0, 0, 0
+        if self._cache is not None and batch is not None and ids is not None:
             mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-            known = self._cache.rows_by_level(ids, mask, tokens)
+            dx_into = plan.cut if self._cache.lacks_proof(mask) else 0
+            known = self._cache.rows_by_level(ids, mask, tokens) if self._cache.cut == plan.cut else {0: []}
             if len(known) == 1:
                 (cached_below,) = known
             else:
@@ -238,7 +244,7 @@ class Spending:
         targets = self.count(batch) if self.count is not None and batch is not None else None
         if targets is not None and self.accumulation > 1:  # of the other micro-batches it is not known yet
             targets = self._most_targets(rows, tokens)
-        flops = fill + self._step(plan, step, rows, tokens, cached_below=cached_below, targets=targets)
+        flops = fill + self._step(plan, step, rows, tokens, cached_below=cached_below, targets=targets, dx_into=dx_into)
         return beside + self.accumulation * flops + self._of_optimizer(plan.active_set(step)) <= self.left
 
     def pays_for_typical(self, plan: UpdatePlan, step: int, *, is_hit: bool) -> bool:
@@ -268,12 +274,13 @@ class Spending:
         return sum(self.optimizer_flops.get(name, 0.0) for name in active) if self.optimizer_flops else 0.0
 
     def _step(
-        self, plan: UpdatePlan, step: int, rows: int, tokens: int, *, cached_below: int, targets: int | None = None
-    ) -> float:
+        self, plan: UpdatePlan, step: int, rows: int, tokens: int, *, cached_below: int, targets: int | None = None,
+        dx_into: int = 0,
+    ) -> float:  # fmt: skip
         assert self.costs is not None
         return self.costs.step_flops(
             plan.active_set(step), rows=rows, tokens=tokens, cached_below=cached_below, targets=targets,
-            low_rank=plan.pairs,
+            dx_into=dx_into, low_rank=plan.pairs,
         ).total  # fmt: skip
 
     def _most_targets(self, rows: int, tokens: int) -> int:

@@ -1,0 +1,75 @@
+"""Low-rank pairs under every optimizer that is known by name."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+
+from rgft import Config, Guide
+from tests.families import FAMILIES, loss_of
+from tests.integration.loops import Examples, assert_same_state, guided, trimmed
+from tests.integration.test_guide_low_rank import everything, pairs_of
+from tests.integration.test_optimizers import NAMES, optimizer_of
+
+BERT = FAMILIES["bert"]
+
+
+def paired_guide() -> Guide:
+    torch.manual_seed(0)
+    return Guide(
+        BERT.build(), Config(preset="full", update={"average_last": 0.0, "low_rank": {"rank": 2}}), loss=loss_of
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pairs_are_trained_and_merged_and_weights_beside_them_are_not(name: str) -> None:
+    guide = paired_guide()
+    optimizer, before = optimizer_of(guide, name), everything(guide)
+    guided(guide, optimizer, Examples(BERT), steps=4, collate_fn=trimmed)
+    pairs, after = pairs_of(guide), everything(guide)
+    for component, sites in pairs.sites.items():
+        for site in sites:
+            assert torch.equal(after[component][site.position], before[component][site.position])
+        first = len(after[component]) - len(pairs.pairs[component])
+        assert all(
+            not torch.equal(new, old)
+            for new, old in zip(after[component][first:], before[component][first:], strict=True)
+        )
+    with torch.no_grad():
+        guide.model.eval()
+        batch = BERT.batch()
+        with guide.evaluating():
+            expected = loss_of(guide.model, batch)
+        guide.finish()  # a schedule-free optimizer's mean stays
+        guide.detach()
+        assert loss_of(guide.model, batch) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_resumed_run_goes_on_bit_for_bit(name: str) -> None:
+    data, whole = Examples(BERT), paired_guide()
+    optimizer = optimizer_of(whole, name)
+    saved = io.BytesIO()
+
+    def save(guide: Guide) -> None:
+        if guide.step_count == 2:
+            state = [guide.model.state_dict(), optimizer.state_dict(), guide.state_dict()]
+            torch.save(state, saved)
+
+    guided(whole, optimizer, data, steps=5, collate_fn=trimmed, after_step=save)
+    saved.seek(0)
+    model_state, optimizer_state, guide_state = torch.load(saved, weights_only=False)
+    resumed = paired_guide()
+    again = optimizer_of(resumed, name)
+    resumed.model.load_state_dict(model_state)
+    again.load_state_dict(optimizer_state)
+    resumed.load_state_dict(guide_state)
+    guided(resumed, again, data, steps=5, collate_fn=trimmed)
+    assert all(
+        torch.equal(found, expected)
+        for name, held in everything(resumed).items()
+        for found, expected in zip(held, everything(whole)[name], strict=True)
+    )
+    assert_same_state(resumed.model, whole.model)

@@ -73,9 +73,10 @@ def test_ledger_equals_the_count_with_scattered_heads_on(name: str) -> None:
     "signal", ["residual_dot", "generalising_decrease", "grad_norm", "predicted_decrease", "suppression", "act_x_grad",
                "fisher", "taylor", "weight_magnitude", "random"],
 )  # fmt: skip
-def test_probes_of_every_kind_are_counted(signal: str) -> None:
+@pytest.mark.parametrize("granularity", ["layer", "head"])
+def test_probes_of_every_kind_are_counted(signal: str, granularity: str) -> None:
     settings: dict[str, Any] = {"signal": signal, "scaling": "rank", "probe": {"interval": 1000, "size": 2},
-                                "mask": {"name": "target_sparsity"}, "warmup_fraction": 0.0, "granularity": "head",
+                                "mask": {"name": "target_sparsity"}, "warmup_fraction": 0.0, "granularity": granularity,
                                 "stability": {"preserve_mean": False}}  # fmt: skip
     family = FAMILIES["bert"]
     guide = Guide(family.build(), Config(**settings))

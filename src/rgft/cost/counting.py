@@ -15,7 +15,7 @@ mended: `nn.TransformerEncoder`'s inference kernel, which frozen layers take in 
 from __future__ import annotations
 
 from math import prod
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.utils.flop_counter import (
@@ -25,6 +25,7 @@ from torch.utils.flop_counter import (
     sdpa_backward_flop_count,
     sdpa_flop_count,
 )
+from torch.utils.module_tracker import ModuleTracker
 
 Shape = tuple[int, ...]
 
@@ -74,8 +75,24 @@ _MENDED: dict[Any, Any] = {
 
 
 def flop_counter() -> FlopCounterMode:
-    """A fresh `FlopCounterMode` with the mended formulas; forward, backward and custom autograd functions count."""
-    return FlopCounterMode(display=False, custom_mapping=_MENDED)
+    """A fresh `FlopCounterMode` with the mended formulas; forward, backward and custom autograd functions count.
+
+    It counts in total alone: what follows modules through the backward pass fails under `torch.autograd.grad` with
+    respect to a module's inputs, which signals ask for.
+    """
+    counter = FlopCounterMode(display=False, custom_mapping=_MENDED)
+    counter.mod_tracker = _NoModules()
+    return counter
+
+
+class _NoModules(ModuleTracker):
+    """Knows of no module but the whole."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        pass
 
 
 def is_product(operator: Any) -> bool:

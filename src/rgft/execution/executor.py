@@ -179,21 +179,20 @@ class Executor:
     def squared_gradient_norms(self) -> dict[str, float]:
         """‖∇_{θ_k} L‖² of every active component with a gradient; one device synchronisation."""
         gradients: list[Tensor] = []
-        ends: dict[str, int] = {}
+        owners: list[str] = []
         for name, parameters in self._binding.held.items():
-            gradients += [gradient for parameter in parameters if (gradient := parameter.grad) is not None]
-            ends[name] = len(gradients)
+            for parameter in parameters:
+                if (gradient := parameter.grad) is not None:
+                    gradients.append(gradient)
+                    owners.append(name)
         if not gradients:
             return {}
         dtype = reduce(torch.promote_types, {gradient.dtype for gradient in gradients}, torch.float32)
         norms = torch._foreach_norm(gradients, 2, dtype)  # pyright: ignore[reportPrivateImportUsage]
-        squared = [norm * norm for norm in torch.stack(norms).tolist()]
-        starts = (0, *ends.values())
-        return {
-            name: sum(squared[start:end])
-            for start, (name, end) in zip(starts, ends.items(), strict=False)
-            if start < end
-        }
+        found = dict.fromkeys(owners, 0.0)
+        for name, squared in zip(owners, torch.stack(norms).double().square().tolist(), strict=True):
+            found[name] += squared
+        return found
 
     def state_dict(self, *, cache: bool = True, weights: bool = True) -> dict[str, Any]:
         """What `load_state_dict` restores, with what the activation cache holds or without.

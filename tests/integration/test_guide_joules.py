@@ -89,9 +89,9 @@ def test_whichever_is_spent_first_ends_the_run() -> None:
     by_flops = metered(Counter(1e-6), Budget(flops=0.1, joules=1e6))
     guided(by_flops, adamw(by_flops), Examples(BERT, 40), epochs=5)
     assert by_flops.flops_fraction == pytest.approx(0.1, rel=0.15)
-    by_joules = metered(Counter(1e-6), Budget(flops=0.9, joules=30.0), pace=1e6)
+    by_joules = metered(Counter(1e-6), Budget(flops=0.9, joules=100.0), pace=1e6)
     guided(by_joules, adamw(by_joules), Examples(BERT, 40), epochs=50)
-    assert 0.95 * 30.0 <= by_joules.ledger.spent_joules <= 30.0
+    assert 95.0 <= by_joules.ledger.spent_joules <= 100.0  # a step takes 3
 
 
 def test_budgets_that_buy_no_step_say_what_would() -> None:

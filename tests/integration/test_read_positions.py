@@ -213,7 +213,8 @@ def test_a_cut_above_the_last_layer_caches_every_position() -> None:
         assert guide.cache is not None
         assert guide.cache.hits > 0
         assert guide.ledger.unread_flops == 0.0
-        outputs.append(guide.cache.state_dict()["states"])
+        (level,) = guide.cache.state_dict()["levels"]
+        outputs.append(level["states"])
         guide.detach()
     assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
 

@@ -195,14 +195,16 @@ class CostModel:
         head = [share * flops for flops in head]
         forward, dx, dw, recomputed, pairs = (b + h for b, h in zip(body, head, strict=True))
         if dx_into:
-            more = self._dx_into(dx_into, self._forms(on, key[-1]), rows, tokens)
+            more = self._dx_into(dx_into, self._forms(on, key[-1]), rows, tokens, share)
             dx, pairs = dx + more[0], pairs + more[1]
         return StepCost(forward=forward, dx=dx, dw=dw, head=sum(head), recomputed=recomputed, pairs=pairs)
 
-    def _dx_into(self, cut: int, forms: _Forms, rows: int, tokens: int) -> tuple[float, float]:
+    def _dx_into(
+        self, cut: int, forms: _Forms, rows: int, tokens: int, target_share: float
+    ) -> tuple[float, float]:  # fmt: skip
         """Of the weights, and of the pairs beside them."""
         products = [
-            (evaluate(product.flops, rows, tokens), _share_of_dx(op, forms))
+            (evaluate(product.flops, rows, tokens) * (target_share if op.at_targets else 1.0), _share_of_dx(op, forms))
             for op in self.training if op.depth == cut
             for product in op.products_for(forms.mask) if product.shares is None and not product.upstream & forms.mask
         ]  # fmt: skip

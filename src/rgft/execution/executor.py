@@ -7,10 +7,8 @@ moments, and the activation cache of the frozen prefix.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -19,6 +17,7 @@ from rgft.errors import AttachError
 from rgft.execution.activation_cache import ActivationCache
 from rgft.execution.binding import Binding
 from rgft.execution.fused_kernels import FusedKernels
+from rgft.execution.gradient_norms import GradientNorms
 from rgft.execution.moments import MomentMode, Moments
 from rgft.execution.multipliers import Multipliers
 from rgft.execution.read_positions import ReadPositions
@@ -45,6 +44,7 @@ class Executor:
         self._binding = binding
         self._mode: MomentMode = moments
         self._switch = Switch(model, binding)
+        self._norms = GradientNorms(binding)
         self._multipliers: Multipliers | None = None
         self._moments: Moments | None = None
         self._kernels: FusedKernels | None = None
@@ -178,21 +178,7 @@ class Executor:
 
     def squared_gradient_norms(self) -> dict[str, float]:
         """‖∇_{θ_k} L‖² of every active component with a gradient; one device synchronisation."""
-        gradients: list[Tensor] = []
-        owners: list[str] = []
-        for name, parameters in self._binding.held.items():
-            for parameter in parameters:
-                if (gradient := parameter.grad) is not None:
-                    gradients.append(gradient)
-                    owners.append(name)
-        if not gradients:
-            return {}
-        dtype = reduce(torch.promote_types, {gradient.dtype for gradient in gradients}, torch.float32)
-        norms = torch._foreach_norm(gradients, 2, dtype)  # pyright: ignore[reportPrivateImportUsage]
-        found = dict.fromkeys(owners, 0.0)
-        for name, squared in zip(owners, torch.stack(norms).double().square().tolist(), strict=True):
-            found[name] += squared
-        return found
+        return self._norms.squared(self.parts)
 
     def state_dict(self, *, cache: bool = True, weights: bool = True) -> dict[str, Any]:
         """What `load_state_dict` restores, with what the activation cache holds or without.

@@ -112,8 +112,8 @@ USUAL = Sizes(
     ),
     switches=20,
     steps=40,
-    sweeps=3,
-    sweep_batches=8,
+    sweeps=2,
+    sweep_batches=16,
 )  # fmt: skip
 
 SMALL = Sizes(

@@ -10,8 +10,8 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, Protocol
+from dataclasses import asdict, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,18 +26,18 @@ from rgft.execution.target_positions import TargetLoss
 from rgft.following import StepsFollowed
 from rgft.guide import Guide
 from rgft.memory import pieces
-from rgft.optimizer import KINDS
 from rgft.plan import RunPlan
-from rgft.search import RateSearch, Search, are_rates, candidate_rates, first_rate, rounds_within
+from rgft.run_settings import Result, Settings, StepReport
+from rgft.search import RateSearch, Search, first_rate, rounds_within
 from rgft.telemetry.flop_counter import flop_counter
 from rgft.telemetry.run_folder import RunFolder
+
+__all__ = ["Result", "Run", "Settings", "StepReport", "Task"]
 
 log = logging.getLogger("rgft")
 
 #: Passes whose FLOPs are counted as they run, beside being modelled.
 MAX_AUDITS = 4
-
-SCHEDULE_FREE = frozenset(kind.name for kind in KINDS.values() if kind.is_schedule_free)
 
 
 class Task(Evaluated, Protocol):
@@ -47,109 +47,6 @@ class Task(Evaluated, Protocol):
     validation: SizedDataset | None
     loss: Callable[[nn.Module, Any], Tensor]
     loss_at_targets: TargetLoss | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What a run is told beside RGFT's own configuration.
-
-    Attributes:
-        optimizer: by name; see `rgft.optimizer.KINDS`.
-        lr: learning rate at multiplier 1. Several: the best is searched for inside the budget (`rgft.search`); "auto":
-            among rates that suit the model's width.
-        epochs: of the full fine-tuning that the budget is a share of.
-        batch_size: examples per optimizer step and micro-batch.
-        accumulation: micro-batches per optimizer step.
-        weight_decay: decoupled, of weights (not of biases and norms).
-        schedule, warmup: see `Guide.scheduler`.
-        max_grad_norm: clipping threshold of the gradient's norm; None does not clip.
-        precision: "fp32", or "bf16" for autocast.
-        checkpoint_every: steps between checkpoints in the run folder; 0: none but the last.
-        eval_batch_size: examples per evaluation batch.
-    """
-
-    optimizer: str = "adamw"
-    lr: float | tuple[float, ...] | Literal["auto"] = 2e-4
-    epochs: float = 3.0
-    batch_size: int = 32
-    accumulation: int = 1
-    weight_decay: float = 0.01
-    schedule: str = "linear"
-    warmup: float = 0.1
-    max_grad_norm: float | None = 1.0
-    precision: str = "fp32"
-    checkpoint_every: int = 0
-    eval_batch_size: int = 64
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        problems = [
-            f"{name}: expected {what}, found {value!r}"
-            for name, what, value, ok in (
-                ("optimizer", f"one of {', '.join(KINDS)}", self.optimizer, self.optimizer in KINDS),
-                (
-                    "schedule",
-                    f"'constant' with {self.optimizer}, whose mean of iterates takes the schedule's place",
-                    self.schedule,
-                    self.schedule == "constant" or self.optimizer not in SCHEDULE_FREE,
-                ),
-                (
-                    "lr",
-                    "numbers > 0, each once, or 'auto'",
-                    self.lr,
-                    self.lr == "auto" or are_rates(self.lr if isinstance(self.lr, tuple) else (self.lr,)),
-                ),
-                ("epochs", "a number > 0", self.epochs, self.epochs > 0),
-                ("batch_size", "an integer >= 1", self.batch_size, self.batch_size >= 1),
-                ("accumulation", "an integer >= 1", self.accumulation, self.accumulation >= 1),
-                ("weight_decay", "a number >= 0", self.weight_decay, self.weight_decay >= 0),
-                ("precision", "'fp32' or 'bf16'", self.precision, self.precision in ("fp32", "bf16")),
-                ("checkpoint_every", "an integer >= 0", self.checkpoint_every, self.checkpoint_every >= 0),
-            )
-            if not ok
-        ]
-        if problems:
-            raise ConfigError(problems)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepReport:
-    """What an observer sees after each step: all numbers are of the run so far."""
-
-    step: int
-    loss: float
-    progress: float
-    flops_fraction: float
-    seconds: float
-    step_seconds: float
-    active: int
-    components: int
-    cut: int
-    captured: float | None
-    top: tuple[tuple[str, float], ...]
-
-
-@dataclass(kw_only=True)
-class Result:
-    """What came out of a run.
-
-    Attributes:
-        metrics: of the last evaluation, by split.
-        ledger: summary of all that was spent.
-        step_seconds: seconds of each optimizer step.
-    """
-
-    steps: int
-    metrics: dict[str, dict[str, float]]
-    ledger: dict[str, Any]
-    step_seconds: list[float] = field(default_factory=list)
-
-
-def _candidates(settings: Settings, model: nn.Module) -> tuple[float, ...]:
-    lr = settings.lr
-    if lr == "auto":
-        return candidate_rates(model, factor=KINDS[settings.optimizer].rate_factor)
-    return lr if isinstance(lr, tuple) else (lr,)
 
 
 class _StoppedSearching(Exception):
@@ -173,7 +70,7 @@ class Run:
         self, task: Task, config: Config, settings: Settings, *, folder: RunFolder | None = None,
         observers: Sequence[Callable[[StepReport], None]] = (), full_flops: float | None = None,
     ) -> None:  # fmt: skip
-        self.rates = _candidates(settings, task.model)
+        self.rates = settings.rates(task.model)
         if len(self.rates) > 1 and config.budget is not None and config.budget.memory is not None:
             raise ConfigError(
                 f"lr: expected one learning rate with a memory budget, found {len(self.rates)} to search among: each "

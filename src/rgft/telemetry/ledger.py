@@ -15,7 +15,8 @@ import torch
 
 from rgft.cost import StepCost
 from rgft.errors import ConfigError
-from rgft.telemetry.energy import JOULES_PER_KWH, WORLD_CARBON_INTENSITY, Spent, co2_grams
+from rgft.telemetry import ledger_figures
+from rgft.telemetry.energy import WORLD_CARBON_INTENSITY, Spent
 
 try:
     import resource
@@ -317,17 +318,6 @@ class Ledger:
         """Joules that count against a budget: all but evaluation's."""
         return sum(joules for part, joules in self.joules.items() if part != "evaluation")
 
-    def _energy(self) -> dict[str, Any]:
-        spent, all_joules = self.spent_joules, sum(self.joules.values())
-        # Losers' energy is booked once more, as the search's, and is of either source.
-        is_all, is_some = self.measured_joules >= all_joules * (1.0 - 1e-9), self.measured_joules > 0.0
-        source = "measured" if is_all else "measured in part" if is_some else "estimated"
-        return {
-            "joules": {**self.joules, "total": spent}, "kwh": spent / JOULES_PER_KWH,
-            "co2_grams": co2_grams(spent, self.carbon_intensity), "carbon_intensity": self.carbon_intensity,
-            "source": source if self.joules else None, "notes": list(self.energy_notes),
-        }  # fmt: skip
-
     @property
     def parameters_ever_updated(self) -> int:
         """Parameters updated in at least one step."""
@@ -349,69 +339,7 @@ class Ledger:
             axis, with probes, filling and search as `added`; the fractions), `audit`, `seconds`, `energy` (without
             evaluation's), `memory`, `data`, `parameters`.
         """
-        saved = self.forward_cached_flops + self.dx_truncated_flops + self.dw_skipped_flops + self.unread_flops
-        saved += self.examples_flops + self.targets_flops
-        added = self.probe_flops + self.fill_flops + self.search_flops + self.recomputed_flops + self.pair_flops
-        added += self.optimizer_flops
-        return {
-            "steps": self.steps,
-            "flops": {
-                "spent": self.spent_flops,
-                "full": full_flops,
-                "fraction_of_full": self.spent_flops / full_flops if full_flops else None,
-                "same_batches_in_full": self.reference_flops,
-                "fraction_of_same_batches": self.spent_flops / self.reference_flops if self.reference_flops else None,
-                "forward": self.forward_flops, "dx": self.dx_flops, "dw": self.dw_flops,
-                "head_at_targets": self.head_flops,
-                "probes": self.probe_flops, "cache_filling": self.fill_flops, "search": self.search_flops,
-                "recomputed": self.recomputed_flops, "low_rank_pairs": self.pair_flops,
-                "optimizer": self.optimizer_flops,
-                "scoring_fraction": self.probe_flops / self.spent_flops if self.spent_flops else None,
-                "saved": {
-                    "dw_skipped": self.dw_skipped_flops, "dx_truncated": self.dx_truncated_flops,
-                    "forward_cached": self.forward_cached_flops, "unread_positions": self.unread_flops,
-                    "examples_skipped": self.examples_flops, "targets_skipped": self.targets_flops,
-                    "added": added, "net": saved - added,
-                },
-                "evaluation": self.evaluation_flops,
-            },
-            "audit": {
-                "audits": self.audits, "counted": self.audited_flops, "modelled": self.audited_modelled_flops,
-                "error": self.audit_error,
-            },
-            "seconds": {**self.seconds, "total": self.elapsed},
-            "energy": self._energy(),
-            "memory": {
-                "peak_bytes": self.peak_memory_bytes, "peak_accelerator_bytes": self.peak_accelerator_bytes or None,
-                **self._against_limit(),
-            },
-            "data": {
-                "passes": self.passes, "examples": self.examples, "tokens": self.tokens,
-                # Told by some passes only, a share would be a guess.
-                "padding_tokens": self.padding_tokens if self.tokens_with_known_padding == self.tokens else None,
-                "examples_skipped": self.examples_skipped, "targets_skipped": self.targets_skipped,
-                "targets_are_biased": self.targets_are_biased,
-            },
-            "parameters": {
-                "updated_in_last_step": self.last_updated_parameters,
-                "updated_per_step": self.updated_parameters / self.steps if self.steps else 0.0,
-                "updated_in_all": self.parameters_ever_updated,
-                "steps_by_component": dict(self.component_steps),
-            },
-        }  # fmt: skip
-
-    def _against_limit(self) -> dict[str, Any]:
-        """What a memory budget was, and what was measured; nothing without one."""
-        if self.memory_limit_bytes is None:
-            return {}
-        # On an accelerator its allocator knows; on the CPU only steps that were followed.
-        peak = self.peak_accelerator_bytes or self.peak_step_bytes
-        before, after = self.resident_before_bytes, self.peak_memory_bytes
-        return {
-            "limit_bytes": self.memory_limit_bytes, "forecast_bytes": self.memory_forecast_bytes,
-            "measured_bytes": peak, "is_within": None if peak is None else peak <= self.memory_limit_bytes,
-            "resident_growth_bytes": None if before is None or after is None else after - before,
-        }  # fmt: skip
+        return ledger_figures.summary(self, full_flops)
 
     def as_rows(self, full_flops: float | None = None) -> list[tuple[str, float, float | None]]:
         """Rows of a table of FLOPs: (what, FLOPs, share of full fine-tuning); savings are negative.
@@ -421,24 +349,7 @@ class Ledger:
         Args:
             full_flops: as in `summary`; None gives shares of full fine-tuning on the same batches.
         """
-        whole = full_flops or self.reference_flops
-        rows = [
-            ("full fine-tuning, same batches", self.reference_flops),
-            ("dW skipped", -self.dw_skipped_flops),
-            ("dX truncated", -self.dx_truncated_flops),
-            ("F cached", -self.forward_cached_flops),
-            ("positions not read", -self.unread_flops),
-            ("examples skipped", -self.examples_flops),
-            ("targets skipped" + self.bias_label, -self.targets_flops),
-            ("computed twice", self.recomputed_flops),
-            ("low-rank pairs", self.pair_flops),
-            ("optimizer's products", self.optimizer_flops),
-            ("probes", self.probe_flops),
-            ("cache filling", self.fill_flops),
-            ("search", self.search_flops),
-            ("spent", self.spent_flops),
-        ]
-        return [(what, flops, flops / whole if whole else None) for what, flops in rows]
+        return ledger_figures.as_rows(self, full_flops)
 
     @property
     def bias_label(self) -> str:

@@ -14,9 +14,20 @@ def written(work: Callable[[], object]) -> float:
 
 
 def test_forward_and_backward_by_hand() -> None:
-    x, w = torch.randn(10, 20), torch.randn(20, 30, requires_grad=True)
+    x, w = torch.randn(40, 50), torch.randn(50, 60, requires_grad=True)
     # gelu, its sum and the seed of its gradient, the gradient of gelu; neither products nor the spread-out seed.
-    assert written(lambda: F.gelu(x @ w).sum().backward()) == 300 + 1 + 1 + 300
+    assert written(lambda: F.gelu(x @ w).sum().backward()) == 2400 + 1 + 1 + 2400
+
+
+def test_narrow_products_count_with_what_they_read_and_write() -> None:
+    x, a, bias = torch.randn(40, 50), torch.randn(50, 8), torch.zeros(8)
+    assert written(lambda: x @ a) == 40 * 50 + 50 * 8 + 40 * 8
+    assert written(lambda: x.t() @ x) == 0
+    assert written(lambda: F.linear(x, a.t(), bias)) == 40 * 50 + 50 * 8 + 40 * 8
+    many, others = torch.randn(3, 4, 50), torch.randn(3, 50, 60)
+    assert written(lambda: many @ others) == 3 * (4 * 50 + 50 * 60 + 4 * 60)
+    image, kernel = torch.randn(1, 3, 8, 8), torch.randn(4, 3, 3, 3)
+    assert written(lambda: F.conv2d(image, kernel)) == 0
 
 
 def test_views_write_nothing_and_work_in_place_does() -> None:

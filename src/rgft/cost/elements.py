@@ -1,22 +1,27 @@
 """Elements written by everything that is no product: activation functions, norms, residuals, masks, dropout, casts.
 
 Such work is bound by memory, not by arithmetic, and is a fifth to a third of a step's time though FLOPs do not show it.
-Random numbers, which dropout draws, are dearer by an order of magnitude and stand apart.
+So are products with a narrow side (low-rank pairs', adapters'), which count here with what they read and write, beside
+their FLOPs. Random numbers, which dropout draws, are dearer by an order of magnitude and stand apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rgft.cost.counting import is_product
 from rgft.nested import tensors_in
+
+#: A product with a side below this many elements does too little with what it reads to be bound by arithmetic.
+NARROW = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +54,10 @@ class ElementCounter(TorchDispatchMode):
         name: str = func._schema.name
         # Attention is products and more: what it writes counts.
         is_attention = "scaled_dot_product" in name
-        if (is_product(func) and not is_attention) or name.startswith(("aten::_foreach", "aten::_fused")):
+        if name.startswith(("aten::_foreach", "aten::_fused")):
+            return output
+        if is_product(func) and not is_attention:
+            self.elements += Elements(written=_of_narrow(tensors_in(args), output))
             return output
         is_in_place = any(argument.alias_info is not None and argument.alias_info.is_write for argument in
                           func._schema.arguments)  # fmt: skip
@@ -62,6 +70,17 @@ class ElementCounter(TorchDispatchMode):
         is_random = not is_attention and torch.Tag.nondeterministic_seeded in func.tags
         self.elements += Elements(drawn=made) if is_random else Elements(written=made)
         return output
+
+
+def _of_narrow(operands: Iterable[Tensor], output: Any) -> int:
+    """Elements that a matrix product reads and writes, if a side of it is narrow; else 0."""
+    matrices = [tensor for tensor in operands if tensor.dim() in (2, 3)][-2:]
+    if len(matrices) < 2 or not isinstance(output, Tensor):
+        return 0
+    (*_, rows, inner), (*_, columns) = matrices[0].shape, matrices[1].shape
+    if min(rows, inner, columns) >= NARROW:
+        return 0
+    return output.numel() + sum(matrix.numel() for matrix in matrices)
 
 
 class FusedAttention(TorchFunctionMode):

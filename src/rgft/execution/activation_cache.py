@@ -331,7 +331,9 @@ class ActivationCache:
         self._filled.update(zip(rows, written, strict=False))
 
     def end(self) -> None:
-        """Ends the batch: forwards until the next `begin` bypass the cache."""
+        """Ends the batch: forwards until the next `begin` bypass the cache. A filling pass ends none."""
+        if self._filling:
+            return
         self._filled.clear()
         self._leave_batch()
 
@@ -451,6 +453,7 @@ class ActivationCache:
             self.set_cut(level["cut"])
             if self._levels.top is not None:
                 self._levels.restore(self._levels.top, level)
+                self._proof.is_given = self._levels.top.is_padding_unread  # noted when the cut is moved on
         self.set_cut(state["cut"])
         self._digests = dict(state["digests"])
         self._proof.is_given = self._levels.top is not None and self._levels.top.is_padding_unread

@@ -6,10 +6,11 @@ import io
 
 import pytest
 import torch
+from torch.optim import Optimizer
 
 from rgft import Config, Guide
 from tests.families import FAMILIES, loss_of
-from tests.integration.loops import Examples, assert_same_state, guided, trimmed
+from tests.integration.loops import Examples, assert_same_state, guided, trimmed, without_dropout
 from tests.integration.test_guide_low_rank import everything, pairs_of
 from tests.integration.test_optimizers import NAMES, optimizer_of
 
@@ -73,3 +74,27 @@ def test_a_resumed_run_goes_on_bit_for_bit(name: str) -> None:
         for found, expected in zip(held, everything(whole)[name], strict=True)
     )
     assert_same_state(resumed.model, whole.model)
+
+
+@pytest.mark.parametrize("name", ["lion", "schedule-free"])
+def test_a_run_resumed_while_measuring_scores_the_same_steps(name: str) -> None:
+    """The last step is kept where the optimizer's state does not tell it, of pairs as of weights."""
+
+    def measuring() -> tuple[Guide, Optimizer]:
+        torch.manual_seed(0)
+        settings = {"average_last": 0.0, "low_rank": {"rank": 2}}
+        model = without_dropout(BERT.build())
+        guide = Guide(model, Config(granularity="layer", warmup_fraction=0.9, update=settings), loss=loss_of)
+        return guide, optimizer_of(guide, name)
+
+    data = Examples(BERT)
+    (whole, optimizer), (first, stopped), (second, again) = measuring(), measuring(), measuring()
+    guided(whole, optimizer, data, steps=3, collate_fn=trimmed)
+    guided(first, stopped, data, steps=2, collate_fn=trimmed)
+    assert first.is_measuring
+    second.model.load_state_dict(first.model.state_dict())
+    again.load_state_dict(stopped.state_dict())
+    second.load_state_dict(first.state_dict())
+    guided(second, again, data, steps=3, collate_fn=trimmed)
+    assert whole.error_map.observed
+    assert second.error_map.values() == whole.error_map.values()

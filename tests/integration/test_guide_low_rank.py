@@ -254,6 +254,17 @@ def test_the_mean_of_iterates_survives_a_merge(granularity: str) -> None:
         torch.testing.assert_close(value, mean, rtol=1e-9, atol=1e-12, msg=name)
 
 
+@pytest.mark.parametrize("granularity", ["block", "head"])
+def test_components_that_are_nothing_but_pairs_are_averaged(granularity: str) -> None:
+    """Attention without biases has no other part."""
+    family = FAMILIES["llama"]
+    guide = Guide(family.build(), config(granularity, update={"average_last": 0.5}))
+    pairs = pairs_of(guide)
+    assert any(not pairs.parts[name] for name in pairs.sites)
+    guided(guide, adamw(guide), Examples(family, count=16))
+    assert guide.step_count == 4
+
+
 # ---------------------------------------------------------------- with all else
 
 

@@ -196,7 +196,7 @@ class Executor:
         return {
             "on": sorted(self._on),
             "moments": self._moments.state_dict() if self._moments else {},
-            "cache": self.cache.state_dict() if self.cache and cache else None,
+            "cache": self.cache.state_dict() if self.cache is not None and cache else None,
             "low_rank": None if low_rank is None else low_rank.state_dict(values=weights),
         }
 

@@ -25,6 +25,7 @@ from rgft.execution.cache_levels import CacheLevels
 from rgft.execution.eager import eager
 from rgft.execution.fingerprint import prefix_fingerprint, row_digests
 from rgft.execution.padding import BatchRows, PaddingProof, spans_of
+from rgft.execution.pairs import forward_with_pairs, pairs_outside
 from rgft.execution.states import CachedState, Key
 
 log = logging.getLogger("rgft")
@@ -142,7 +143,8 @@ class ActivationCache:
         frozen = min(cut - 1, len(self._layers))
         for position, layer in enumerate(self._layers[: max(frozen, 0)]):
             self._replaced.append((layer, layer.__dict__.get("forward")))
-            layer.forward = eager(self._wrap(layer.forward, cut=position + 2, is_last=position == frozen - 1))
+            own = forward_with_pairs(layer, layer.forward)
+            layer.forward = eager(self._wrap(own, cut=position + 2, is_last=position == frozen - 1))
 
     def detach(self) -> None:
         """Gives the layers their own forward back, and closes what is open."""
@@ -151,6 +153,7 @@ class ActivationCache:
 
     def _unwrap(self) -> None:
         for layer, own_forward in self._replaced:
+            pairs_outside(layer)
             if own_forward is None:
                 del layer.forward  # the class's own shows again
             else:

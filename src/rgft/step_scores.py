@@ -85,9 +85,7 @@ class StepScores:
         self._binding, self._directions, self._rates, self._row_stride = binding, directions, rates, row_stride
         self._tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         self._sparse = [table for table in _may_be_sparse(model, binding) if directions.is_rowwise(table.weight)]
-        self._names = {
-            id(p): f"{name}:{index}" for name, held in binding.held.items() for index, p in enumerate(held)
-        }
+        self._names = {id(p): f"{name}:{index}" for name, held in binding.held.items() for index, p in enumerate(held)}
 
     def keep_next(self, turns: Iterable[int]) -> None:
         """Before the optimizer's step: it will be scored, on the rows of these turns."""

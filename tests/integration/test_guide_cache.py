@@ -240,3 +240,23 @@ def test_a_run_resumed_where_all_states_are_of_the_old_cut_still_has_them() -> N
     for guide in (whole, resumed):
         step(guide, [0, 1, 2, 3])
     assert resumed.cache.upgrades == whole.cache.upgrades == 4
+
+
+def test_a_cache_that_stayed_out_stays_out_of_the_resumed_run() -> None:
+    def session() -> Guide:
+        config = Config(preset="full", policy={"name": "all_on"}, execution={"cache": "auto"})
+        guide = Guide(FAMILIES["bert"].build(), config, loss=with_padding)
+        steer(guide, Scripted(lambda _: [c.name for c in guide.partition if c.depth >= 2]))
+        guide.set_optimizer(adamw(guide))
+        return guide
+
+    whole, resumed = session(), session()
+    for batch in whole.batches(Examples(FAMILIES["bert"], 8), batch_size=4, collate_fn=collate):
+        whole.loss(batch).backward()
+        assert whole.optimizer is not None
+        whole.step(whole.optimizer)
+    resumed.load_state_dict(whole.state_dict())
+    for guide in (whole, resumed):
+        assert guide.cache is not None
+        guide.cache.set_cut(3)
+        assert "forward" not in guide.model.get_submodule(guide.partition.layers[0]).__dict__

@@ -441,6 +441,7 @@ class ActivationCache:
         self._note_proof()
         return {
             "cut": self._cut,
+            "is_usable": self._is_usable,
             "levels": self._levels.state_dict(),
             "digests": dict(self._digests),
             "hits": self.hits,
@@ -452,6 +453,7 @@ class ActivationCache:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict`, after the model's weights."""
         self.set_cut(0)
+        self._is_usable = self._is_usable and state["is_usable"]
         for level in state["levels"]:
             self.set_cut(level["cut"])
             if self._levels.top is not None:

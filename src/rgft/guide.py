@@ -470,6 +470,7 @@ class Guide(GuidedRun):
                 "rewind() goes back in the guide's own batches, and there are none yet: use load_state_dict"
             )
         self._step.drop()
+        self._ends_after_step = False
         self._left_stream = stream
         self._load(state, weights=False)
         self._restore_data(state)

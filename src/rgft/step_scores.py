@@ -85,9 +85,7 @@ class StepScores:
         self._binding, self._directions, self._rates, self._row_stride = binding, directions, rates, row_stride
         self._tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         self._sparse = [table for table in _may_be_sparse(model, binding) if directions.is_rowwise(table.weight)]
-        self._names = {
-            id(p): f"{name}:{index}" for name, held in binding.parameters.items() for index, p in enumerate(held)
-        }
+        self._names = {id(p): f"{name}:{index}" for name, held in binding.held.items() for index, p in enumerate(held)}
 
     def keep_next(self, turns: Iterable[int]) -> None:
         """Before the optimizer's step: it will be scored, on the rows of these turns."""
@@ -102,7 +100,7 @@ class StepScores:
         return self._directions.state_dict(self._names)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        held = {self._names[id(p)]: p for parameters in self._binding.parameters.values() for p in parameters}
+        held = {self._names[id(p)]: p for parameters in self._binding.held.values() for p in parameters}
         self._directions.load_state_dict(state, held)
 
     def detach(self) -> None:

@@ -207,3 +207,56 @@ def test_a_cut_that_is_moved_up_goes_on_from_what_is_known() -> None:
     # The first epoch computes one frozen layer, the second the next one alone, the third none.
     first, second, third = (counted for counted, _ in audits[::4])
     assert first > second > third
+
+
+def test_a_run_resumed_where_all_states_are_of_the_old_cut_still_has_them() -> None:
+    """There was no room for the first batch at the new one: the cache is empty there, and not below."""
+    data = Examples(FAMILIES["bert"], 8)
+
+    def session() -> Guide:
+        config = Config(preset="full", policy={"name": "all_on"}, execution={"cache": "memory"})
+        guide = Guide(FAMILIES["bert"].build(), config, loss=loss_of)
+        depths = {component.name: component.depth for component in guide.partition}
+        steer(guide, Scripted(lambda s: [name for name, depth in depths.items() if depth >= 2 + (s.step > 0)]))
+        guide.set_optimizer(adamw(guide))
+        return guide
+
+    def step(guide: Guide, ids: list[int]) -> None:
+        batch = collate([{k: v for k, v in data[i].items() if k != "attention_mask"} for i in ids])
+        assert guide.optimizer is not None
+        guide.announce(batch, ids)
+        guide.loss(batch).backward()
+        guide.step(guide.optimizer)
+
+    whole, resumed = session(), session()
+    assert whole.cache is not None
+    assert resumed.cache is not None
+    step(whole, [0, 1, 2, 3])
+    whole.cache.limit(whole.cache.bytes)
+    step(whole, [4, 5, 6, 7])
+    assert len(whole.cache) == 0
+    resumed.model.load_state_dict(whole.model.state_dict())
+    resumed.load_state_dict(whole.state_dict())
+    for guide in (whole, resumed):
+        step(guide, [0, 1, 2, 3])
+    assert resumed.cache.upgrades == whole.cache.upgrades == 4
+
+
+def test_a_cache_that_stayed_out_stays_out_of_the_resumed_run() -> None:
+    def session() -> Guide:
+        config = Config(preset="full", policy={"name": "all_on"}, execution={"cache": "auto"})
+        guide = Guide(FAMILIES["bert"].build(), config, loss=with_padding)
+        steer(guide, Scripted(lambda _: [c.name for c in guide.partition if c.depth >= 2]))
+        guide.set_optimizer(adamw(guide))
+        return guide
+
+    whole, resumed = session(), session()
+    for batch in whole.batches(Examples(FAMILIES["bert"], 8), batch_size=4, collate_fn=collate):
+        whole.loss(batch).backward()
+        assert whole.optimizer is not None
+        whole.step(whole.optimizer)
+    resumed.load_state_dict(whole.state_dict())
+    for guide in (whole, resumed):
+        assert guide.cache is not None
+        guide.cache.set_cut(3)
+        assert "forward" not in guide.model.get_submodule(guide.partition.layers[0]).__dict__

@@ -254,6 +254,35 @@ def test_the_mean_of_iterates_survives_a_merge(granularity: str) -> None:
         torch.testing.assert_close(value, mean, rtol=1e-9, atol=1e-12, msg=name)
 
 
+def test_a_cached_layer_that_is_a_linear_layer_itself_does_not_compute_its_pairs() -> None:
+    """Of a plain MLP the layers have the pairs, whose inputs a skipped layer does not see."""
+    family, found = FAMILIES["mlp"], []
+    for cache in ("memory", "none"):
+        guide = Guide(family.build(), config(rank=2, execution={"cache": cache}, policy={"name": "all_on"}))
+        depths = {component.name: component.depth for component in guide.partition}
+        cuts = [0, 2, 2, 3, 3, 3, 2, 2, 0]
+        steer(guide, Forms(lambda s: [n for n, d in depths.items() if d >= cuts[s]], lambda s: depths))  # noqa: B023
+        optimizer = adamw(guide)
+        guided(guide, optimizer, Examples(family, count=12), epochs=3)
+        assert guide.cache is None or (guide.cache.hits > 0 and guide.cache.upgrades > 0)
+        found.append(everything(guide))
+        guide.detach()
+    for component, tensors in found[1].items():
+        for cached, plain in zip(found[0][component], tensors, strict=True):
+            torch.testing.assert_close(cached, plain, rtol=1e-4, atol=1e-6, msg=component)
+
+
+@pytest.mark.parametrize("granularity", ["block", "head"])
+def test_components_that_are_nothing_but_pairs_are_averaged(granularity: str) -> None:
+    """Attention without biases has no other part."""
+    family = FAMILIES["llama"]
+    guide = Guide(family.build(), config(granularity, update={"average_last": 0.5}))
+    pairs = pairs_of(guide)
+    assert any(not pairs.parts[name] for name in pairs.sites)
+    guided(guide, adamw(guide), Examples(family, count=16))
+    assert guide.step_count == 4
+
+
 # ---------------------------------------------------------------- with all else
 
 

@@ -25,6 +25,7 @@ from rgft.execution.cache_levels import CacheLevels
 from rgft.execution.eager import eager
 from rgft.execution.fingerprint import prefix_fingerprint, row_digests
 from rgft.execution.padding import BatchRows, PaddingProof, spans_of
+from rgft.execution.pairs import forward_with_pairs, pairs_outside
 from rgft.execution.states import CachedState, Key
 
 log = logging.getLogger("rgft")
@@ -142,7 +143,8 @@ class ActivationCache:
         frozen = min(cut - 1, len(self._layers))
         for position, layer in enumerate(self._layers[: max(frozen, 0)]):
             self._replaced.append((layer, layer.__dict__.get("forward")))
-            layer.forward = eager(self._wrap(layer.forward, cut=position + 2, is_last=position == frozen - 1))
+            own = forward_with_pairs(layer, layer.forward)
+            layer.forward = eager(self._wrap(own, cut=position + 2, is_last=position == frozen - 1))
 
     def detach(self) -> None:
         """Gives the layers their own forward back, and closes what is open."""
@@ -151,6 +153,7 @@ class ActivationCache:
 
     def _unwrap(self) -> None:
         for layer, own_forward in self._replaced:
+            pairs_outside(layer)
             if own_forward is None:
                 del layer.forward  # the class's own shows again
             else:
@@ -331,7 +334,9 @@ class ActivationCache:
         self._filled.update(zip(rows, written, strict=False))
 
     def end(self) -> None:
-        """Ends the batch: forwards until the next `begin` bypass the cache."""
+        """Ends the batch: forwards until the next `begin` bypass the cache. A filling pass ends none."""
+        if self._filling:
+            return
         self._filled.clear()
         self._leave_batch()
 
@@ -436,6 +441,7 @@ class ActivationCache:
         self._note_proof()
         return {
             "cut": self._cut,
+            "is_usable": self._is_usable,
             "levels": self._levels.state_dict(),
             "digests": dict(self._digests),
             "hits": self.hits,
@@ -447,10 +453,12 @@ class ActivationCache:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict`, after the model's weights."""
         self.set_cut(0)
+        self._is_usable = self._is_usable and state["is_usable"]
         for level in state["levels"]:
             self.set_cut(level["cut"])
             if self._levels.top is not None:
                 self._levels.restore(self._levels.top, level)
+                self._proof.is_given = self._levels.top.is_padding_unread  # noted when the cut is moved on
         self.set_cut(state["cut"])
         self._digests = dict(state["digests"])
         self._proof.is_given = self._levels.top is not None and self._levels.top.is_padding_unread

@@ -73,6 +73,8 @@ class IterateAverage:
         for mean, buffer in zip(self._buffer_means, self._buffers, strict=True):
             mean.lerp_(buffer, 1.0 / self._count)
         for name, means in self._means.items():
+            if not means:  # all that the component has are weights with a pair
+                continue
             current = [p.detach().to(mean.dtype) for p, mean in zip(self._binding.parts[name], means, strict=True)]
             torch._foreach_lerp_(means, current, 1.0 / self._count)  # pyright: ignore[reportPrivateImportUsage]
 

@@ -78,6 +78,10 @@ class Binding:
         """What goes on and off by itself, and its parameters: components, or parts of those that may take pairs."""
         return self.parameters if self.low_rank is None else self.low_rank.parts
 
+    def part_of(self, parameter: nn.Parameter) -> str | None:
+        """Name of the part that the parameter belongs to, or None."""
+        return self._owners.get(id(parameter)) if self.low_rank is None else self.low_rank.part_of(parameter)
+
     def parts_on(self, active: Collection[str]) -> frozenset[str]:
         """Parts that are trained while the components `active` are on."""
         return frozenset(active) if self.low_rank is None else self.low_rank.parts_on(active)

@@ -107,7 +107,8 @@ class Executor:
 
     def _is_on(self, parameter: nn.Parameter) -> bool:
         """Whether the plan in force updates a parameter, if not at every step."""
-        return self._switch.plan is None or self._binding.owner(parameter) in self._switch.plan.active()
+        plan = self._switch.plan
+        return plan is None or self._binding.part_of(parameter) in self._binding.parts_on(plan.active())
 
     def optimizer_flops(self) -> dict[str, float]:
         """FLOPs of products in the optimizer's own step, by component; none without any."""
@@ -118,8 +119,12 @@ class Executor:
     def apply(self, plan: UpdatePlan, step: int) -> None:
         """Puts the plan into force for `step`."""
         before = self._on
-        if self._binding.low_rank is not None:
-            self._binding.low_rank.take_forms(plan.pairs, plan.active_set(step))
+        low_rank = self._binding.low_rank
+        if low_rank is not None:
+            if self.mean is not None:
+                for name in self.to_merge(plan, step):
+                    self.mean.before_merge(low_rank, name)
+            low_rank.take_forms(plan.pairs, plan.active_set(step))
         self._switch.apply(plan, step)
         self._on = active = self.parts
         if self._multipliers is not None:
@@ -191,7 +196,7 @@ class Executor:
         return {
             "on": sorted(self._on),
             "moments": self._moments.state_dict() if self._moments else {},
-            "cache": self.cache.state_dict() if self.cache and cache else None,
+            "cache": self.cache.state_dict() if self.cache is not None and cache else None,
             "low_rank": None if low_rank is None else low_rank.state_dict(values=weights),
         }
 

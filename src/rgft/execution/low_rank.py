@@ -84,6 +84,14 @@ class LowRank(PairSet):
                 parts[_paired(name)] = self.pairs[name]
         return parts
 
+    def part_of(self, parameter: nn.Parameter) -> str | None:
+        """Name of the part that a parameter belongs to, or None."""
+        return self._parts_of.get(id(parameter))
+
+    @cached_property
+    def _parts_of(self) -> Mapping[int, str]:
+        return {id(parameter): part for part, parameters in self.parts.items() for parameter in parameters}
+
     def parts_on(self, active: Collection[str]) -> frozenset[str]:
         """Parts that are trained while `active` is on, each in the form that it has."""
         key = (frozenset(active), self.in_form)

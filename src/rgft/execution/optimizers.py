@@ -110,7 +110,7 @@ def _refuse_shared_counts(optimizer: Optimizer, binding: Binding) -> None:
     if not counts_in_groups(optimizer):
         return
     for index, group in enumerate(optimizer.param_groups):
-        owners = {owner for p in group["params"] if (owner := binding.owner(p)) is not None}
+        owners = {part for p in group["params"] if (part := binding.part_of(p)) is not None}
         if len(owners) > 1:
             first, second = sorted(owners)[:2]
             raise OptimizerError(

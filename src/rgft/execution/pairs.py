@@ -12,7 +12,7 @@ one of them.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -41,6 +41,7 @@ class LowRankPairs(nn.Module):
 
     Attributes:
         is_running: by pair, whether it is computed; what was never trained has B = 0 and need not be.
+        is_inside: whether the module's forward computes them itself (`forward_with_pairs`), and its hook does not.
     """
 
     def __init__(self, layout: Layout, dim: int | None, scale: float) -> None:
@@ -49,6 +50,7 @@ class LowRankPairs(nn.Module):
         self.spans: list[tuple[int, int]] = []
         self.names: list[tuple[str, str]] = []
         self.is_running: list[bool] = []
+        self.is_inside = False
 
     def add(self, stem: str, part: ParameterSlice, a_RI: Tensor, b_OR: Tensor) -> int:
         """Registers the pair of a slice; returns its place among them."""
@@ -201,10 +203,35 @@ def _pairs_of(module: nn.Module) -> LowRankPairs | None:
 
 def _compute(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
     pairs = _pairs_of(module)
-    if pairs is None:
+    if pairs is None or pairs.is_inside:
         return None
     (x,) = (*args, *kwargs.values())
     return pairs.added(x, output)
+
+
+def forward_with_pairs(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A module's forward that computes its pairs, if it has any, so that who skips it skips them, too.
+
+    Hooks are not part of a forward: they run on what a skipped module hands on. Undone by `pairs_outside`.
+    """
+    if (holder := _pairs_of(module)) is None:
+        return forward
+    holder.is_inside = True
+
+    def computed(*args: Any, **kwargs: Any) -> Any:
+        output, pairs = forward(*args, **kwargs), _pairs_of(module)
+        if pairs is None:  # hidden for a while
+            return output
+        (x,) = (*args, *kwargs.values())
+        return pairs.added(x, output)
+
+    return computed
+
+
+def pairs_outside(module: nn.Module) -> None:
+    """Has the module's hook compute its pairs again."""
+    if (holder := _pairs_of(module)) is not None:
+        holder.is_inside = False
 
 
 def _merge_saved(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

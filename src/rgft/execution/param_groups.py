@@ -30,7 +30,7 @@ def param_groups(
         weight_decay: for weights; biases and norms (one-dimensional parameters) have none.
         decays: names of the parameters that decay, as the model shows them now; None: as under `weight_decay`.
         by: "matrix" puts matrices of hidden layers apart and marks them (low-rank pairs are none of them); "component"
-            gives each component its own.
+            gives each component its own, and what may be off by itself of one with pairs (`Binding.parts`).
         pair_lr_multiplier: of the learning rate of low-rank pairs.
     """
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -41,11 +41,11 @@ def param_groups(
         for part, parameter, name in zip(component.slices, parameters, names, strict=True):
             is_decayed = len(part.shape) > 1 if decays is None else name in decays
             is_matrix = _is_matrix(component, parameter) and id(parameter) not in tables
-            apart = {"rate": None, "matrix": is_matrix, "component": component.name}[by]
+            apart = {"rate": None, "matrix": is_matrix, "component": binding.part_of(parameter)}[by]
             groups.setdefault((rate, weight_decay if is_decayed else 0.0, apart), []).append(parameter)
         for parameter, name in _pairs(binding, component):
             decay = weight_decay if decays is None or name in decays else 0.0
-            apart = {"rate": None, "matrix": False, "component": component.name}[by]
+            apart = {"rate": None, "matrix": False, "component": binding.part_of(parameter)}[by]
             groups.setdefault((rate * pair_lr_multiplier, decay, apart), []).append(parameter)
     return [
         {"params": p, "lr": rate, "weight_decay": decay, **({IS_MATRIX: apart} if by == "matrix" else {})}

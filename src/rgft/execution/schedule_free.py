@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rgft.execution.low_rank import LowRank
 from rgft.execution.optimizers import counts_in_groups
+from rgft.execution.pair_set import couples
 
 
 class MeanOfIterates:
@@ -61,6 +63,18 @@ class MeanOfIterates:
                 elif steps_of is not None and self._is_on(parameter):
                     parameter.lerp_(end=steps_of.to(parameter), weight=1.0 - _interpolation(group))
             group["train_mode"] = True
+
+    @torch.no_grad()
+    def before_merge(self, low_rank: LowRank, name: str) -> None:
+        """Moves where steps lead (z) with the weights: they get what a component's pairs add, the pairs give it up."""
+        pairs, state = low_rank.pairs[name], self._optimizer.state
+        weights = low_rank.parts[low_rank.weight_part(name)]
+        for weight, delta in zip(weights, low_rank.deltas(name, pairs), strict=True):
+            if (steps_of := state.get(weight, {}).get("z")) is not None:
+                steps_of.add_(delta.to(steps_of))
+        for _, b in couples(pairs):
+            if (steps_of := state.get(b, {}).get("z")) is not None:
+                steps_of.zero_()
 
     def keep(self) -> None:
         """The end: the model has the mean, and there is no way back."""

@@ -146,6 +146,32 @@ def test_what_has_no_room_is_still_read_by_the_batch_that_it_was_computed_for() 
     assert (len(cached.cache), cached.cache.bytes) == (2, 2 * 5 * 8 * 4)  # the old cut's made room for them
 
 
+def test_rows_of_two_levels_without_room_are_computed_once() -> None:
+    """A filling pass ends in the model's own hooks, too, where a guide's step ends the batch."""
+    cached, tokens = Cached(), toy_batch()
+    cached.move(2)
+    expected = cached.passes(IDS, tokens)[1]
+    cached.move(3)
+    cached.cache.limit(1)
+    others = [IDS[0], IDS[1], 30, 31]
+    cached.model.register_forward_hook(lambda *_: cached.cache.end(), always_call=True)
+    level, output = cached.passes(others, tokens)
+    assert (level, cached.ran) == (3, [(1, 2), (0, 2), (1, 2), (2, 4)])
+    assert torch.allclose(output, expected, atol=1e-6)
+
+
+def test_a_restored_cache_knows_what_was_proved_at_each_cut() -> None:
+    cached, tokens = Cached(), toy_batch()
+    cached.move(2)
+    cached.passes(IDS, tokens, MASK)
+    cached.move(3)
+    resumed = Cached()
+    resumed.cache.load_state_dict(cached.cache.state_dict())
+    (level, output), (found, again) = (each.passes(IDS, tokens, MASK) for each in (cached, resumed))
+    assert level == found == 2
+    assert torch.equal(output, again)
+
+
 def test_a_restored_cache_reads_the_same_bytes(folder: Path | None) -> None:
     cached, tokens = Cached(folder), toy_batch()
     cached.move(2)

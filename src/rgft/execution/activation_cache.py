@@ -114,6 +114,10 @@ class ActivationCache:
         top = self._levels.top
         return 0 if top is None else len(top.states)
 
+    def __bool__(self) -> bool:
+        """An empty cache is one, too."""
+        return True
+
     def __contains__(self, example: int) -> bool:
         keys = [digest for (known, _), digest in self._digests.items() if known == example]
         top = self._levels.top

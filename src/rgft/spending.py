@@ -234,7 +234,7 @@ class Spending:
         fill, cached_below, dx_into = 0.0, 0, 0
         if self._cache is not None and batch is not None and ids is not None:
             mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-            dx_into = plan.cut if self._cache.lacks_proof(mask) else 0
+            dx_into = plan.cut if plan.cut and self._cache.lacks_proof(ids, mask, tokens) else 0
             known = self._cache.rows_by_level(ids, mask, tokens) if self._cache.cut == plan.cut else {0: []}
             if len(known) == 1:
                 (cached_below,) = known

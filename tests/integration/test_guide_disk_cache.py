@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,10 @@ from torch import Tensor, nn
 from rgft import Config, Guide
 from rgft.errors import CacheError, ConfigError
 from rgft.execution.disk_states import DiskStates
-from rgft.execution.states import CachedState
 from tests.families import FAMILIES
 from tests.integration.loops import Examples, adamw, assert_same_state, trimmed
 from tests.integration.policies import Scripted, steer
+from tests.unit.execution.disk import threads_that_load
 
 Change = Callable[[int, dict[str, Tensor]], dict[str, Tensor]]
 
@@ -177,14 +176,7 @@ def test_a_folder_goes_with_a_cache_on_disk(execution: dict[str, Any]) -> None:
 def test_from_the_second_epoch_on_states_are_read_ahead(
     prune: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    threads: list[str] = []
-    load = DiskStates._load
-
-    def noted(self: DiskStates, *args: Any) -> CachedState:
-        threads.append(threading.current_thread().name)
-        return load(self, *args)
-
-    monkeypatch.setattr(DiskStates, "_load", noted)
+    threads = threads_that_load(monkeypatch)
     examples = {"examples": {"prune": prune}} if prune else {}
     ahead = train(**disk(tmp_path / "ahead"), epochs=3, config=examples, loss=per_example)
     assert sum(name.startswith("rgft-read-ahead") for name in threads) >= 0.6 * len(threads) > 10

@@ -259,11 +259,10 @@ class ActivationCache:
         """Whether the gradient of the states at the cut is looked at in the pass that was announced."""
         return self._watched_BT is not None
 
-    def lacks_proof(self, attention_mask: Tensor | None) -> bool:
+    def lacks_proof(self, ids: Sequence[int], attention_mask: Tensor | None, tokens: int | None = None) -> bool:
         """Whether a pass over such a batch would have to show that padding is not read."""
-        if not self._is_usable or self._proof.is_given:
-            return False
-        return BatchRows.of((), attention_mask, None).is_padded
+        is_open = self._is_usable and not self._proof.is_given
+        return is_open and self._rows(ids, attention_mask, tokens).is_padded
 
     def rows_by_level(
         self, ids: Sequence[int] | None, attention_mask: Tensor | None, tokens: int | None = None

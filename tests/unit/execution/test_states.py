@@ -13,6 +13,7 @@ from torch import Tensor
 from rgft.errors import CacheError
 from rgft.execution.disk_states import DiskStates
 from rgft.execution.states import CachedState, MemoryStates
+from tests.unit.execution.disk import threads_that_load
 
 OLD = "0" * 32
 
@@ -202,14 +203,7 @@ def test_what_is_read_ahead_is_read_in_another_thread_and_no_second_time(
     for number in range(4):
         first.put(key(number), stored(number))
     found = on_disk(tmp_path)
-    threads: list[str] = []
-    load = DiskStates._load
-
-    def noted(self: DiskStates, *args: Any) -> CachedState:
-        threads.append(threading.current_thread().name)
-        return load(self, *args)
-
-    monkeypatch.setattr(DiskStates, "_load", noted)
+    threads = threads_that_load(monkeypatch)
     found.read_ahead([key(0), key(1), key(1), key(9)])
     found.read_ahead([key(1), key(2)])  # 0 is let go
     for number in (0, 1, 2, 3):

@@ -80,8 +80,8 @@ class LowRank(PairSet):
             with_pair = {site.position for site in self.sites.get(name, ())}
             parts[name] = tuple(p for i, p in enumerate(parameters) if i not in with_pair)
             if with_pair:
-                parts[_dense(name)] = tuple(parameters[site.position] for site in self.sites[name])
-                parts[_paired(name)] = self.pairs[name]
+                parts[self.weight_part(name)] = tuple(parameters[site.position] for site in self.sites[name])
+                parts[self.pair_part(name)] = self.pairs[name]
         return parts
 
     def part_of(self, parameter: nn.Parameter) -> str | None:
@@ -105,9 +105,9 @@ class LowRank(PairSet):
             if name not in self.sites:
                 on.add(name)
             elif name in self.in_form:
-                on |= {_paired(name)} if self.freezes_others else {name, _paired(name)}
+                on |= {self.pair_part(name)} if self.freezes_others else {name, self.pair_part(name)}
             else:
-                on |= {name, _dense(name)}
+                on |= {name, self.weight_part(name)}
         return frozenset(on)
 
     @property
@@ -194,19 +194,21 @@ class LowRank(PairSet):
 
     @torch.no_grad()
     def _merge(self, name: str) -> None:
-        for weight, delta in zip(self.parts[_dense(name)], self.deltas(name, self.pairs[name]), strict=True):
+        for weight, delta in zip(self.parts[self.weight_part(name)], self.deltas(name, self.pairs[name]), strict=True):
             add_to(weight, delta)
         for _, b in couples(self.pairs[name]):
             b.zero_()
         self._run(name, False)
 
-    def weight_part(self, name: str) -> str:
-        """The part that its weights with a pair are."""
-        return _dense(name)
+    @staticmethod
+    def weight_part(name: str) -> str:
+        """The part that a component's weights with a pair are."""
+        return f"{name} (weights)"
 
-    def pair_part(self, name: str) -> str:
-        """The part that its pairs are."""
-        return _paired(name)
+    @staticmethod
+    def pair_part(name: str) -> str:
+        """The part that a component's pairs are."""
+        return f"{name} (pairs)"
 
     # ---------------------------------------------------------------- for a while
 
@@ -230,7 +232,7 @@ class LowRank(PairSet):
         if values:
             state["pairs"] = {name: [p.detach().clone() for p in pairs] for name, pairs in self.pairs.items()}
             state["weights"] = {
-                name: [p.detach().clone() for p in self.parts[_dense(name)]] for name in sorted(self._running)
+                name: [p.detach().clone() for p in self.parts[self.weight_part(name)]] for name in sorted(self._running)
             }
         return state
 
@@ -245,7 +247,7 @@ class LowRank(PairSet):
         if values:
             for saved, live in (
                 (state["pairs"], self.pairs),
-                (state["weights"], {name: self.parts[_dense(name)] for name in state["weights"]}),
+                (state["weights"], {name: self.parts[self.weight_part(name)] for name in state["weights"]}),
             ):
                 for name, tensors in saved.items():
                     for parameter, value in zip(live[name], tensors, strict=True):
@@ -261,11 +263,3 @@ class LowRank(PairSet):
         for name in sorted(self._running):
             self._merge(name)
         self.take_away()
-
-
-def _dense(name: str) -> str:
-    return f"{name} (weights)"
-
-
-def _paired(name: str) -> str:
-    return f"{name} (pairs)"

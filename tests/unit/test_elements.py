@@ -38,6 +38,12 @@ def test_views_write_nothing_and_work_in_place_does() -> None:
     assert written(lambda: x[:2].mul_(2.0)) == 12
 
 
+def test_memory_that_is_only_reserved_is_not_written() -> None:
+    x = torch.randn(4, 6)
+    assert written(lambda: (torch.empty_like(x), x.new_empty(3), torch.empty_strided((2, 2), (1, 2)))) == 0
+    assert written(lambda: torch.empty_like(x).zero_()) == 24
+
+
 def test_the_optimizers_lists_are_counted_by_parameter_elsewhere() -> None:
     parameters = [nn.Parameter(torch.randn(100)), nn.Parameter(torch.randn(50))]
     optimizer = torch.optim.AdamW(parameters, foreach=True)

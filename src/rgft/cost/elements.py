@@ -41,6 +41,8 @@ class Elements:
 class ElementCounter(TorchDispatchMode):
     """Counts, inside, the elements that operators write, but for products and the optimizer's fused lists.
 
+    Memory that is only reserved is not written.
+
     Attributes:
         elements: so far.
     """
@@ -54,7 +56,7 @@ class ElementCounter(TorchDispatchMode):
         name: str = func._schema.name
         # Attention is products and more: what it writes counts.
         is_attention = "scaled_dot_product" in name
-        if name.startswith(("aten::_foreach", "aten::_fused")):
+        if name.startswith(("aten::_foreach", "aten::_fused", "aten::empty", "aten::new_empty")):
             return output
         if is_product(func) and not is_attention:
             self.elements += Elements(written=_of_narrow(tensors_in(args), output))

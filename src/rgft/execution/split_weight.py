@@ -64,6 +64,7 @@ class SplitWeight:
         self.data: Tensor = fused.detach()
         self.views = [nn.Parameter(self._part(r), requires_grad=fused.requires_grad) for r in ranges]
         self._own_stride: tuple[int, ...] | None = None
+        self._dense_stride: tuple[int, ...] | None = None  # with which each view is known to be one block
         self._pickled: weakref.ref[nn.Parameter] | None = None
 
     def _part(self, span: Range) -> Tensor:
@@ -95,12 +96,15 @@ class SplitWeight:
 
     def make_slices_dense(self) -> None:
         """Stores the weight anew, so that each view is one block of memory; it stays the same parameter."""
-        if all(torch.empty_like(view, device="meta").stride() == view.stride() for view in self.views):
-            return  # `empty_like` keeps the strides of what has no gaps
-        self._own_stride = self.fused.stride()
-        # New memory: whoever holds the old one (a graph, a state_dict) still reads there what it read.
-        self.fused.data = self.data.movedim(self.dim, 0).contiguous().movedim(0, self.dim)
-        self.realias(self.fused)
+        if self.fused.stride() == self._dense_stride:
+            return
+        # `empty_like` keeps the strides of what has no gaps.
+        if any(torch.empty_like(view, device="meta").stride() != view.stride() for view in self.views):
+            self._own_stride = self.fused.stride()
+            # New memory: whoever holds the old one (a graph, a state_dict) still reads there what it read.
+            self.fused.data = self.data.movedim(self.dim, 0).contiguous().movedim(0, self.dim)
+            self.realias(self.fused)
+        self._dense_stride = self.fused.stride()
 
     def lay_back(self) -> None:
         """Stores the weight as the model had it. The views stay on the memory they have, which is nobody's then.

@@ -48,6 +48,15 @@ def assert_close(model: nn.Module, expected: nn.Module, tolerance: float = 2e-6)
         torch.testing.assert_close(model.state_dict()[name], value, rtol=tolerance, atol=tolerance)
 
 
+def test_steps_do_not_look_at_layouts_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, optimizer, _ = laid_out()
+    looks: list[int] = []
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **more: looks.append(1) or empty_like(*args, **more))
+    train(model, optimizer, 2)
+    assert looks == []
+
+
 @pytest.mark.parametrize("layers", LAYERS)
 def test_shape_and_values_are_as_they_were(layers: str) -> None:
     model, binding, _, parameter = laid_out(layers, steps=0)

@@ -401,6 +401,26 @@ def test_experts_that_are_modules_are_components():
     assert split["0.block_sparse_moe.router"].numel == 24
 
 
+@pytest.mark.parametrize(
+    ("after", "expected"),
+    [
+        ({"_fc": nn.Linear(4, 2)}, {"_fc": "classifier"}),
+        ({"heads": nn.Sequential(nn.Dropout(), nn.Linear(4, 2))}, {"heads": "classifier"}),
+        ({"mix": nn.Linear(4, 4), "out": nn.Linear(4, 2)}, {"mix": "other", "out": "classifier"}),
+        ({"classifier": nn.Linear(4, 2), "gate": nn.Linear(4, 4)}, {"classifier": "classifier", "gate": "other"}),
+        ({"last_norm": nn.LayerNorm(4)}, {"last_norm": "norm"}),
+    ],
+)
+def test_the_last_linear_layer_is_the_classifier_whatever_its_name(
+    after: dict[str, nn.Module], expected: dict[str, str]
+):
+    model = nn.Module()
+    model.add_module("blocks", nn.Sequential(*[nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)) for _ in range(3)]))
+    for name, module in after.items():
+        model.add_module(name, module)
+    assert {c.name: c.kind for c in partition(model) if c.depth == 4} == expected
+
+
 def test_layer_1_is_not_layer_10():
     from transformers import BertConfig, BertModel
 

@@ -7,7 +7,7 @@ that its residual blocks are the layers. A model without a stack has its paramet
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch import nn
@@ -109,6 +109,12 @@ def find_structure(model: nn.Module) -> Structure:
         before = sum(position[layer] < position[holder] for layer in layers)
         depth = _depth(path, module, before, ranges, len(layers), is_module=is_module)
         outside.append(Outside(path=path, depth=depth, kind=_kind(path, module, depth, len(layers))))
+    if not any(unit.kind in ("classifier", "lm_head") for unit in outside):
+        # Whatever its name, the last linear layer after all others is what makes the outputs.
+        after = [unit for unit in outside if unit.depth == len(layers) + 1 and unit.kind == "other"]
+        for unit in after[-1:]:
+            if unit.path in position and any(isinstance(m, nn.Linear) for m in model.get_submodule(unit.path).modules()):
+                outside[outside.index(unit)] = replace(unit, kind="classifier")
     return Structure(layers=tuple(layers), outside=tuple(outside))
 
 
@@ -229,7 +235,7 @@ def _kind(path: str, module: nn.Module, depth: int, layers: int) -> str:
         return "embedding"
     if last in LM_HEADS:
         return "lm_head"
-    if last in CLASSIFIERS:
+    if last.lstrip("_") in CLASSIFIERS:
         return "classifier"
     if is_norm(module):
         return "norm"

@@ -83,22 +83,17 @@ class Experiment:
     def load(cls, path: Path) -> Experiment:
         """Reads an experiment file.
 
+        Its contenders may be the name of a file beside it, which several experiments share; with `budgets` each of
+        them is there at each of these, as "label-budget".
+
         Raises:
             ConfigError: the file cannot be used; all problems at once.
         """
-        known = sorted(cls.__dataclass_fields__)
-        data = read_settings(path, "an experiment", known=known, needed=set(known) - {"evaluate"})
+        known = sorted({*cls.__dataclass_fields__, "budgets"})
+        data = read_settings(path, "an experiment", known=known, needed=set(known) - {"evaluate", "budgets"})
         if set(data["tuning_seeds"]) & set(data["seeds"]):
             raise ConfigError(f"{path}: tuning_seeds and seeds must be disjoint")
-        contenders = tuple(
-            Contender(
-                **{
-                    **item, "lrs": tuple(item["lrs"]),
-                    "seeds": tuple(item["seeds"]) if item.get("seeds") is not None else None,
-                }
-            )
-            for item in data["contenders"]
-        )  # fmt: skip
+        contenders = _contenders(path, data["contenders"], data.pop("budgets", None))
         for contender in contenders:
             method(contender.method)
         extra = Extra.from_dict(data.get("evaluate", {}))
@@ -113,28 +108,61 @@ class Experiment:
             }
         )  # fmt: skip
 
-    def tuning_cells(self) -> Iterator[Cell]:
-        for contender in self.contenders:
-            if len(contender.lrs) > 1:
-                for lr in contender.lrs:
-                    for seed in self.tuning_seeds:
-                        yield Cell(contender=contender, lr=lr, seed=seed, is_final=False)
+    def tuning_cells(self, contender: Contender) -> Iterator[Cell]:
+        """The runs that its learning rate is chosen by; none where there is nothing to choose."""
+        if len(contender.lrs) > 1:
+            for lr in contender.lrs:
+                for seed in self.tuning_seeds:
+                    yield Cell(contender=contender, lr=lr, seed=seed, is_final=False)
+
+    def final_cells(self, contender: Contender, lr: float) -> Iterator[Cell]:
+        """Its final runs, at the learning rate that was chosen."""
+        for seed in self.seeds if contender.seeds is None else contender.seeds:
+            yield Cell(contender=contender, lr=lr, seed=seed, is_final=True)
 
     def all_cells(self) -> Iterator[Cell]:
         """Every run that may have a result: final ones at each learning rate, whichever is chosen."""
-        yield from self.tuning_cells()
         for contender in self.contenders:
-            for seed in contender.seeds or self.seeds:
-                for lr in contender.lrs:
-                    yield Cell(contender=contender, lr=lr, seed=seed, is_final=True)
+            yield from self.tuning_cells(contender)
+            for lr in contender.lrs:
+                yield from self.final_cells(contender, lr)
 
-    def final_cells(self, results: Results) -> Iterator[Cell]:
-        """The final runs, seed by seed, so that an interrupted experiment has complete pairs."""
-        for seed in self.seeds:
-            for contender in self.contenders:
-                if contender.seeds is None or seed in contender.seeds:
-                    lr = results.best_lr(contender, self.tuning_seeds)
-                    yield Cell(contender=contender, lr=lr, seed=seed, is_final=True)
+
+def _contenders(path: Path, given: Any, budgets: list[float] | None) -> tuple[Contender, ...]:
+    """The contenders of an experiment file, budget by budget where it has budgets."""
+    if isinstance(given, str):
+        path = path.parent / given
+        try:
+            given = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: expected a list of contenders in JSON: {error}") from error
+    fields = Contender.__dataclass_fields__
+    needed = {"label", "method", "lrs"} | ({"budget"} if budgets is None else set())
+    problems: list[str] = []
+    for place, item in enumerate(given):
+        label = item.get("label", f"contender {place + 1}")
+        problems += [f"{path}: {label}: unknown key {key!r}" for key in sorted(set(item) - set(fields))]
+        problems += [f"{path}: {label}: the key {key!r} is missing" for key in sorted(needed - set(item))]
+        if budgets is not None and "budget" in item:
+            problems.append(f"{path}: {label}: expected no budget beside the experiment's budgets")
+    if problems:
+        raise ConfigError(problems)
+    spread = given if budgets is None else [
+        {**item, "label": f"{item['label']}-{budget:g}", "budget": budget} for budget in budgets for item in given
+    ]  # fmt: skip
+    contenders = tuple(
+        Contender(
+            **{
+                **item, "lrs": tuple(item["lrs"]),
+                "seeds": tuple(item["seeds"]) if item.get("seeds") is not None else None,
+            }
+        )
+        for item in spread
+    )  # fmt: skip
+    labels = [contender.label for contender in contenders]
+    if twice := sorted({label for label in labels if labels.count(label) > 1}):
+        raise ConfigError(f"{path}: expected labels of their own, found {', '.join(twice)} more than once")
+    return contenders
 
 
 class Results:
@@ -166,17 +194,17 @@ class Results:
         text = json.dumps(result, indent=1, sort_keys=True, allow_nan=False)
         write_bytes(self.path(cell), (text + "\n").encode())
 
-    def best_lr(self, contender: Contender, tuning_seeds: tuple[int, ...]) -> float:
-        """The learning rate with the lowest mean validation loss over the tuning seeds."""
+    def best_lr(self, experiment: Experiment, contender: Contender) -> float | None:
+        """The learning rate with the lowest mean validation loss over the tuning seeds; None while runs are missing.
+
+        A rate at which a run diverged is not chosen while another is left.
+        """
         if len(contender.lrs) == 1:
             return contender.lrs[0]
-        losses: dict[float, float] = {}
-        for lr in contender.lrs:
-            cells = [Cell(contender=contender, lr=lr, seed=seed, is_final=False) for seed in tuning_seeds]
-            found = [result for cell in cells if (result := self.read(cell)) is not None]
-            if len(found) == len(cells):
-                losses[lr] = mean(result["metrics"]["validation"]["loss"] for result in found)
-        if len(losses) < len(contender.lrs):
-            missing = sorted(set(contender.lrs) - set(losses))
-            raise DataError(f"{contender.label}: no tuning result yet for learning rates {missing}")
-        return min(losses, key=lambda lr: losses[lr])
+        losses: dict[float, list[float]] = {lr: [] for lr in contender.lrs}
+        for cell in experiment.tuning_cells(contender):
+            result = self.read(cell)
+            if result is None:
+                return None
+            losses[cell.lr].append(result["metrics"].get("validation", {}).get("loss", float("inf")))
+        return min(losses, key=lambda lr: mean(losses[lr]))

@@ -1,12 +1,11 @@
-"""Running experiments: one cell after the other, each written when done."""
+"""One run of an experiment: from a fresh model to the figures of its result."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -14,8 +13,8 @@ import torch
 
 from rgft.batches import BatchStream
 from rgft.bench.earlier import earlier_result
-from rgft.bench.experiment import Cell, Contender, Experiment, Results
-from rgft.bench.fingerprint import DataCheck, data_of
+from rgft.bench.experiment import Cell, Contender, Experiment
+from rgft.bench.fingerprint import data_of
 from rgft.bench.judging import judged
 from rgft.bench.measures import Extra, MeasuredRun
 from rgft.bench.measures.memory import forget_peak
@@ -23,7 +22,6 @@ from rgft.bench.measures.undefined import finite
 from rgft.bench.methods import method
 from rgft.bench.tasks import bench_task
 from rgft.cost import trace_costs
-from rgft.errors import DataError
 from rgft.partition import partition
 from rgft.run import Run, Settings, Task
 from rgft.telemetry.environment import environment
@@ -32,65 +30,35 @@ from rgft.workload import Workload
 log = logging.getLogger("rgft")
 
 
-def run_experiment(
-    experiment: Experiment, folder: Path, *, stop_after_seconds: float | None = None, allow_code_execution: bool = False
-) -> Iterator[Path]:
-    """Runs what is not done yet; yields the path of each new result.
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """How runs are made, whatever they are: of no effect on what is compared but time.
 
-    Args:
-        experiment: what to run.
-        folder: of the result files.
-        stop_after_seconds: no new run is begun after this time.
+    Attributes:
+        device: where they compute.
+        jobs: how many there are at a time, on the same machine.
         allow_code_execution: whether code that a model wrote may be run.
-
-    Raises:
-        DataError: a result was measured on other data than there are now.
     """
-    results, started = Results(folder), time.perf_counter()
-    check = DataCheck(
-        lambda seed: bench_task(experiment.task, seed=seed, allow_code_execution=allow_code_execution)
-    )  # fmt: skip
-    stored = [cell for cell in experiment.all_cells() if results.path(cell).exists()]
-    for cell in stored:
-        result = results.read(cell) or {}
-        for key, wanted in (("task", experiment.task), ("run", experiment.run)):
-            if result.get(key, wanted) != wanted:
-                raise DataError(
-                    f"{results.path(cell)}: expected a result with the experiment's {key!r} ({dict(wanted)}), found "
-                    f"one with {result[key]}; give the experiment another name, or delete the file to run it anew"
-                )
-        check.require_same(result, str(results.path(cell)))
-    if check.unknown:
-        log.info("%s: %d results are from before data had fingerprints", folder, check.unknown)
 
-    def pending(cells: Callable[[], Iterator[Cell]]) -> Iterator[Cell]:
-        for cell in cells():
-            if stop_after_seconds is not None and time.perf_counter() - started > stop_after_seconds:
-                return
-            if results.read(cell) is None:
-                yield cell
-
-    for cell in pending(experiment.tuning_cells):
-        results.write(cell, run_cell(experiment, cell, allow_code_execution=allow_code_execution))
-        yield results.path(cell)
-    if any(results.read(cell) is None for cell in experiment.tuning_cells()):
-        return
-    for cell in pending(lambda: experiment.final_cells(results)):
-        results.write(cell, run_cell(experiment, cell, allow_code_execution=allow_code_execution))
-        yield results.path(cell)
+    device: str = "cpu"
+    jobs: int = 1
+    allow_code_execution: bool = False
 
 
-def run_cell(experiment: Experiment, cell: Cell, *, allow_code_execution: bool = False) -> dict[str, Any]:
+ALONE = Conditions()
+
+
+def run_cell(experiment: Experiment, cell: Cell, conditions: Conditions = ALONE) -> dict[str, Any]:
     """One run from a fresh model to its figures. Test data is evaluated by final runs only."""
     contender = cell.contender
     chosen = method(contender.method)
-    task = bench_task(experiment.task, seed=cell.seed, allow_code_execution=allow_code_execution)
+    task = bench_task(experiment.task, seed=cell.seed, allow_code_execution=conditions.allow_code_execution)
     data = data_of(task)
-    run_earlier = partial(run_cell, allow_code_execution=allow_code_execution)
+    run_earlier = partial(run_cell, conditions=conditions)
     earlier = None if chosen.follows is None else earlier_result(experiment, cell, run_earlier)
     followed = None if chosen.follows is None or earlier is None else chosen.follows(earlier, contender.settings)
     lr = cell.lr if followed is None else followed.lr_factor * cell.lr
-    settings = Settings(**{**experiment.run, "lr": _searched(contender) or lr})
+    settings = Settings(**{"device": conditions.device, **experiment.run, "lr": _searched(contender) or lr})
     config = chosen.configuration(
         budget=contender.budget, seed=cell.seed, followed=followed, settings={**contender.settings, "config": {
             **experiment.config, **contender.settings.get("config", {})}},
@@ -140,6 +108,8 @@ def run_cell(experiment: Experiment, cell: Cell, *, allow_code_execution: bool =
         "task": dict(experiment.task),
         "data": data,
         "run": dict(experiment.run),
+        "device": settings.device,
+        "jobs": conditions.jobs,
         "config": config.to_dict(),
         "metrics": metrics,
         "undefined_metrics": undefined,
@@ -147,7 +117,7 @@ def run_cell(experiment: Experiment, cell: Cell, *, allow_code_execution: bool =
         "steps": result.steps,
         "search": None if run.search is None else run.search.to_dict(),
         "seconds": own_seconds,
-        "median_step_seconds": median(result.step_seconds),
+        "median_step_seconds": median(result.step_seconds) if result.step_seconds else None,
         "trainable_parameters": trainable,
         "peak_memory": memory,
         "ledger": result.ledger,

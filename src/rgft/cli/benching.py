@@ -19,28 +19,33 @@ Metric = Annotated[str, typer.Option(help="of the test split: loss, accuracy, f1
 
 @bench.command("run")
 def bench_run(
-    experiment: Annotated[Path, typer.Argument(help="an experiment file, see benchmarks/experiments")],
+    experiments: Annotated[list[Path], typer.Argument(help="experiment files, see benchmarks/experiments")],
     results: Annotated[Path, typer.Option(help="folder of all results")] = Path("benchmarks/results"),
     minutes: Annotated[float | None, typer.Option(help="begin no new run after this time")] = None,
+    jobs: Annotated[int, typer.Option(help="runs side by side, which share the cores; their seconds say less")] = 1,
+    device: Annotated[str, typer.Option(help="auto: an accelerator where there is one, else the CPU")] = "auto",
     allow_code_execution: Annotated[
         bool, typer.Option("--allow-code-execution", help="let the task `code` run what a model wrote on this machine")
     ] = False,
 ) -> None:
-    """Run what an experiment still lacks; it can be stopped and started again."""
-    from rgft.cli.failures import reported
+    """Run what experiments still lack; it can be stopped and started again."""
+    from rgft.cli.failures import FAILED, reported
 
     with reported():
         from rgft.bench.experiment import Experiment
-        from rgft.bench.runner import run_experiment
+        from rgft.bench.runner import Conditions
+        from rgft.bench.sitting import run_experiments
+        from rgft.cli.preparing import device_of
 
-        loaded = Experiment.load(experiment)
-        for path in run_experiment(
-            loaded,
-            results / loaded.name,
-            stop_after_seconds=minutes and minutes * 60,
-            allow_code_execution=allow_code_execution,
-        ):
-            typer.echo(path)
+        conditions = Conditions(device=device_of(device), jobs=jobs, allow_code_execution=allow_code_execution)
+        loaded = [Experiment.load(path) for path in experiments]
+        failures = 0
+        for outcome in run_experiments(loaded, results, conditions, stop_after_seconds=minutes and minutes * 60):
+            typer.echo(outcome.path if outcome.failure is None else f"{outcome.path}: FAILED: {outcome.failure}")
+            failures += outcome.failure is not None
+        if failures:
+            typer.echo(f"{failures} runs failed and have no result; the others have", err=True)
+            raise typer.Exit(FAILED)
 
 
 @bench.command("list")

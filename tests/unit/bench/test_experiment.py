@@ -30,16 +30,44 @@ def result(loss: float) -> dict[str, Any]:
     return {"metrics": {"validation": {"loss": loss}, "test": {"loss": -loss}}}
 
 
-def test_learning_rates_are_chosen_on_validation_and_final_runs_come_seed_by_seed(tmp_path: Path) -> None:
+def test_learning_rates_are_chosen_on_validation(tmp_path: Path) -> None:
     experiment, results = loaded(tmp_path), Results(tmp_path / "results")
-    tuning = list(experiment.tuning_cells())
+    a, b = experiment.contenders
+    tuning = list(experiment.tuning_cells(a))
     assert [(c.contender.label, c.lr, c.seed) for c in tuning] == [("a", 1e-4, 100), ("a", 2e-4, 100)]
-    with pytest.raises(DataError, match="no tuning result yet"):
-        list(experiment.final_cells(results))
-    for cell, loss in zip(tuning, (0.5, 0.4), strict=True):
-        results.write(cell, result(loss))
-    final = [(c.contender.label, c.lr, c.seed) for c in experiment.final_cells(results)]
-    assert final == [("a", 2e-4, 0), ("a", 2e-4, 1), ("b", 1e-4, 1)]
+    assert list(experiment.tuning_cells(b)) == []
+    results.write(tuning[0], result(0.5))
+    assert results.best_lr(experiment, a) is None
+    results.write(tuning[1], result(0.4))
+    assert (results.best_lr(experiment, a), results.best_lr(experiment, b)) == (2e-4, 1e-4)
+    results.write(tuning[1], {"metrics": {}, "diverged": "step 3"})
+    assert results.best_lr(experiment, a) == 1e-4
+    final = [(c.contender.label, c.lr, c.seed) for c in experiment.final_cells(a, 1e-4)]
+    assert final == [("a", 1e-4, 0), ("a", 1e-4, 1)]
+    assert [c.seed for c in experiment.final_cells(b, 1e-4)] == [1]
+
+
+def test_contenders_may_be_shared_and_spread_over_budgets(tmp_path: Path) -> None:
+    shared = [{"label": "a", "method": "rgft", "lrs": [1e-4]}, {"label": "b", "method": "full", "lrs": [1e-4]}]
+    (tmp_path / "methods.json").write_text(json.dumps(shared))
+    experiment = loaded(tmp_path, contenders="methods.json", budgets=[0.05, 1.0])
+    found = [(c.label, c.method, c.budget) for c in experiment.contenders]
+    assert found == [("a-0.05", "rgft", 0.05), ("b-0.05", "full", 0.05), ("a-1", "rgft", 1.0), ("b-1", "full", 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"contenders": [{"label": "a", "method": "full", "lrs": [1e-4]}]}, "a: the key 'budget' is missing"),
+        ({"contenders": [{"label": "a", "method": "full", "lr": 1e-4, "budget": 1.0}]}, "a: unknown key 'lr'"),
+        ({"budgets": [0.1]}, "b: expected no budget beside the experiment's budgets"),
+        ({"contenders": [{"label": "a", "method": "full", "budget": 1.0, "lrs": [1e-4]}] * 2}, "found a more than once"),
+        ({"contenders": "missing.json"}, "expected a list of contenders"),
+    ],
+)
+def test_what_is_wrong_with_contenders_is_said(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        loaded(tmp_path, **changes)
 
 
 def test_results_are_found_again_and_damaged_ones_are_not_used(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from rgft.bench import runner
+from rgft.bench import sitting
 from rgft.bench.experiment import Experiment, Results
 from rgft.bench.finals import Group, final_results
 from rgft.bench.fingerprint import DataCheck, data_of, fingerprint
@@ -84,21 +84,20 @@ def result(experiment: Experiment, seed: int, **more: Any) -> dict[str, Any]:
 def test_an_experiment_s_stored_results_are_checked_before_anything_is_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    experiment, results = loaded(tmp_path), Results(tmp_path / "results")
-    monkeypatch.setattr(runner, "bench_task", lambda settings, *, seed, allow_code_execution: Prepared(ROWS, [seed]))
-    monkeypatch.setattr(runner, "run_cell", lambda *_, **__: pytest.fail("nothing may be run"))
-    cells = list(experiment.all_cells())
-    assert {cell.file_name for cell in experiment.tuning_cells()} < {cell.file_name for cell in cells}
-    cell = cells[-1]
+    experiment = loaded(tmp_path)
+    results = Results(tmp_path / "results" / experiment.name)
+    monkeypatch.setattr(sitting, "bench_task", lambda settings, *, seed, allow_code_execution: Prepared(ROWS, [seed]))
+    monkeypatch.setattr(sitting, "run_cell", lambda *_, **__: pytest.fail("nothing may be run"))
+    cell = list(experiment.all_cells())[-1]
     results.write(cell, result(experiment, 1, data=data_of(Prepared(ROWS, [2]))))  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"b--final--lr0\.0001--seed1\.json: measured on other data"):
-        list(runner.run_experiment(experiment, tmp_path / "results"))
+        list(sitting.run_experiments([experiment], tmp_path / "results"))
     results.write(cell, {**result(experiment, 1), "run": {"epochs": 9}})
     with pytest.raises(DataError, match="expected a result with the experiment's 'run'"):
-        list(runner.run_experiment(experiment, tmp_path / "results"))
+        list(sitting.run_experiments([experiment], tmp_path / "results"))
     results.path(cell).write_text('{"seed": 1, "da')
     with pytest.raises(DataError, match="found a damaged file"):
-        list(runner.run_experiment(experiment, tmp_path / "results"))
+        list(sitting.run_experiments([experiment], tmp_path / "results"))
 
 
 def test_a_half_written_result_is_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,158 @@
+"""Sittings: what is run when, what is left out, and what becomes of runs that fail."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from rgft.bench import sitting
+from rgft.bench.experiment import Cell, Experiment, Results
+from rgft.bench.runner import Conditions
+from rgft.bench.sitting import Agenda, run_experiments
+from rgft.cli.app import app
+from rgft.errors import ConfigError, NonFiniteError
+from tests.unit.bench.test_experiment import loaded
+from tests.unit.tasks.pictures import save_folder, save_model
+
+#: Of `description`: contender a is tuned first (two rates), and the second is better.
+IN_ORDER = [
+    "a--tuning--lr0.0001--seed100", "a--tuning--lr0.0002--seed100", "a--final--lr0.0002--seed0",
+    "a--final--lr0.0002--seed1", "b--final--lr0.0001--seed1",
+]  # fmt: skip
+
+
+def loss_of(cell: Cell) -> dict[str, Any]:
+    return {"seed": cell.seed, "metrics": {"validation": {"loss": 1.0 - 1e3 * cell.lr}}}
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Stands in for runs: those named raise what is given; the list is of those that were begun."""
+
+    def stand_in(**failures: Exception) -> list[str]:
+        begun: list[str] = []
+
+        def run_cell(experiment: Experiment, cell: Cell, conditions: Conditions) -> dict[str, Any]:
+            begun.append(cell.file_name.removesuffix(".json"))
+            error = failures.get(begun[-1].replace("--", "_").replace(".", "_"))
+            if error is not None:
+                raise error
+            return loss_of(cell)
+
+        monkeypatch.setattr(sitting, "run_cell", run_cell)
+        return begun
+
+    return stand_in
+
+
+def test_contender_by_contender_and_rates_before_final_runs(tmp_path: Path, runs: Callable[..., list[str]]) -> None:
+    begun, experiment = runs(), loaded(tmp_path)
+    outcomes = list(run_experiments([experiment], tmp_path))
+    assert [outcome.path.stem for outcome in outcomes] == begun == IN_ORDER
+    assert all(outcome.failure is None for outcome in outcomes)
+    assert all(outcome.path.parent == tmp_path / "x" for outcome in outcomes)
+    assert list(run_experiments([experiment], tmp_path)) == []
+    outcomes[3].path.unlink()
+    begun.clear()
+    list(run_experiments([experiment], tmp_path))
+    assert begun == IN_ORDER[3:4]
+
+
+def test_no_run_begins_after_its_time(tmp_path: Path, runs: Callable[..., list[str]]) -> None:
+    begun = runs()
+    assert list(run_experiments([loaded(tmp_path)], tmp_path, stop_after_seconds=-1.0)) == []
+    assert begun == []
+
+
+def test_a_run_that_fails_is_reported_and_others_go_on(tmp_path: Path, runs: Callable[..., list[str]]) -> None:
+    begun = runs(a_final_lr0_0002_seed0=RuntimeError("no memory"))
+    outcomes = list(run_experiments([loaded(tmp_path)], tmp_path))
+    assert begun == IN_ORDER
+    assert [outcome.failure for outcome in outcomes] == [None, None, "RuntimeError: no memory", None, None]
+    assert not outcomes[2].path.exists()
+    begun.clear()
+    list(run_experiments([loaded(tmp_path)], tmp_path))
+    assert begun == IN_ORDER[2:3]
+
+
+def test_a_contender_whose_rates_are_not_known_waits(tmp_path: Path, runs: Callable[..., list[str]]) -> None:
+    begun = runs(a_tuning_lr0_0001_seed100=ValueError("x"))
+    list(run_experiments([loaded(tmp_path)], tmp_path))
+    assert begun == [*IN_ORDER[:2], IN_ORDER[4]]
+
+
+def test_a_rate_that_diverges_is_not_chosen_and_a_final_run_that_does_fails(
+    tmp_path: Path, runs: Callable[..., list[str]]
+) -> None:
+    error = NonFiniteError("step 3: loss is nan")
+    begun = runs(a_tuning_lr0_0002_seed100=error, b_final_lr0_0001_seed1=error)
+    experiment = loaded(tmp_path)
+    outcomes = list(run_experiments([experiment], tmp_path))
+    assert begun[2] == "a--final--lr0.0001--seed0"
+    assert outcomes[1].failure is None
+    assert "step 3" in json.loads(outcomes[1].path.read_text())["diverged"]
+    assert outcomes[-1].failure == "NonFiniteError: step 3: loss is nan"
+
+
+def test_what_runs_elsewhere_is_not_offered_again(tmp_path: Path) -> None:
+    agenda = Agenda(loaded(tmp_path), tmp_path / "x")
+    taken = [agenda.take() for _ in range(4)]
+    assert [cell and cell.file_name.removesuffix(".json") for cell in taken] == [*IN_ORDER[:2], IN_ORDER[4], None]
+    for cell in taken[:2]:
+        assert cell is not None
+        agenda.results.write(cell, loss_of(cell))
+    rest = [agenda.take() for _ in range(3)]
+    assert [cell and cell.file_name.removesuffix(".json") for cell in rest] == [*IN_ORDER[2:4], None]
+
+
+@pytest.mark.parametrize(
+    ("count", "jobs", "message"), [(2, 1, "found x more than once"), (1, 0, "jobs: expected an integer >= 1, found 0")]
+)
+def test_what_cannot_be_run_is_said_before(tmp_path: Path, count: int, jobs: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        list(run_experiments([loaded(tmp_path)] * count, tmp_path, Conditions(jobs=jobs)))
+
+
+def small_images(tmp_path: Path) -> Experiment:
+    """Two short runs on a folder of images."""
+    for split, first, count in (("train", 0, 12), ("val", 100, 4), ("test", 200, 4)):
+        save_folder(tmp_path / "data" / split, {"cat": count, "dog": count}, first=first)
+    task = {"name": "images", "data": str(tmp_path / "data"), "model": str(save_model(tmp_path / "model"))}
+    contenders = [{"label": "a", "method": "full", "budget": 0.7, "lrs": [1e-3], "seeds": [0, 1]}]
+    return loaded(tmp_path, task=task, run={"epochs": 1.0, "batch_size": 8}, contenders=contenders)
+
+
+def test_runs_side_by_side_have_the_results_of_runs_alone(tmp_path: Path) -> None:
+    experiment = small_images(tmp_path)
+    for jobs in (1, 2):
+        outcomes = list(run_experiments([experiment], tmp_path / str(jobs), Conditions(jobs=jobs)))
+        assert [outcome.failure for outcome in outcomes] == [None, None]
+    cells = list(experiment.final_cells(experiment.contenders[0], 1e-3))
+    alone, beside = ([Results(tmp_path / str(jobs) / "x").read(cell) for cell in cells] for jobs in (1, 2))
+    for one, other in zip(alone, beside, strict=True):
+        assert one is not None
+        assert other is not None
+        assert (one["jobs"], other["jobs"], other["device"]) == (1, 2, "cpu")
+        assert one["metrics"]["test"]["loss"] == pytest.approx(other["metrics"]["test"]["loss"], abs=1e-5)
+        assert one["ledger"]["flops"] == other["ledger"]["flops"]
+    assert beside[0] is not None
+    assert beside[0]["environment"]["torch"]["threads"] == max(1, len(os.sched_getaffinity(0)) // 2)
+
+
+def test_the_command_names_what_failed_and_says_so_by_its_exit_code(
+    tmp_path: Path, runs: Callable[..., list[str]]
+) -> None:
+    runs(b_final_lr0_0001_seed1=RuntimeError("no memory"))
+    loaded(tmp_path)
+    command = ["bench", "run", str(tmp_path / "experiment.json"), "--results", str(tmp_path / "results")]
+    result = CliRunner().invoke(app, [*command, "--device", "cpu"])
+    assert result.exit_code == 1
+    assert "b--final--lr0.0001--seed1.json: FAILED: RuntimeError: no memory" in result.output
+    assert "1 runs failed" in result.output
+    assert len(list((tmp_path / "results" / "x").iterdir())) == 4

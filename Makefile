@@ -31,9 +31,7 @@ contracts: $(SETUP)
 
 bench: $(SETUP)  ## the committed quality comparison; resumes where it stopped
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement requirements/bench.txt
-	$(BIN)/rgft bench run benchmarks/experiments/rotten_tomatoes.json
-	$(BIN)/rgft bench run benchmarks/experiments/rotten_tomatoes_full.json
-	$(BIN)/rgft bench run benchmarks/experiments/cuts.json
+	$(BIN)/rgft bench run $(addprefix benchmarks/experiments/,rotten_tomatoes.json rotten_tomatoes_full.json cuts.json)
 
 bench-engine: $(SETUP)  ## time, FLOPs and memory of a step, each way of doing less of it, and what RGFT itself costs
 	# 15 minutes on two cores for the steps; 10 minutes and 9 GB of memory for the overheads, on a model of 1 B
@@ -43,6 +41,10 @@ bench-engine: $(SETUP)  ## time, FLOPs and memory of a step, each way of doing l
 
 bench-gpu: $(SETUP)  ## the same on an accelerator, in pieces of at most nine minutes; start it again until it is done
 	benchmarks/gpu/run 9
+
+bench-grid: $(SETUP)  ## every method, task and budget on an accelerator, in the same way
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement requirements/bench.txt
+	benchmarks/gpu/grid 9
 
 $(SETUP): pyproject.toml requirements/tested.txt requirements/demo.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

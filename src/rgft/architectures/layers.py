@@ -113,7 +113,9 @@ def find_structure(model: nn.Module) -> Structure:
         # Whatever its name, the last linear layer after all others is what makes the outputs.
         after = [unit for unit in outside if unit.depth == len(layers) + 1 and unit.kind == "other"]
         for unit in after[-1:]:
-            if unit.path in position and any(isinstance(m, nn.Linear) for m in model.get_submodule(unit.path).modules()):
+            if unit.path in position and any(
+                isinstance(m, nn.Linear) for m in model.get_submodule(unit.path).modules()
+            ):
                 outside[outside.index(unit)] = replace(unit, kind="classifier")
     return Structure(layers=tuple(layers), outside=tuple(outside))
 

@@ -61,7 +61,10 @@ def test_contenders_may_be_shared_and_spread_over_budgets(tmp_path: Path) -> Non
         ({"contenders": [{"label": "a", "method": "full", "lrs": [1e-4]}]}, "a: the key 'budget' is missing"),
         ({"contenders": [{"label": "a", "method": "full", "lr": 1e-4, "budget": 1.0}]}, "a: unknown key 'lr'"),
         ({"budgets": [0.1]}, "b: expected no budget beside the experiment's budgets"),
-        ({"contenders": [{"label": "a", "method": "full", "budget": 1.0, "lrs": [1e-4]}] * 2}, "found a more than once"),
+        (
+            {"contenders": [{"label": "a", "method": "full", "budget": 1.0, "lrs": [1e-4]}] * 2},
+            "found a more than once",
+        ),
         ({"contenders": "missing.json"}, "expected a list of contenders"),
     ],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 from rgft.bench.tasks import news
 from rgft.bench.tasks.generation import completions
 from rgft.bench.tasks.packaged import decoder
-from rgft.bench.tasks.splits import apart, drawn, shuffled, some_of
+from rgft.bench.tasks.splits import apart, drawn, packaged_or_own, shuffled, some_of
 from rgft.errors import DataError
 from rgft.tasks.base import PreparedTask
 from rgft.tasks.chat import encoded
@@ -54,7 +54,11 @@ def instructions(
         DataError: a package, a file or the model is missing, a conversation ends with another role than the assistant,
             or there are fewer conversations than `train_size`.
     """
-    splits = apart(_conversations(data, validation, test, messages), key=repr)
+    found = packaged_or_own(
+        "data", data, validation, test, packaged={"arithmetic": arithmetic, "topics": topics},
+        read=lambda source, split: read_conversations(source, messages, split=split),
+    )  # fmt: skip
+    splits = apart(found, key=repr)
     rows = {
         "train": drawn(splits["train"], train_size, seed=seed, what="conversations"),
         "validation": some_of(splits["validation"], validation_size, name="validation"),
@@ -95,21 +99,6 @@ def exact_match(
     written = completions(model, tokenizer, prompts, new_tokens=new_tokens)
     right = sum(texts[0].strip() == reference for texts, reference in zip(written, references, strict=True))
     return {"exact_match": right / len(references)}
-
-
-def _conversations(
-    data: str, validation: str | None, test: str | None, messages: Sequence[str]
-) -> Mapping[str, Sequence[Conversation]]:
-    if data in ("arithmetic", "topics"):
-        if validation is not None or test is not None:
-            raise DataError(f"validation and test: expected only with data of your own; {data!r} has its splits")
-        return arithmetic() if data == "arithmetic" else topics()
-    if validation is None or test is None:
-        raise DataError(
-            f"data {data!r}: expected arithmetic, topics, or a file or hub name together with validation and test"
-        )
-    sources = {"train": data, "validation": validation, "test": test}
-    return {split: read_conversations(source, messages, split=split) for split, source in sources.items()}
 
 
 def arithmetic() -> dict[str, list[Conversation]]:

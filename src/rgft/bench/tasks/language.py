@@ -13,7 +13,7 @@ from typing import Any
 from rgft.bench.tasks import news
 from rgft.bench.tasks.packaged import decoder
 from rgft.bench.tasks.python_corpus import functions
-from rgft.bench.tasks.splits import apart, drawn, some_of
+from rgft.bench.tasks.splits import apart, drawn, packaged_or_own, some_of
 from rgft.errors import DataError
 from rgft.tasks.base import PreparedTask
 from rgft.tasks.files import read_rows
@@ -46,7 +46,10 @@ def language(
     """
     if tokens < 2:
         raise DataError(f"tokens: expected at least 2, of which the second is predicted, found {tokens}")
-    texts = _texts(corpus, validation, test, text)
+    texts = packaged_or_own(
+        "corpus", corpus, validation, test, packaged={"python": functions, "bbc": _news_texts},
+        read=lambda source, split: [str(row[text]) for row in read_rows(source, [text], split=split)],
+    )  # fmt: skip
     tokenizer = load_tokenizer(decoder(model))
     splits = _sequences(tokenizer, texts, tokens)
     rows = {
@@ -59,22 +62,6 @@ def language(
             raise DataError(f"{split}: expected texts of at least {tokens} tokens, found none; lower tokens")
     examples = {split: [{"input_ids": list(ids), "labels": list(ids)} for ids in some] for split, some in rows.items()}
     return token_task(decoder(model), tokenizer, examples)
-
-
-def _texts(corpus: str, validation: str | None, test: str | None, column: str) -> Mapping[str, Sequence[str]]:
-    if corpus in ("python", "bbc"):
-        if validation is not None or test is not None:
-            raise DataError(f"validation and test: expected only with a corpus of your own; {corpus!r} has its splits")
-        return functions() if corpus == "python" else _news_texts()
-    if validation is None or test is None:
-        raise DataError(
-            f"corpus {corpus!r}: expected python, bbc, or a file or hub name together with validation and test"
-        )
-    sources = {"train": corpus, "validation": validation, "test": test}
-    return {
-        split: [str(row[column]) for row in read_rows(source, [column], split=split)]
-        for split, source in sources.items()
-    }
 
 
 @cache

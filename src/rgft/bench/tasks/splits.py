@@ -35,6 +35,34 @@ def apart(splits: Mapping[str, Sequence[T]], *, key: Callable[[T], Hashable]) ->
     return kept
 
 
+def packaged_or_own(
+    setting: str, source: str, validation: str | None, test: str | None, *,
+    packaged: Mapping[str, Callable[[], Mapping[str, Sequence[T]]]], read: Callable[[str, str], Sequence[T]],
+) -> Mapping[str, Sequence[T]]:  # fmt: skip
+    """The splits of a packaged data set, by its name, or of the user's own three sources.
+
+    Args:
+        setting: that names the source, for messages.
+        source: a packaged name, or the file or hub name of training data.
+        validation, test: of the user's own data.
+        packaged: name → its splits.
+        read: (source, split) → its rows.
+
+    Raises:
+        DataError: splits are missing, or given beside a packaged name.
+    """
+    if source in packaged:
+        if validation is not None or test is not None:
+            raise DataError(f"validation and test: expected only with {setting} of your own; {source!r} has its splits")
+        return packaged[source]()
+    if validation is None or test is None:
+        raise DataError(
+            f"{setting} {source!r}: expected {', '.join(packaged)}, or a file or hub name together with validation and "
+            "test"
+        )
+    return {split: read(file, split) for split, file in (("train", source), ("validation", validation), ("test", test))}
+
+
 def drawn(rows: Sequence[T], size: int, *, seed: int, what: str) -> list[T]:
     """Training rows of one run.
 

@@ -49,7 +49,7 @@ def test_sequences_have_one_length_and_none_is_in_two_splits(decoder: str, tmp_p
 
 
 def test_settings_that_do_not_fit(decoder: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="expected only with a corpus of your own"):
+    with pytest.raises(DataError, match="expected only with corpus of your own"):
         language(train_size=1, seed=0, validation="x.jsonl")
     with pytest.raises(DataError, match="expected python, bbc, or a file or hub name together with validation"):
         language(train_size=1, seed=0, corpus=str(tmp_path / "x.jsonl"))

@@ -373,9 +373,18 @@ class Guide(GuidedRun):
     def begin_step(self) -> None:
         """Probes when due, decides, and puts the plan in force. Uses nothing of the batch that follows."""
         self._decisions.before_step()
+        self._dropout.turn(off=self._drops_nothing)
         if self._memory is not None:
             self._memory.bound_cache(self.cache, self.plan.cut)
         self._step.begin(self.plan)
+
+    @property
+    def _drops_nothing(self) -> bool:
+        """Whether the step in hand is made without dropout."""
+        course = self._progress.course
+        if self.config.update.dropout == "auto":
+            return course is not None and course.epoch == 0 and self._dropout.may_change
+        return self.config.update.dropout == "off"
 
     def before_optimizer_step(self) -> None:
         """Checks and scores the gradients of this step's batches."""

@@ -19,6 +19,7 @@ from rgft.error_map import ErrorMap
 from rgft.errors import AttachError
 from rgft.execution.activation_cache import ActivationCache
 from rgft.execution.averaging import IterateAverage
+from rgft.execution.dropout import Dropout
 from rgft.execution.executor import Executor
 from rgft.execution.target_positions import TargetLoss
 from rgft.execution.views import bind
@@ -72,6 +73,7 @@ class GuidedRun:
         )  # fmt: skip
         self._memory = MemoryKeeper.of(model, self._binding, self.config, policy, signal)
         self._average = IterateAverage(self._binding, model.buffers())
+        self._dropout = Dropout(model)
         self._spending = Spending(self.config.budget, cache)
         self._progress = Progress(self._spending)
         self._weighted = self._build_weighted_loss()
@@ -273,6 +275,7 @@ class GuidedRun:
         if self._measurement is not None:
             self._measurement.detach()
         self._executor.detach()
+        self._dropout.turn(off=False)
         if self._memory is not None:
             self._memory.leave()
         self.model.__dict__.pop("_rgft_guide", None)

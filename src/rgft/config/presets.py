@@ -25,7 +25,7 @@ PRESETS: Mapping[PresetName, Mapping[str, Any]] = {
         "period": None,
         "stability": {"preserve_mean": True, "always_on": ("classifier",)},
         "probe": {"interval": "auto", "size": "auto", "max_fraction": 0.01, "row_stride": 4},
-        "update": {"average_last": 0.3},
+        "update": {"average_last": 0.3, "dropout": "auto"},
         "execution": {"cache": "auto", "positions": "auto", "padding": "auto"},
         "warmup_fraction": 0.1,
     },

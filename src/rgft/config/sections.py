@@ -184,6 +184,11 @@ class UpdateConfig(Section):
         lt=1,
         description="share of the run, at its end, over whose steps the weights are averaged; 0: the last step's stay",
     )
+    dropout: Literal["model", "auto", "off"] = Field(
+        default="model",
+        description="model: as the model has it; auto: off while the run sees each example for the first time; off: "
+        "off throughout",
+    )
     low_rank: LowRankConfig | None = Field(
         default=None, description="components that are trained by low-rank pairs, and how; None: none"
     )

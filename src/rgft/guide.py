@@ -381,9 +381,8 @@ class Guide(GuidedRun):
     @property
     def _drops_nothing(self) -> bool:
         """Whether the step in hand is made without dropout."""
-        course = self._progress.course
         if self.config.update.dropout == "auto":
-            return course is not None and course.epoch == 0 and self._dropout.may_change
+            return self._dropout.may_change and self._progress.sees_none_again(self.plan)
         return self.config.update.dropout == "off"
 
     def before_optimizer_step(self) -> None:

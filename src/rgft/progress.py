@@ -80,6 +80,14 @@ class Progress:
         data = math.inf if course is None else (course.total_batches - course.position) / spending.accumulation
         return min(data, spending.steps_left(plan, self.step))
 
+    def sees_none_again(self, plan: UpdatePlan) -> bool:
+        """Whether the run will be over before an example comes for the second time, as far as can be foreseen."""
+        course = self.course
+        if course is None:
+            return False
+        ahead = self.steps_left(plan) * self._spending.accumulation
+        return course.position - 1 + ahead <= course.batches_per_epoch  # the batch in hand is still ahead
+
     def pays_for(self, plan: UpdatePlan, *, beside: float = 0.0) -> bool:
         """Whether the budget pays for a step on the upcoming batch under the plan, and for `beside` FLOPs."""
         return self._spending.pays_for(plan, self.step, self.upcoming, self.ids, beside=beside)

@@ -186,8 +186,7 @@ class UpdateConfig(Section):
     )
     dropout: Literal["model", "auto", "off"] = Field(
         default="model",
-        description="model: as the model has it; auto: off while the run sees each example for the first time; off: "
-        "off throughout",
+        description="model: as the model has it; off; auto: off where the budget ends before an example comes again",
     )
     low_rank: LowRankConfig | None = Field(
         default=None, description="components that are trained by low-rank pairs, and how; None: none"

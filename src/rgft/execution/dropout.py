@@ -1,6 +1,7 @@
 """Dropout off and on again: what a model leaves out at random in training keeps it from learning examples by heart.
 
-While each example is new there is nothing to learn by heart, and what is left out is noise in every gradient.
+A run that is over before an example comes again has nothing to learn by heart, and what is left out is noise in every
+gradient.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def test_everything_that_drops_is_found_and_given_back(model: nn.Module, count: 
     assert [dict(vars(module)) for module in model.modules()] == before
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", "t5", "vit", "bart"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "t5", "vit", "roberta"])
 def test_models_of_transformers(family: str) -> None:
     case = FAMILIES[family]
     model = case.build()
@@ -70,17 +70,19 @@ def test_models_of_transformers(family: str) -> None:
     assert torch.equal(logits(), logits())
 
 
-def trained(setting: str, *, epochs: float) -> list[bool]:
+def trained(setting: str, *, epochs: float, budget: float | None = None) -> list[bool]:
     """Whether dropout was off, step by step, and after the run."""
     model = FAMILIES["bert"].build()
     layers = [m for m in model.modules() if isinstance(m, nn.Dropout)]
     for layer in layers:
         layer.p = 0.1
     seen: list[bool] = []
-    settings: dict[str, Any] = {"preset": "full", "update": {"dropout": setting}}
+    settings: dict[str, Any] = {"preset": "full", "update": {"dropout": setting}, "budget": budget}
     with Guide(model, Config(**settings), loss=example_losses) as guide:
         optimizer = torch.optim.AdamW(guide.param_groups(lr=1e-3))
-        for batch in guide.batches(Examples(FAMILIES["bert"], count=16), batch_size=4, collate_fn=collate, epochs=epochs):
+        for batch in guide.batches(
+            Examples(FAMILIES["bert"], count=16), batch_size=4, collate_fn=collate, epochs=epochs
+        ):
             guide.loss(batch).backward()
             seen.append(all(layer.p == 0.0 for layer in layers))
             guide.step(optimizer)
@@ -89,7 +91,10 @@ def trained(setting: str, *, epochs: float) -> list[bool]:
 
 
 def test_it_is_off_as_long_as_the_run_is_told() -> None:
-    assert trained("auto", epochs=2) == [True] * 4 + [False] * 4 + [False]
+    assert trained("auto", epochs=1) == [True] * 4 + [False]
+    assert trained("auto", epochs=2) == [False] * 8 + [False]
+    assert trained("auto", epochs=3, budget=0.3) == [True] * 3 + [False]
+    assert trained("auto", epochs=3, budget=0.6) == [False] * 7 + [False]
     assert trained("off", epochs=1.5) == [True] * 6 + [False]
     assert trained("model", epochs=1) == [False] * 4 + [False]
 

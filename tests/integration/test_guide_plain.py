@@ -57,15 +57,18 @@ def test_full_with_and_without_decay_and_accumulation(name: str, decay: float, a
 @pytest.mark.parametrize("name", FAMILIES)
 def test_preset_rgft_is_plain_adamw_while_it_measures(name: str) -> None:
     """Probes and scores of training gradients move nothing, dropout's random numbers included."""
-    settings = {"execution": {"positions": "all"}, "warmup_fraction": 0.99, "probe": {"interval": 2, "size": 2}}
+    settings = {
+        "execution": {"positions": "all"}, "update": {"dropout": "model"}, "warmup_fraction": 0.99,
+        "probe": {"interval": 2, "size": 2},
+    }  # fmt: skip
     compare(name, settings, decay=0.1, accumulation=1, probed=True)
 
 
 @pytest.mark.parametrize("name", SPLITTABLE)
 def test_preset_rgft_at_head_granularity_is_plain_adamw_while_it_measures(name: str) -> None:
     settings = {
-        "granularity": "head", "ffn_blocks": 3, "execution": {"positions": "all"}, "warmup_fraction": 0.99,
-        "probe": {"interval": 2, "size": 2},
+        "granularity": "head", "ffn_blocks": 3, "execution": {"positions": "all"}, "update": {"dropout": "model"},
+        "warmup_fraction": 0.99, "probe": {"interval": 2, "size": 2},
     }  # fmt: skip
     compare(name, settings, decay=0.1, accumulation=1, probed=True)
 

@@ -47,7 +47,7 @@ def run_experiments(
     """Makes the runs that experiments lack; yields each when it is over.
 
     Experiment by experiment and contender by contender, its learning rates before its final runs: what a sitting
-    leaves can be compared. A run that fails is reported, and the others go on.
+    leaves can be compared. A run that fails is reported, and the others go on, but for those that would fail likewise.
 
     Args:
         experiments: each with a name of its own.
@@ -66,7 +66,7 @@ def run_experiments(
         raise ConfigError(f"expected experiments with names of their own, found {', '.join(twice)} more than once")
     started = time.perf_counter()
     agendas = [Agenda(experiment, folder / experiment.name, conditions) for experiment in experiments]
-    running: dict[Future[None], Path] = {}
+    running: dict[Future[None], tuple[Agenda, Cell]] = {}
     is_broken = False
 
     def goes_on() -> bool:
@@ -82,13 +82,18 @@ def run_experiments(
                     break
                 agenda, cell = taken
                 future = executor.submit(make_run, agenda.experiment, cell, agenda.results.folder, conditions)
-                running[future] = agenda.results.path(cell)
+                running[future] = agenda, cell
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                path, error = running.pop(future), future.exception()
+                (agenda, cell), error = running.pop(future), future.exception()
+                path = agenda.results.path(cell)
+                if error is None:
+                    yield Outcome(path=path)
+                    continue
                 is_broken = is_broken or isinstance(error, BrokenExecutor)
-                yield Outcome(path=path, failure=None if error is None else _reason(path, error))
+                agenda.leave_out(cell, error)
+                yield Outcome(path=path, failure=_reason(path, error))
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
 
@@ -107,6 +112,7 @@ class Agenda:
         self._conditions = conditions
         self._taken: set[str] = set()
         self._lrs: dict[str, float] = {}
+        self._left_out: set[str] = set()  # labels
         self._is_checked = False
 
     def take(self) -> Cell | None:
@@ -125,9 +131,19 @@ class Agenda:
             return cell
         return None
 
+    def leave_out(self, cell: Cell, error: BaseException) -> None:
+        """Offers no more runs that would fail as this one did: of an experiment without data, of a contender that
+        cannot be."""
+        if isinstance(error, DataError):
+            self._left_out.update(contender.label for contender in self.experiment.contenders)
+        elif isinstance(error, ConfigError):
+            self._left_out.add(cell.contender.label)
+
     def _open(self) -> Iterator[Cell]:
         """All runs whose learning rate is known, done ones among them."""
         for contender in self.experiment.contenders:
+            if contender.label in self._left_out:
+                continue
             yield from self.experiment.tuning_cells(contender)
             lr = self._lr(contender)
             if lr is not None:

@@ -16,7 +16,7 @@ from rgft.bench.experiment import Cell, Experiment, Results
 from rgft.bench.runner import Conditions
 from rgft.bench.sitting import Agenda, run_experiments
 from rgft.cli.app import app
-from rgft.errors import ConfigError, NonFiniteError
+from rgft.errors import ConfigError, DataError, NonFiniteError
 from tests.unit.bench.test_experiment import loaded
 from tests.unit.tasks.pictures import save_folder, save_model
 
@@ -85,6 +85,18 @@ def test_a_contender_whose_rates_are_not_known_waits(tmp_path: Path, runs: Calla
     begun = runs(a_tuning_lr0_0001_seed100=ValueError("x"))
     list(run_experiments([loaded(tmp_path)], tmp_path))
     assert begun == [*IN_ORDER[:2], IN_ORDER[4]]
+
+
+@pytest.mark.parametrize(
+    ("error", "rest"), [(ConfigError("no classifier"), IN_ORDER[4:]), (DataError("no package"), [])]
+)
+def test_what_would_fail_likewise_is_left_out(
+    tmp_path: Path, runs: Callable[..., list[str]], error: Exception, rest: list[str]
+) -> None:
+    begun = runs(a_tuning_lr0_0001_seed100=error)
+    outcomes = list(run_experiments([loaded(tmp_path)], tmp_path))
+    assert begun == [IN_ORDER[0], *rest]
+    assert [outcome.failure is None for outcome in outcomes] == [False] + [True] * len(rest)
 
 
 def test_a_rate_that_diverges_is_not_chosen_and_a_final_run_that_does_fails(

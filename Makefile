@@ -31,7 +31,7 @@ contracts: $(SETUP)
 
 bench: $(SETUP)  ## the committed quality comparison; resumes where it stopped
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement requirements/bench.txt
-	$(BIN)/rgft bench run $(addprefix benchmarks/experiments/,rotten_tomatoes.json rotten_tomatoes_full.json cuts.json)
+	$(BIN)/rgft bench run --device cpu $(addprefix benchmarks/experiments/,rotten_tomatoes.json rotten_tomatoes_full.json cuts.json)
 
 bench-engine: $(SETUP)  ## time, FLOPs and memory of a step, each way of doing less of it, and what RGFT itself costs
 	# 15 minutes on two cores for the steps; 10 minutes and 9 GB of memory for the overheads, on a model of 1 B

@@ -382,7 +382,8 @@ class Guide(GuidedRun):
     def _drops_nothing(self) -> bool:
         """Whether the step in hand is made without dropout."""
         if self.config.update.dropout == "auto":
-            return self._dropout.may_change and self._progress.sees_none_again(self.plan)
+            # The floor: what is decided after measuring is cheaper than everything, and lasts longer.
+            return self._dropout.may_change and self._progress.sees_none_again(self._decisions.floor)
         return self.config.update.dropout == "off"
 
     def before_optimizer_step(self) -> None:
@@ -400,6 +401,7 @@ class Guide(GuidedRun):
     def end_step(self) -> None:
         """After the optimizer's step, before gradients are cleared."""
         self._executor.skip_positions(False)
+        self._dropout.turn(off=False)
         if self._measurement is not None:
             self._step.book_scoring(self._measurement.take_seconds())
             if self._decisions.scores_training:

@@ -81,12 +81,19 @@ class Progress:
         return min(data, spending.steps_left(plan, self.step))
 
     def sees_none_again(self, plan: UpdatePlan) -> bool:
-        """Whether the run will be over before an example comes for the second time, as far as can be foreseen."""
-        course = self.course
+        """Whether the run, under the plan, is over before an example comes for the second time.
+
+        Counted in whole steps, from the first micro-batch of the one in hand.
+        """
+        course, spending = self.course, self._spending
         if course is None:
             return False
-        ahead = self.steps_left(plan) * self._spending.accumulation
-        return course.position - 1 + ahead <= course.batches_per_epoch  # the batch in hand is still ahead
+        seen = self.step * spending.accumulation
+        paid = spending.steps_left(plan, self.step)
+        ahead = course.total_batches - seen
+        if math.isfinite(paid):
+            ahead = min(ahead, math.floor(paid) * spending.accumulation)
+        return seen + ahead <= course.batches_per_epoch
 
     def pays_for(self, plan: UpdatePlan, *, beside: float = 0.0) -> bool:
         """Whether the budget pays for a step on the upcoming batch under the plan, and for `beside` FLOPs."""

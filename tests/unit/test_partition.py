@@ -408,6 +408,7 @@ def test_experts_that_are_modules_are_components():
         ({"heads": nn.Sequential(nn.Dropout(), nn.Linear(4, 2))}, {"heads": "classifier"}),
         ({"mix": nn.Linear(4, 4), "out": nn.Linear(4, 2)}, {"mix": "other", "out": "classifier"}),
         ({"classifier": nn.Linear(4, 2), "gate": nn.Linear(4, 4)}, {"classifier": "classifier", "gate": "other"}),
+        ({"out": nn.Linear(4, 2), "act": nn.PReLU()}, {"out": "classifier", "act": "other"}),
         ({"last_norm": nn.LayerNorm(4)}, {"last_norm": "norm"}),
     ],
 )

@@ -110,14 +110,22 @@ def find_structure(model: nn.Module) -> Structure:
         depth = _depth(path, module, before, ranges, len(layers), is_module=is_module)
         outside.append(Outside(path=path, depth=depth, kind=_kind(path, module, depth, len(layers))))
     if not any(unit.kind in ("classifier", "lm_head") for unit in outside):
-        # Whatever its name, the last linear layer after all others is what makes the outputs.
-        after = [unit for unit in outside if unit.depth == len(layers) + 1 and unit.kind == "other"]
-        for unit in after[-1:]:
-            if unit.path in position and any(
-                isinstance(m, nn.Linear) for m in model.get_submodule(unit.path).modules()
-            ):
-                outside[outside.index(unit)] = replace(unit, kind="classifier")
+        _name_classifier(model, outside, depth=len(layers) + 1)
     return Structure(layers=tuple(layers), outside=tuple(outside))
+
+
+def _name_classifier(model: nn.Module, outside: list[Outside], *, depth: int) -> None:
+    """Whatever its name: the last part after the layers with a linear layer of its own is what makes the outputs."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    tables = {id(p) for m in modules.values() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    for index in reversed(range(len(outside))):
+        unit = outside[index]
+        if unit.depth != depth or unit.kind != "other" or unit.path not in modules:
+            continue
+        linear = [m for m in modules[unit.path].modules() if isinstance(m, nn.Linear)]
+        if linear and not any(id(p) in tables for m in linear for p in m.parameters()):
+            outside[index] = replace(unit, kind="classifier")
+            return
 
 
 def _visit(path: str, module: nn.Module, stacks: list[tuple[str, list[str]]], seen: set[int]) -> None:

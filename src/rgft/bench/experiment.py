@@ -94,6 +94,10 @@ class Experiment:
         if set(data["tuning_seeds"]) & set(data["seeds"]):
             raise ConfigError(f"{path}: tuning_seeds and seeds must be disjoint")
         contenders = _contenders(path, data["contenders"], data.pop("budgets", None))
+        if not data["tuning_seeds"] and any(len(contender.lrs) > 1 for contender in contenders):
+            raise ConfigError(
+                f"{path}: expected tuning_seeds, since contenders have several learning rates; found none"
+            )
         for contender in contenders:
             method(contender.method)
         extra = Extra.from_dict(data.get("evaluate", {}))
@@ -136,6 +140,10 @@ def _contenders(path: Path, given: Any, budgets: list[float] | None) -> tuple[Co
             given = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path}: expected a list of contenders in JSON: {error}") from error
+    if not _is_list(given, dict):
+        raise ConfigError(f"{path}: expected a list of contenders, found {given!r:.60}")
+    if budgets is not None and not _is_list(budgets, (int, float)):
+        raise ConfigError(f"{path}: expected budgets to be a list of numbers, found {budgets!r:.60}")
     fields = Contender.__dataclass_fields__
     needed = {"label", "method", "lrs"} | ({"budget"} if budgets is None else set())
     problems: list[str] = []
@@ -143,6 +151,8 @@ def _contenders(path: Path, given: Any, budgets: list[float] | None) -> tuple[Co
         label = item.get("label", f"contender {place + 1}")
         problems += [f"{path}: {label}: unknown key {key!r}" for key in sorted(set(item) - set(fields))]
         problems += [f"{path}: {label}: the key {key!r} is missing" for key in sorted(needed - set(item))]
+        if not _is_list(item.get("lrs", [1.0]), (int, float)):
+            problems.append(f"{path}: {label}: expected lrs to be a list of numbers, found {item['lrs']!r:.60}")
         if budgets is not None and "budget" in item:
             problems.append(f"{path}: {label}: expected no budget beside the experiment's budgets")
     if problems:
@@ -163,6 +173,10 @@ def _contenders(path: Path, given: Any, budgets: list[float] | None) -> tuple[Co
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         raise ConfigError(f"{path}: expected labels of their own, found {', '.join(twice)} more than once")
     return contenders
+
+
+def _is_list(value: Any, kinds: type | tuple[type, ...]) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, kinds) for item in value)
 
 
 class Results:
@@ -195,9 +209,9 @@ class Results:
         write_bytes(self.path(cell), (text + "\n").encode())
 
     def best_lr(self, experiment: Experiment, contender: Contender) -> float | None:
-        """The learning rate with the lowest mean validation loss over the tuning seeds; None while runs are missing.
+        """The learning rate with the lowest mean validation loss over the tuning seeds.
 
-        A rate at which a run diverged is not chosen while another is left.
+        None while runs are missing, and where one diverged at each of the rates.
         """
         if len(contender.lrs) == 1:
             return contender.lrs[0]
@@ -207,4 +221,6 @@ class Results:
             if result is None:
                 return None
             losses[cell.lr].append(result["metrics"].get("validation", {}).get("loss", float("inf")))
-        return min(losses, key=lambda lr: mean(losses[lr]))
+        means = {lr: mean(found) for lr, found in losses.items()}
+        best = min(means, key=lambda lr: means[lr])
+        return best if means[best] < float("inf") else None

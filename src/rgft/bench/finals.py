@@ -111,7 +111,8 @@ def final_results(folder: Path) -> dict[Group, list[Finals]]:
     """All final runs below `folder`.
 
     Raises:
-        DataError: there are none, a file is damaged, or runs that are compared were measured on different data.
+        DataError: there are none, a file is damaged, a contender has two with one seed, or runs that are compared were
+            measured on different data.
     """
     found: dict[Group, dict[str, dict[int, Any]]] = {}
     first: dict[tuple[Group, int], tuple[Path, Any]] = {}
@@ -124,7 +125,13 @@ def final_results(folder: Path) -> dict[Group, list[Finals]]:
         if "data" in result:
             other, data = first.setdefault((group, result["seed"]), (path, result["data"]))
             require_equal(result["data"], data, str(path), f"{other}, beside which it would stand")
-        found.setdefault(group, {}).setdefault(result["contender"], {})[result["seed"]] = result
+        of_contender = found.setdefault(group, {}).setdefault(result["contender"], {})
+        if result["seed"] in of_contender:
+            raise DataError(
+                f"{path}: expected one final run of {result['contender']!r} with seed {result['seed']}, found another at "
+                f"the rate {of_contender[result['seed']]['lr']:g}; delete the one that is out of date"
+            )
+        of_contender[result["seed"]] = result
     if not found:
         raise DataError(f"{folder}: expected results of final runs, found none; run the experiment first")
     groups = {

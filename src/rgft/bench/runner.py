@@ -22,6 +22,7 @@ from rgft.bench.measures.undefined import finite
 from rgft.bench.methods import method
 from rgft.bench.tasks import bench_task
 from rgft.cost import trace_costs
+from rgft.errors import ConfigError, DataError
 from rgft.partition import partition
 from rgft.run import Run, Settings, Task
 from rgft.telemetry.environment import environment
@@ -48,11 +49,22 @@ class Conditions:
 ALONE = Conditions()
 
 
+class TaskError(DataError):
+    """The task of an experiment cannot be prepared, whoever is to learn it."""
+
+
 def run_cell(experiment: Experiment, cell: Cell, conditions: Conditions = ALONE) -> dict[str, Any]:
-    """One run from a fresh model to its figures. Test data is evaluated by final runs only."""
+    """One run from a fresh model to its figures. Test data is evaluated by final runs only.
+
+    Raises:
+        TaskError: the task cannot be prepared.
+    """
     contender = cell.contender
     chosen = method(contender.method)
-    task = bench_task(experiment.task, seed=cell.seed, allow_code_execution=conditions.allow_code_execution)
+    try:
+        task = bench_task(experiment.task, seed=cell.seed, allow_code_execution=conditions.allow_code_execution)
+    except (DataError, ConfigError) as error:
+        raise TaskError(str(error)) from error
     data = data_of(task)
     run_earlier = partial(run_cell, conditions=conditions)
     earlier = None if chosen.follows is None else earlier_result(experiment, cell, run_earlier)

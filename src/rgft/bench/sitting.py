@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import os
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from rgft.bench.experiment import Cell, Contender, Experiment, Results
-from rgft.bench.fingerprint import DataCheck
-from rgft.bench.runner import ALONE, Conditions, run_cell
-from rgft.bench.tasks import bench_task
-from rgft.errors import ConfigError, DataError, NonFiniteError, RGFTError
+from rgft.bench.agenda import Agenda
+from rgft.bench.experiment import Cell, Experiment, Results
+from rgft.bench.runner import ALONE, Conditions, TaskError, run_cell
+from rgft.errors import ConfigError, NonFiniteError, RGFTError, RunFolderError
+from rgft.telemetry.environment import usable_cores
 
 log = logging.getLogger("rgft")
 
@@ -33,11 +33,26 @@ class Outcome:
 
     Attributes:
         path: of its result.
-        failure: why there is none; None: there is one.
+        failure: why there is none; empty: there is one.
     """
 
     path: Path
-    failure: str | None = None
+    failure: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Why a run has no result.
+
+    Attributes:
+        reason: in words.
+        concerns: what would fail likewise: this run, all runs of its contender, or of its experiment.
+        trace: where an unforeseen error came from.
+    """
+
+    reason: str
+    concerns: Literal["run", "contender", "experiment"] = "run"
+    trace: str = ""
 
 
 def run_experiments(
@@ -57,7 +72,8 @@ def run_experiments(
 
     Raises:
         ConfigError: two experiments have one name, or there is no room for a job.
-        DataError: a stored result is damaged, of other settings, or measured on other data than there are now.
+        DataError: a stored result is damaged, or of other settings; before anything is run. (An experiment whose
+            results are of other data is left out, and reported at the end.)
     """
     if conditions.jobs < 1:
         raise ConfigError(f"jobs: expected an integer >= 1, found {conditions.jobs}")
@@ -66,136 +82,89 @@ def run_experiments(
         raise ConfigError(f"expected experiments with names of their own, found {', '.join(twice)} more than once")
     started = time.perf_counter()
     agendas = [Agenda(experiment, folder / experiment.name, conditions) for experiment in experiments]
-    running: dict[Future[None], tuple[Agenda, Cell]] = {}
-    is_broken = False
-
-    def goes_on() -> bool:
-        is_late = stop_after_seconds is not None and time.perf_counter() - started > stop_after_seconds
-        return not (is_broken or is_late)
-
+    running: dict[Future[Failure | None], tuple[Agenda, Cell]] = {}
     executor = _executor(conditions.jobs)
     try:
         while True:
-            while len(running) < conditions.jobs and goes_on():
-                taken = next(((agenda, cell) for agenda in agendas if (cell := agenda.take()) is not None), None)
+            while len(running) < conditions.jobs:
+                is_late = stop_after_seconds is not None and time.perf_counter() - started > stop_after_seconds
+                taken = None if is_late else _next(agendas)
                 if taken is None:
                     break
                 agenda, cell = taken
-                future = executor.submit(make_run, agenda.experiment, cell, agenda.results.folder, conditions)
+                task = (make_run, agenda.experiment, cell, agenda.results.folder, conditions)
+                try:
+                    future = executor.submit(*task)
+                except BrokenExecutor:  # between two runs
+                    executor = _executor(conditions.jobs)
+                    future = executor.submit(*task)
                 running[future] = agenda, cell
             if not running:
-                return
+                break
+            is_broken = False
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                (agenda, cell), error = running.pop(future), future.exception()
-                path = agenda.results.path(cell)
-                if error is None:
-                    yield Outcome(path=path)
-                    continue
+                agenda, cell = running.pop(future)
+                error = future.exception()
                 is_broken = is_broken or isinstance(error, BrokenExecutor)
-                agenda.leave_out(cell, error)
-                yield Outcome(path=path, failure=_reason(path, error))
+                yield _outcome(agenda, cell, future.result() if error is None else _of_pool(error))
+            if is_broken:
+                executor.shutdown(wait=True, cancel_futures=True)
+                executor = _executor(conditions.jobs)
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
+    for agenda in agendas:
+        if agenda.failure:
+            yield Outcome(path=agenda.results.folder, failure=agenda.failure)
 
 
-class Agenda:
-    """What an experiment still lacks, in the order in which it is made.
-
-    Args:
-        experiment: whose runs.
-        folder: of its results.
-        conditions: of the runs.
-    """
-
-    def __init__(self, experiment: Experiment, folder: Path, conditions: Conditions = ALONE) -> None:
-        self.experiment, self.results = experiment, Results(folder)
-        self._conditions = conditions
-        self._taken: set[str] = set()
-        self._lrs: dict[str, float] = {}
-        self._left_out: set[str] = set()  # labels
-        self._is_checked = False
-
-    def take(self) -> Cell | None:
-        """A run that can be begun now, which is not offered again; None: there is none, or none yet.
-
-        Raises:
-            DataError: see `run_experiments`; before the first run.
-        """
-        for cell in self._open():
-            if cell.file_name in self._taken or self.results.path(cell).exists():
-                continue
-            if not self._is_checked:
-                self._check()
-                self._is_checked = True
-            self._taken.add(cell.file_name)
-            return cell
-        return None
-
-    def leave_out(self, cell: Cell, error: BaseException) -> None:
-        """Offers no more runs that would fail as this one did: of an experiment without data, of a contender that
-        cannot be."""
-        if isinstance(error, DataError):
-            self._left_out.update(contender.label for contender in self.experiment.contenders)
-        elif isinstance(error, ConfigError):
-            self._left_out.add(cell.contender.label)
-
-    def _open(self) -> Iterator[Cell]:
-        """All runs whose learning rate is known, done ones among them."""
-        for contender in self.experiment.contenders:
-            if contender.label in self._left_out:
-                continue
-            yield from self.experiment.tuning_cells(contender)
-            lr = self._lr(contender)
-            if lr is not None:
-                yield from self.experiment.final_cells(contender, lr)
-
-    def _lr(self, contender: Contender) -> float | None:
-        if contender.label not in self._lrs:
-            lr = self.results.best_lr(self.experiment, contender)
-            if lr is None:
-                return None
-            self._lrs[contender.label] = lr
-        return self._lrs[contender.label]
-
-    def _check(self) -> None:
-        experiment, allowed = self.experiment, self._conditions.allow_code_execution
-        check = DataCheck(lambda seed: bench_task(experiment.task, seed=seed, allow_code_execution=allowed))
-        for cell in experiment.all_cells():
-            result = self.results.read(cell)
-            if result is None:
-                continue
-            for key, wanted in (("task", experiment.task), ("run", experiment.run)):
-                if result.get(key, wanted) != wanted:
-                    raise DataError(
-                        f"{self.results.path(cell)}: expected a result with the experiment's {key!r} ({dict(wanted)}), "
-                        f"found one with {result[key]}; give the experiment another name, or delete the file to run it "
-                        "anew"
-                    )
-            check.require_same(result, str(self.results.path(cell)))
-        if check.unknown:
-            log.info("%s: %d results are from before data had fingerprints", self.results.folder, check.unknown)
+def _next(agendas: Sequence[Agenda]) -> tuple[Agenda, Cell] | None:
+    return next(((agenda, cell) for agenda in agendas if (cell := agenda.take()) is not None), None)
 
 
-def make_run(experiment: Experiment, cell: Cell, folder: Path, conditions: Conditions) -> None:
-    """Makes a run and writes its result. One that diverges at a rate on trial has a result that says so."""
-    try:
-        result = run_cell(experiment, cell, conditions)
-    except NonFiniteError as error:
-        if cell.is_final:
-            raise
-        result = {
-            "contender": cell.contender.label, "lr": cell.lr, "seed": cell.seed, "is_final": False,
-            "task": dict(experiment.task), "run": dict(experiment.run), "metrics": {}, "diverged": str(error),
-        }  # fmt: skip
-    Results(folder).write(cell, result)
+def _outcome(agenda: Agenda, cell: Cell, failure: Failure | None) -> Outcome:
+    path = agenda.results.path(cell)
+    if failure is None:
+        return Outcome(path=path)
+    if failure.trace:
+        log.error("%s:\n%s", path.name, failure.trace)
+    if failure.concerns != "run":
+        agenda.leave_out(cell.contender if failure.concerns == "contender" else None)
+        log.warning("%s: the other runs of this %s are left out", path.name, failure.concerns)
+    return Outcome(path=path, failure=failure.reason)
 
 
-def _reason(path: Path, error: BaseException) -> str:
+def _of_pool(error: BaseException) -> Failure:
     if isinstance(error, BrokenExecutor):
-        return "a process was killed, perhaps for memory, and others with it; fewer jobs need less"
-    if not isinstance(error, RGFTError):
-        log.error("%s", path.name, exc_info=error)
-    return f"{type(error).__name__}: {error}"
+        return Failure(reason="a process was killed, perhaps for memory, and others with it; fewer jobs need less")
+    return Failure(reason=f"{type(error).__name__}: {error}")
+
+
+def make_run(experiment: Experiment, cell: Cell, folder: Path, conditions: Conditions) -> Failure | None:
+    """Makes a run and writes its result; says why there is none.
+
+    One that diverges at a rate on trial has a result that says so.
+    """
+    try:
+        try:
+            result = run_cell(experiment, cell, conditions)
+        except NonFiniteError as error:
+            if cell.is_final:
+                raise
+            result = {
+                "contender": cell.contender.label, "lr": cell.lr, "seed": cell.seed, "is_final": False,
+                "task": dict(experiment.task), "run": dict(experiment.run), "metrics": {}, "diverged": str(error),
+            }  # fmt: skip
+        Results(folder).write(cell, result)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, TaskError):
+            return Failure(reason=reason, concerns="experiment")
+        if isinstance(error, (NonFiniteError, RunFolderError)):
+            return Failure(reason=reason)
+        if isinstance(error, RGFTError):
+            return Failure(reason=reason, concerns="contender")
+        return Failure(reason=reason, trace=traceback.format_exc())
+    return None
 
 
 def _executor(jobs: int) -> Executor:
@@ -204,7 +173,7 @@ def _executor(jobs: int) -> Executor:
     # A forked process would share the threads' locks of a torch that has computed already.
     return ProcessPoolExecutor(
         jobs, mp_context=multiprocessing.get_context("spawn"), initializer=torch.set_num_threads,
-        initargs=(max(1, len(os.sched_getaffinity(0)) // jobs),),
+        initargs=(max(1, usable_cores() // jobs),),
     )  # fmt: skip
 
 

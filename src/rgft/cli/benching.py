@@ -41,10 +41,10 @@ def bench_run(
         loaded = [Experiment.load(path) for path in experiments]
         failures = 0
         for outcome in run_experiments(loaded, results, conditions, stop_after_seconds=minutes and minutes * 60):
-            typer.echo(outcome.path if outcome.failure is None else f"{outcome.path}: FAILED: {outcome.failure}")
-            failures += outcome.failure is not None
+            typer.echo(f"{outcome.path}: FAILED: {outcome.failure}" if outcome.failure else outcome.path)
+            failures += bool(outcome.failure)
         if failures:
-            typer.echo(f"{failures} runs failed and have no result; the others have", err=True)
+            typer.echo(f"{failures} failed: see above; what has a result is kept", err=True)
             raise typer.Exit(FAILED)
 
 

@@ -14,10 +14,11 @@ from rgft.execution.eager import is_compiled
 
 
 class Dropout:
-    """All that a model drops at random: in dropout modules, in attention, whole layers, whole branches.
+    """What a model drops at random: values in dropout modules and in attention, layers, branches.
 
-    These are the probabilities that modules hold as numbers under a name with "drop" in it, or as `p` where the
-    module's own name has it.
+    It is found by name: probabilities that modules hold as numbers under a name with "drop" in it, or as `p` or `prob`
+    where the module's class is one of dropout or stochastic depth. What is read from a model's configuration at each
+    call (Wav2Vec2's layer drop) stays.
 
     Args:
         model: whose modules are looked at once.
@@ -35,7 +36,10 @@ class Dropout:
 
     @cached_property
     def may_change(self) -> bool:
-        """Whether it costs nothing to change it during a run; a compiled model would be compiled anew."""
+        """Whether it costs nothing to change it during a run; a compiled model would be compiled anew.
+
+        A model inside a wrapper of `torch.compile(model)` is not known to be compiled.
+        """
         return not is_compiled(self._model)
 
     def turn(self, *, off: bool) -> None:
@@ -44,11 +48,14 @@ class Dropout:
             return
         self.is_off = off
         for module, name, value in self._own:
-            setattr(module, name, 0.0 if off else value)
+            module.__dict__[name] = (
+                0.0 if off else value
+            )  # at every step: `setattr` of a module takes ten times as long
 
     def __len__(self) -> int:
         return len(self._own)
 
 
 def _is_of_dropout(module: nn.Module, name: str) -> bool:
-    return "drop" in (type(module).__name__ if name == "p" else name).lower()
+    kind = type(module).__name__.lower()
+    return "drop" in name.lower() or (name in ("p", "prob") and ("drop" in kind or "stochasticdepth" in kind))

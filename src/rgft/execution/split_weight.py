@@ -163,6 +163,6 @@ class SplitWeight:
         # A module's views were copied with its `_parameters`; the memo hands out those same copies.
         twin.views = [copy.deepcopy(view, memo) for view in self.views]
         # The layout is copied too (an optimizer copied along may need it) and is the copy's own: nothing undoes it.
-        twin._own_stride = twin._pickled = None
+        twin._own_stride = twin._dense_stride = twin._pickled = None
         twin.realias(copy.deepcopy(self.fused, memo))
         return twin

@@ -59,8 +59,14 @@ def package_versions() -> dict[str, str]:
 
 def cpu() -> dict[str, Any]:
     """Model, cores of the machine, and cores this process may use."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"model": _cpu_model(), "machine": platform.machine(), "cores": os.cpu_count(), "usable_cores": usable}
+    return {
+        "model": _cpu_model(), "machine": platform.machine(), "cores": os.cpu_count(), "usable_cores": usable_cores(),
+    }  # fmt: skip
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu_model() -> str | None:

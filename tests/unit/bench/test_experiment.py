@@ -42,6 +42,8 @@ def test_learning_rates_are_chosen_on_validation(tmp_path: Path) -> None:
     assert (results.best_lr(experiment, a), results.best_lr(experiment, b)) == (2e-4, 1e-4)
     results.write(tuning[1], {"metrics": {}, "diverged": "step 3"})
     assert results.best_lr(experiment, a) == 1e-4
+    results.write(tuning[0], {"metrics": {}, "diverged": "step 2"})
+    assert results.best_lr(experiment, a) is None
     final = [(c.contender.label, c.lr, c.seed) for c in experiment.final_cells(a, 1e-4)]
     assert final == [("a", 1e-4, 0), ("a", 1e-4, 1)]
     assert [c.seed for c in experiment.final_cells(b, 1e-4)] == [1]
@@ -66,6 +68,14 @@ def test_contenders_may_be_shared_and_spread_over_budgets(tmp_path: Path) -> Non
             "found a more than once",
         ),
         ({"contenders": "missing.json"}, "expected a list of contenders"),
+        ({"contenders": {"label": "a"}}, "expected a list of contenders, found"),
+        (
+            {"contenders": [{"label": "a", "method": "full", "budget": 1.0, "lrs": 1e-4}]},
+            "a: expected lrs to be a list",
+        ),
+        ({"budgets": []}, "expected budgets to be a list of numbers"),
+        ({"budgets": 0.3}, "expected budgets to be a list of numbers"),
+        ({"tuning_seeds": []}, "expected tuning_seeds"),
     ],
 )
 def test_what_is_wrong_with_contenders_is_said(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from rgft.bench import sitting
+from rgft.bench import agenda, sitting
 from rgft.bench.experiment import Experiment, Results
 from rgft.bench.finals import Group, final_results
 from rgft.bench.fingerprint import DataCheck, data_of, fingerprint
@@ -86,15 +86,17 @@ def test_an_experiment_s_stored_results_are_checked_before_anything_is_run(
 ) -> None:
     experiment = loaded(tmp_path)
     results = Results(tmp_path / "results" / experiment.name)
-    monkeypatch.setattr(sitting, "bench_task", lambda settings, *, seed, allow_code_execution: Prepared(ROWS, [seed]))
+    monkeypatch.setattr(agenda, "bench_task", lambda settings, *, seed, allow_code_execution: Prepared(ROWS, [seed]))
     monkeypatch.setattr(sitting, "run_cell", lambda *_, **__: pytest.fail("nothing may be run"))
     cell = list(experiment.all_cells())[-1]
     results.write(cell, result(experiment, 1, data=data_of(Prepared(ROWS, [2]))))  # type: ignore[arg-type]
-    with pytest.raises(DataError, match=r"b--final--lr0\.0001--seed1\.json: measured on other data"):
-        list(sitting.run_experiments([experiment], tmp_path / "results"))
-    results.write(cell, {**result(experiment, 1), "run": {"epochs": 9}})
-    with pytest.raises(DataError, match="expected a result with the experiment's 'run'"):
-        list(sitting.run_experiments([experiment], tmp_path / "results"))
+    (outcome,) = sitting.run_experiments([experiment], tmp_path / "results")
+    assert "b--final--lr0.0001--seed1.json: measured on other data" in outcome.failure
+    assert outcome.failure.startswith("nothing of 'x' is run")
+    for key, value in (("run", {"epochs": 9}), ("budget", 0.5), ("settings", {"rank": 2})):
+        results.write(cell, {**result(experiment, 1), key: value})
+        with pytest.raises(DataError, match=f"expected a result with the experiment's '{key}'"):
+            list(sitting.run_experiments([experiment], tmp_path / "results"))
     results.path(cell).write_text('{"seed": 1, "da')
     with pytest.raises(DataError, match="found a damaged file"):
         list(sitting.run_experiments([experiment], tmp_path / "results"))

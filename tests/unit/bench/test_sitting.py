@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import signal
 from collections.abc import Callable
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +15,12 @@ import pytest
 from typer.testing import CliRunner
 
 from rgft.bench import sitting
+from rgft.bench.agenda import Agenda
 from rgft.bench.experiment import Cell, Experiment, Results
-from rgft.bench.runner import Conditions
-from rgft.bench.sitting import Agenda, run_experiments
+from rgft.bench.runner import Conditions, TaskError
+from rgft.bench.sitting import run_experiments
 from rgft.cli.app import app
-from rgft.errors import ConfigError, DataError, NonFiniteError
+from rgft.errors import BudgetError, ConfigError, DataError, NonFiniteError
 from tests.unit.bench.test_experiment import loaded
 from tests.unit.tasks.pictures import save_folder, save_model
 
@@ -55,7 +59,7 @@ def test_contender_by_contender_and_rates_before_final_runs(tmp_path: Path, runs
     begun, experiment = runs(), loaded(tmp_path)
     outcomes = list(run_experiments([experiment], tmp_path))
     assert [outcome.path.stem for outcome in outcomes] == begun == IN_ORDER
-    assert all(outcome.failure is None for outcome in outcomes)
+    assert all(outcome.failure == "" for outcome in outcomes)
     assert all(outcome.path.parent == tmp_path / "x" for outcome in outcomes)
     assert list(run_experiments([experiment], tmp_path)) == []
     outcomes[3].path.unlink()
@@ -74,7 +78,7 @@ def test_a_run_that_fails_is_reported_and_others_go_on(tmp_path: Path, runs: Cal
     begun = runs(a_final_lr0_0002_seed0=RuntimeError("no memory"))
     outcomes = list(run_experiments([loaded(tmp_path)], tmp_path))
     assert begun == IN_ORDER
-    assert [outcome.failure for outcome in outcomes] == [None, None, "RuntimeError: no memory", None, None]
+    assert [outcome.failure for outcome in outcomes] == ["", "", "RuntimeError: no memory", "", ""]
     assert not outcomes[2].path.exists()
     begun.clear()
     list(run_experiments([loaded(tmp_path)], tmp_path))
@@ -88,7 +92,13 @@ def test_a_contender_whose_rates_are_not_known_waits(tmp_path: Path, runs: Calla
 
 
 @pytest.mark.parametrize(
-    ("error", "rest"), [(ConfigError("no classifier"), IN_ORDER[4:]), (DataError("no package"), [])]
+    ("error", "rest"),
+    [
+        (ConfigError("no classifier"), IN_ORDER[4:]),
+        (BudgetError("too little"), IN_ORDER[4:]),
+        (DataError("no earlier result"), IN_ORDER[4:]),
+        (TaskError("no package"), []),
+    ],
 )
 def test_what_would_fail_likewise_is_left_out(
     tmp_path: Path, runs: Callable[..., list[str]], error: Exception, rest: list[str]
@@ -96,7 +106,44 @@ def test_what_would_fail_likewise_is_left_out(
     begun = runs(a_tuning_lr0_0001_seed100=error)
     outcomes = list(run_experiments([loaded(tmp_path)], tmp_path))
     assert begun == [IN_ORDER[0], *rest]
-    assert [outcome.failure is None for outcome in outcomes] == [False] + [True] * len(rest)
+    assert [outcome.failure == "" for outcome in outcomes] == [False] + [True] * len(rest)
+
+
+def test_one_experiment_s_data_do_not_stop_another(tmp_path: Path, runs: Callable[..., list[str]]) -> None:
+    begun = runs()
+    first, second = loaded(tmp_path), loaded(tmp_path, name="y", task={"name": "no_such_task"})
+    stored = next(second.all_cells())
+    Results(tmp_path / "y").write(stored, {**loss_of(stored), "data": {}, "task": dict(second.task)})
+    outcomes = list(run_experiments([second, first], tmp_path))
+    assert begun == IN_ORDER
+    assert [outcome.path.name for outcome in outcomes if outcome.failure] == ["y"]
+    assert "no_such_task" in outcomes[-1].failure
+
+
+def kill(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_is_killed_costs_its_own_runs(
+    tmp_path: Path, runs: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, pools = runs(), [0]
+
+    def executor(jobs: int) -> Executor:
+        """A pool whose first process dies, then this process."""
+        pools[0] += 1
+        return Dying() if pools[0] == 1 else sitting._ThisProcess()
+
+    class Dying(Executor):
+        def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                return pool.submit(kill)
+
+    monkeypatch.setattr(sitting, "_executor", executor)
+    outcomes = list(run_experiments([loaded(tmp_path)], tmp_path))
+    assert "a process was killed" in outcomes[0].failure
+    assert begun == [IN_ORDER[1], IN_ORDER[4]]
+    assert pools == [2]
 
 
 def test_a_rate_that_diverges_is_not_chosen_and_a_final_run_that_does_fails(
@@ -107,7 +154,7 @@ def test_a_rate_that_diverges_is_not_chosen_and_a_final_run_that_does_fails(
     experiment = loaded(tmp_path)
     outcomes = list(run_experiments([experiment], tmp_path))
     assert begun[2] == "a--final--lr0.0001--seed0"
-    assert outcomes[1].failure is None
+    assert outcomes[1].failure == ""
     assert "step 3" in json.loads(outcomes[1].path.read_text())["diverged"]
     assert outcomes[-1].failure == "NonFiniteError: step 3: loss is nan"
 
@@ -144,7 +191,7 @@ def test_runs_side_by_side_have_the_results_of_runs_alone(tmp_path: Path) -> Non
     experiment = small_images(tmp_path)
     for jobs in (1, 2):
         outcomes = list(run_experiments([experiment], tmp_path / str(jobs), Conditions(jobs=jobs)))
-        assert [outcome.failure for outcome in outcomes] == [None, None]
+        assert [outcome.failure for outcome in outcomes] == ["", ""]
     cells = list(experiment.final_cells(experiment.contenders[0], 1e-3))
     alone, beside = ([Results(tmp_path / str(jobs) / "x").read(cell) for cell in cells] for jobs in (1, 2))
     for one, other in zip(alone, beside, strict=True):
@@ -166,5 +213,5 @@ def test_the_command_names_what_failed_and_says_so_by_its_exit_code(
     result = CliRunner().invoke(app, [*command, "--device", "cpu"])
     assert result.exit_code == 1
     assert "b--final--lr0.0001--seed1.json: FAILED: RuntimeError: no memory" in result.output
-    assert "1 runs failed" in result.output
+    assert "1 failed" in result.output
     assert len(list((tmp_path / "results" / "x").iterdir())) == 4

@@ -86,6 +86,7 @@ def trained(setting: str, *, epochs: float, budget: float | None = None) -> list
             guide.loss(batch).backward()
             seen.append(all(layer.p == 0.0 for layer in layers))
             guide.step(optimizer)
+            assert all(layer.p == 0.1 for layer in layers)  # between steps
             optimizer.zero_grad()
     return [*seen, any(layer.p != 0.1 for layer in layers)]
 
@@ -95,8 +96,33 @@ def test_it_is_off_as_long_as_the_run_is_told() -> None:
     assert trained("auto", epochs=2) == [False] * 8 + [False]
     assert trained("auto", epochs=3, budget=0.3) == [True] * 3 + [False]
     assert trained("auto", epochs=3, budget=0.6) == [False] * 7 + [False]
+    assert trained("auto", epochs=1.25) == [False] * 5 + [False]
     assert trained("off", epochs=1.5) == [True] * 6 + [False]
     assert trained("model", epochs=1) == [False] * 4 + [False]
+
+
+def test_measuring_does_not_hide_that_examples_will_come_again() -> None:
+    """While everything is on, few steps seem left; after the cut there are more than an epoch has."""
+    model = FAMILIES["bert"].build()
+    layer = next(m for m in model.modules() if isinstance(m, nn.Dropout))
+    layer.p = 0.1
+    config = Config(
+        budget=0.5,
+        warmup_fraction=0.2,
+        probe={"interval": 2, "size": 2},
+        mask={"name": "budget", "frozen_fraction": 1.0},
+    )  # type: ignore[arg-type]
+    seen: list[float] = []
+    with Guide(model, config, loss=example_losses) as guide:
+        optimizer = torch.optim.AdamW(guide.param_groups(lr=1e-3))
+        for batch in guide.batches(Examples(FAMILIES["bert"], count=32), batch_size=4, collate_fn=collate, epochs=2):
+            guide.loss(batch).backward()
+            seen.append(layer.p)
+            guide.step(optimizer)
+            optimizer.zero_grad()
+        assert guide.plan.cut > 0
+    assert len(seen) > 8
+    assert set(seen) == {0.1}
 
 
 def test_a_compiled_model_keeps_its_own() -> None:

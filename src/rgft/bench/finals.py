@@ -127,9 +127,10 @@ def final_results(folder: Path) -> dict[Group, list[Finals]]:
             require_equal(result["data"], data, str(path), f"{other}, beside which it would stand")
         of_contender = found.setdefault(group, {}).setdefault(result["contender"], {})
         if result["seed"] in of_contender:
+            rate = of_contender[result["seed"]]["lr"]
             raise DataError(
-                f"{path}: expected one final run of {result['contender']!r} with seed {result['seed']}, found another at "
-                f"the rate {of_contender[result['seed']]['lr']:g}; delete the one that is out of date"
+                f"{path}: expected one final run of {result['contender']!r} with seed {result['seed']}, found another "
+                f"at the rate {rate:g}; delete the one that is out of date"
             )
         of_contender[result["seed"]] = result
     if not found:

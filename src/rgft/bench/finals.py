@@ -52,8 +52,9 @@ class Group:
         variant = TASKS[name].variant(task)
         title = f"{TASKS[name].title} ({variant})" if variant else TASKS[name].title
         size = f"{task['train_size']:,}" if task.get("train_size") is not None else "all"
+        cut = f" of {task['tokens']} tokens" if "tokens" in task else ""
         return cls(
-            task=name, title=f"{title}, {size} examples, {epochs}", fixes_cuts=result["method"] == "cut",
+            task=name, title=f"{title}, {size} examples{cut}, {epochs}", fixes_cuts=result["method"] == "cut",
             variant=variant,
         )  # fmt: skip
 

@@ -122,6 +122,12 @@ def test_tasks_of_one_kind_are_told_apart() -> None:
             {"name": "images", "data": "flowers", "model": "x"},
         )
     )
+    short, shorter = (
+        Group.of({**run, "task": {"name": "bbc", "train_size": 8, "tokens": tokens}}) for tokens in (64, 32)
+    )  # fmt: skip
+    assert (short.title, short.source) == ("BBC news, 8 examples of 64 tokens, one epoch", "BBC")
+    assert short != shorter
+    assert short.source == shorter.source
     assert python.title == "language modelling (python), 8 examples, one epoch"
     assert (news.title, news.source) == ("language modelling (bbc), 8 examples, one epoch", "texts: bbc")
     assert all_images.title == "images (flowers), all examples, one epoch"

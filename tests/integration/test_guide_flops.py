@@ -61,6 +61,7 @@ def test_ledger_equals_the_count_with_scattered_heads_on(name: str) -> None:
     settings: dict[str, Any] = {
         "granularity": "adapter" if "peft" in name else "head", "probe": {"interval": 2, "size": 2},
         "warmup_fraction": 0.0, "mask": {"name": "random", "q": 0.3},
+        "update": {"dropout": "model"},  # costs are traced with it; see decision 18
     }  # fmt: skip
     if "peft" not in name:
         settings["ffn_blocks"] = 3

@@ -39,8 +39,14 @@ class Agenda:
         self._left_out: set[str] = set()  # labels
         self._are_data_known = False
         self.failure = ""
-        for cell, result in self._stored():
-            self._require_same_settings(cell, result)
+        # Of each stored result what its data are compared by: results are long, and read once.
+        self._stored: list[tuple[Path, dict[str, Any]]] = []
+        for cell in experiment.all_cells():
+            result = self.results.read(cell)
+            if result is not None:
+                self._require_same_settings(cell, result)
+                if "diverged" not in result:
+                    self._stored.append((self.results.path(cell), {"seed": result["seed"], "data": result.get("data")}))
 
     def take(self) -> Cell | None:
         """A run that can be begun now, which is not offered again; None: there is none, or none yet."""
@@ -66,7 +72,7 @@ class Agenda:
                 continue
             yield from self.experiment.tuning_cells(contender)
             lr = self._lr(contender)
-            if lr is not None and contender.label not in self._left_out:
+            if lr is not None:
                 yield from self.experiment.final_cells(contender, lr)
 
     def _lr(self, contender: Contender) -> float | None:
@@ -76,12 +82,6 @@ class Agenda:
                 return None
             self._lrs[contender.label] = lr
         return self._lrs[contender.label]
-
-    def _stored(self) -> Iterator[tuple[Cell, Mapping[str, Any]]]:
-        for cell in self.experiment.all_cells():
-            result = self.results.read(cell)
-            if result is not None:
-                yield cell, result
 
     def _require_same_settings(self, cell: Cell, result: Mapping[str, Any]) -> None:
         wanted = {
@@ -100,9 +100,8 @@ class Agenda:
         allowed = self._conditions.allow_code_execution
         check = DataCheck(lambda seed: bench_task(self.experiment.task, seed=seed, allow_code_execution=allowed))
         try:
-            for cell, result in self._stored():
-                if "diverged" not in result:
-                    check.require_same(result, str(self.results.path(cell)))
+            for path, result in self._stored:
+                check.require_same(result, str(path))
         except RGFTError as error:
             self.failure = f"nothing of {self.experiment.name!r} is run: {error}"
             self.leave_out(None)

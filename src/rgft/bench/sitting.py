@@ -139,22 +139,25 @@ def _of_pool(error: BaseException) -> Failure:
     return Failure(reason=f"{type(error).__name__}: {error}")
 
 
+def _result(experiment: Experiment, cell: Cell, conditions: Conditions) -> dict[str, Any]:
+    try:
+        return run_cell(experiment, cell, conditions)
+    except NonFiniteError as error:
+        if cell.is_final:
+            raise
+        return {
+            "contender": cell.contender.label, "lr": cell.lr, "seed": cell.seed, "is_final": False,
+            "task": dict(experiment.task), "run": dict(experiment.run), "metrics": {}, "diverged": str(error),
+        }  # fmt: skip
+
+
 def make_run(experiment: Experiment, cell: Cell, folder: Path, conditions: Conditions) -> Failure | None:
     """Makes a run and writes its result; says why there is none.
 
     One that diverges at a rate on trial has a result that says so.
     """
     try:
-        try:
-            result = run_cell(experiment, cell, conditions)
-        except NonFiniteError as error:
-            if cell.is_final:
-                raise
-            result = {
-                "contender": cell.contender.label, "lr": cell.lr, "seed": cell.seed, "is_final": False,
-                "task": dict(experiment.task), "run": dict(experiment.run), "metrics": {}, "diverged": str(error),
-            }  # fmt: skip
-        Results(folder).write(cell, result)
+        Results(folder).write(cell, _result(experiment, cell, conditions))
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         if isinstance(error, TaskError):

@@ -48,9 +48,8 @@ class Dropout:
             return
         self.is_off = off
         for module, name, value in self._own:
-            module.__dict__[name] = (
-                0.0 if off else value
-            )  # at every step: `setattr` of a module takes ten times as long
+            # At every step: `setattr` of a module takes ten times as long.
+            module.__dict__[name] = 0.0 if off else value
 
     def __len__(self) -> int:
         return len(self._own)

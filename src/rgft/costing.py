@@ -12,6 +12,7 @@ from torch import nn
 from rgft.cost import CostModel, trace_costs, with_targets
 from rgft.cost.rates import measure_products
 from rgft.execution.binding import Binding
+from rgft.execution.dropout import Dropout
 from rgft.execution.executor import Executor
 from rgft.execution.linear import layout_of
 from rgft.execution.read_positions import ReadPositions
@@ -21,7 +22,8 @@ log = logging.getLogger("rgft")
 
 
 def traced_costs(
-    model: nn.Module, binding: Binding, executor: Executor, loss: TrainingLoss, example: Any, *, of: Loss, proves: bool
+    model: nn.Module, binding: Binding, executor: Executor, loss: TrainingLoss, example: Any, *, of: Loss, proves: bool,
+    dropout: Dropout | None = None,
 ) -> CostModel:  # fmt: skip
     """Costs of any plan; finds on the way which positions the last layer, or the head, need not compute.
 
@@ -32,6 +34,7 @@ def traced_costs(
         example: a batch.
         of: the loss that is traced.
         proves: whether it is the one of the steps, and may tell what these need not compute.
+        dropout: what steps may be made without; None: all are made with the model's own.
     """
 
     low_rank = binding.low_rank
@@ -40,6 +43,7 @@ def traced_costs(
         return trace_costs(
             model, binding.partition, example, loss=of, is_sliceable=lambda module: layout_of(module) is not None,
             pairs=None if low_rank is None else low_rank.shapes,
+            without_dropout=None if dropout is None else dropout.left_out,
         )  # fmt: skip
 
     loss.at_targets = None

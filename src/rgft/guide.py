@@ -70,6 +70,7 @@ class Guide(GuidedRun):
         loss_at_targets: TargetLoss | None = None,
     ) -> None:  # fmt: skip
         super().__init__(model, config, loss=loss, loss_at_targets=loss_at_targets)
+        self._spending.reckon_with_dropout(not self._may_leave_out_dropout)
         self._left_stream: BatchStream | None = None  # what the next `batches` goes on with
         self._restored: Mapping[str, Any] | None = None  # a place in the data, until there is data
         self._ends_after_step = False
@@ -167,6 +168,7 @@ class Guide(GuidedRun):
             self.model, self._binding, self._executor, self._loss,
             example if memory is None else memory.traceable(example), of=cost_loss or self._loss.mean,
             proves=self.config.execution.positions != "all" and own_loss and cost_loss is None,
+            dropout=self._dropout if self._may_leave_out_dropout else None,
         )  # fmt: skip
         if self._weighted is not None:
             self._weighted.check()
@@ -374,17 +376,24 @@ class Guide(GuidedRun):
         """Probes when due, decides, and puts the plan in force. Uses nothing of the batch that follows."""
         self._decisions.before_step()
         self._dropout.turn(off=self._drops_nothing)
+        self._spending.reckon_with_dropout(not self._dropout.is_off)
         if self._memory is not None:
             self._memory.bound_cache(self.cache, self.plan.cut)
         self._step.begin(self.plan)
 
     @property
+    def _may_leave_out_dropout(self) -> bool:
+        """Whether a step may be made without dropout."""
+        setting = self.config.update.dropout
+        return len(self._dropout) > 0 and (setting == "off" or (setting == "auto" and self._dropout.may_change))
+
+    @property
     def _drops_nothing(self) -> bool:
         """Whether the step in hand is made without dropout."""
-        if self.config.update.dropout == "auto":
-            # The floor: what is decided after measuring is cheaper than everything, and lasts longer.
-            return self._dropout.may_change and self._progress.sees_none_again(self._decisions.floor)
-        return self.config.update.dropout == "off"
+        if not self._may_leave_out_dropout:
+            return False
+        # The floor: what is decided after measuring is cheaper than everything, and lasts longer.
+        return self.config.update.dropout == "off" or self._progress.sees_none_again(self._decisions.floor)
 
     def before_optimizer_step(self) -> None:
         """Checks and scores the gradients of this step's batches."""

@@ -59,6 +59,7 @@ class Spending:
         self._cache = cache
         self.ledger = Ledger()
         self.costs: CostModel | None = None
+        self._drops = True
         self.full = self._allowed_flops = math.inf
         self.typical = self.typical_of_steps = (1, 1)
         self.groups: LengthGroups | None = None
@@ -82,7 +83,8 @@ class Spending:
             full: FLOPs of full fine-tuning; None: of this model on this workload.
             pace: FLOPs per second to reckon with before the first step, where seconds or joules are limited.
         """
-        self.costs, self.typical, self.typical_of_steps = costs, workload.typical, workload.typical_of_steps
+        self.costs = costs.with_dropout(self._drops)
+        self.typical, self.typical_of_steps = workload.typical, workload.typical_of_steps
         self._largest_target_share = workload.largest_target_share
         self.full = workload.full_flops(costs) if full is None else full
         self._allowed_flops = self.full * self._share
@@ -92,6 +94,12 @@ class Spending:
             self._seconds.pace = self._seconds.pace or pace
             watts = self.meter.watts if self.meter is not None else None
             self._joules.pace = self._joules.pace or (pace / watts if watts else None)
+
+    def reckon_with_dropout(self, drops: bool) -> None:
+        """From here on steps are made with the model's dropout, or without."""
+        self._drops = drops
+        if self.costs is not None:
+            self.costs = self.costs.with_dropout(drops)
 
     def require(self, plan: UpdatePlan, workload: Workload) -> None:
         """Makes sure that a first step on any batch of the workload can be paid for.
@@ -324,13 +332,15 @@ class Spending:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "ledger": self.ledger.to_dict(), "seconds": self._seconds.state_dict(), "joules": self._joules.state_dict()
+            "ledger": self.ledger.to_dict(), "seconds": self._seconds.state_dict(),
+            "joules": self._joules.state_dict(), "drops": self._drops,
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.ledger = Ledger.from_dict(state["ledger"])
         self._seconds.load_state_dict(state["seconds"])
         self._joules.load_state_dict(state["joules"])
+        self.reckon_with_dropout(state["drops"])
         if self.meter is not None:
             self.meter.begin(self.ledger.seconds)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from rgft import Config, Guide, prober
 from rgft.errors import BudgetError
+from rgft.progress import Progress
 from rgft.telemetry.flop_counter import count_flops
 from tests.families import FAMILIES
 from tests.integration.loops import Examples, adamw, collate, guided, trimmed
@@ -61,13 +63,41 @@ def test_ledger_equals_the_count_with_scattered_heads_on(name: str) -> None:
     settings: dict[str, Any] = {
         "granularity": "adapter" if "peft" in name else "head", "probe": {"interval": 2, "size": 2},
         "warmup_fraction": 0.0, "mask": {"name": "random", "q": 0.3},
-        "update": {"dropout": "model"},  # costs are traced with it; see decision 18
     }  # fmt: skip
     if "peft" not in name:
         settings["ffn_blocks"] = 3
     guide, counted = audited(name, settings, steps=5)
     assert 0 < len(guide.active) < len(guide.partition)
     assert guide.ledger.spent_flops == pytest.approx(counted, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
+def test_ledger_knows_whether_a_step_was_made_with_dropout(name: str) -> None:
+    """Without it attention runs in a fused kernel, whose backward pass makes a product anew."""
+    counted: dict[str, float] = {}
+    for setting in ("model", "off"):
+        guide, counted[setting] = audited(name, {"preset": "full", "update": {"dropout": setting}}, steps=2)
+        assert guide.ledger.spent_flops == pytest.approx(counted[setting], rel=1e-6)
+        # What full fine-tuning would cost is not a matter of what this run leaves out.
+        assert guide.ledger.reference_flops == pytest.approx(counted["model"], rel=1e-6)
+        again = counted[setting] - counted["model"]
+        assert guide.ledger.recomputed_flops == pytest.approx(again, rel=1e-6)
+        assert guide.ledger.dx_truncated_flops == 0.0
+    assert counted["off"] > 1.001 * counted["model"]
+
+
+def test_a_run_that_changes_its_mind_about_dropout_is_counted_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = FAMILIES["bert"]
+    guide = Guide(family.build(), Config(preset="full", update={"dropout": "auto"}))  # type: ignore[arg-type]
+    monkeypatch.setattr(Progress, "sees_none_again", lambda progress, plan: progress.step % 2 == 1)
+    optimizer, spent, counted = adamw(guide), [0.0], []
+    for batch in guide.batches(Examples(family, count=16), batch_size=4, collate_fn=collate):
+        counted.append(count_flops(lambda batch=batch: guide.loss(batch).backward()))
+        guide.step(optimizer)
+        optimizer.zero_grad()
+        spent.append(guide.ledger.spent_flops)
+    assert [after - before for before, after in pairwise(spent)] == pytest.approx(counted, rel=1e-6)
+    assert counted[0] == counted[2] < counted[1] == counted[3]
 
 
 @pytest.mark.parametrize(

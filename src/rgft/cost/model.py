@@ -56,7 +56,8 @@ class StepCost:
     Attributes:
         forward, dx, dw: by axis.
         head: what of them is made at targets alone, in models that know of such work.
-        recomputed: forward work done again by gradient checkpointing.
+        recomputed: forward work done again, by gradient checkpointing or, where nothing is dropped, in attention's
+            fused kernel.
         pairs: what low-rank pairs cost beside the model's own weights, all axes together.
     """
 
@@ -153,7 +154,9 @@ class CostModel:
         names: components, in the partition's order.
         depths: their depths.
         training: operations of a training step.
-        probing: operations in eval mode, as probes and cache filling run (without dropout, attention may be fused).
+        probing: operations in eval mode, as probes and cache filling run.
+        dropless: operations of a training step in which nothing is dropped at random, where attention may be fused;
+            empty: the same as with dropout, or never asked for.
         plain: where training steps skip work that no plan needs (`ReadPositions`), the costs without that.
         skips_to: depth of the last layer; plans with a cut above it, whose layers only fill caches, skip nothing.
         target_share: targets per position, where a step's own number is not told.
@@ -162,12 +165,14 @@ class CostModel:
         low_rank: components that are trained by pairs while they are on, where a step's own are not told.
         running: components whose pairs are part of the model, whether they are on or off.
         freezes_others: whether, of a component that is trained by pairs, nothing else is.
+        drops: whether training steps are made with the model's dropout. Full fine-tuning always is.
     """
 
     names: tuple[str, ...]
     depths: tuple[int, ...]
     training: tuple[Operation, ...]
     probing: tuple[Operation, ...]
+    dropless: tuple[Operation, ...] = ()
     plain: CostModel | None = None
     skips_to: int = 0
     target_share: float = 1.0
@@ -175,6 +180,7 @@ class CostModel:
     low_rank: frozenset[str] = frozenset()
     running: frozenset[str] = frozenset()
     freezes_others: bool = False
+    drops: bool = True
     _memo: dict[Any, tuple[_Axes, _Axes, _Axes]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _steps: dict[Any, StepCost] = field(default_factory=dict, init=False, repr=False, compare=False)
     _full: dict[tuple[int, int], StepCost] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -222,6 +228,9 @@ class CostModel:
         if dx_into:
             more = self._dx_into(dx_into, self._forms(plan[0], plan[-1]), rows, tokens, share)
             dx, pairs = dx + more[0], pairs + more[1]
+        if self.dropless and not self.drops and plan[2]:
+            again = max(0.0, dx - self._dropping._step(plan, rows, tokens, targets, dx_into).dx)
+            dx, recomputed = dx - again, recomputed + again
         return StepCost(forward=forward, dx=dx, dw=dw, head=sum(head), recomputed=recomputed, pairs=pairs)
 
     def _dx_into(
@@ -230,7 +239,7 @@ class CostModel:
         """Of the weights, and of the pairs beside them."""
         products = [
             (evaluate(product.flops, rows, tokens) * (target_share if op.at_targets else 1.0), _share_of_dx(op, forms))
-            for op in self.training if op.depth == cut and not op.once
+            for op in self._of_steps if op.depth == cut and not op.once
             for product in op.products_for(forms.mask) if product.shares is None and not product.upstream & forms.mask
         ]  # fmt: skip
         return sum(flops for flops, _ in products), sum(flops * share for flops, share in products)
@@ -240,7 +249,7 @@ class CostModel:
         if (known := self._full.get((rows, tokens))) is not None:
             return known
         plan = (self._all, 0, True, frozenset[str]())
-        step = self.without_skipping._step(plan, rows, tokens, rows * tokens, dx_into=0)
+        step = self._dropping.without_skipping._step(plan, rows, tokens, rows * tokens, dx_into=0)
         return _remember(self._full, (rows, tokens), replace(step, recomputed=0.0))
 
     @property
@@ -248,9 +257,26 @@ class CostModel:
         """The costs of steps that compute everything."""
         return self.plain or self
 
+    @cached_property
+    def _dropping(self) -> CostModel:
+        """The costs of steps with dropout, by which full fine-tuning is reckoned."""
+        return self.with_dropout(True)
+
+    @property
+    def _of_steps(self) -> tuple[Operation, ...]:
+        return self.training if self.drops else self.dropless or self.training
+
     def with_skipping(self, skipping: CostModel, *, last_layer: int) -> CostModel:
         """These costs, but for training steps that train the last layer or below: they cost what `skipping` says."""
-        return replace(self, training=skipping.training, plain=self, skips_to=last_layer)
+        return replace(
+            self, training=skipping.training, dropless=skipping.dropless, plain=self, skips_to=last_layer
+        )  # fmt: skip
+
+    def with_dropout(self, drops: bool) -> CostModel:
+        """These costs, of training steps with the model's dropout or without."""
+        if drops == self.drops:
+            return self
+        return replace(self, drops=drops, plain=self.plain and self.plain.with_dropout(drops))
 
     def with_recomputation(self, *, last_layer: int) -> CostModel:
         """These costs with gradient checkpointing of the layers."""
@@ -319,6 +345,7 @@ class CostModel:
         return {
             "names": list(self.names), "depths": list(self.depths),
             "training": [asdict(op) for op in self.training], "probing": [asdict(op) for op in self.probing],
+            "dropless": [asdict(op) for op in self.dropless], "drops": self.drops,
             "plain": None if self.plain is None else self.plain.to_dict(), "skips_to": self.skips_to,
             "target_share": self.target_share,
             "recomputes_to": self.recomputes_to, "low_rank": sorted(self.low_rank), "running": sorted(self.running),
@@ -331,6 +358,7 @@ class CostModel:
             names=tuple(data["names"]), depths=tuple(data["depths"]),
             training=tuple(_operation(op) for op in data["training"]),
             probing=tuple(_operation(op) for op in data["probing"]),
+            dropless=tuple(_operation(op) for op in data.get("dropless", ())), drops=data.get("drops", True),
             plain=None if data["plain"] is None else cls.from_dict(data["plain"]), skips_to=data["skips_to"],
             target_share=data["target_share"],
             recomputes_to=data["recomputes_to"], low_rank=frozenset(data.get("low_rank", ())),
@@ -358,7 +386,7 @@ class CostModel:
         if self.plain is not None and all(self.depths[self.names.index(name)] > self.skips_to for name in active):
             return self.plain._plan(active, cached_below, training, low_rank)
         forms = self._forms(active, low_rank)
-        operations = self.training if training else self.probing
+        operations = self._of_steps if training else self.probing
         lowest = min((depth for depth, is_on in zip(self.depths, forms.on, strict=True) if is_on), default=0)
         twice = range(max(1, lowest), self.recomputes_to + 1 if training and active else 0)
         once = [op for op in operations if op.once]

@@ -20,21 +20,26 @@ def with_targets(costs: CostModel, one: CostModel) -> CostModel | None:
         Operations that cost the same at every length in `one`, and in `costs` as much per position, are those; all
         others must cost the same in both. None where this is not so, or where nothing could be spared.
     """
-    if len(costs.training) != len(one.training):
+    training, dropless = _marked(costs.training, one.training), _marked(costs.dropless, one.dropless)
+    if training is None or dropless is None or not any(op.at_targets for op in training):
         return None
-    training: list[Operation] = []
-    for whole, narrow in zip(costs.training, one.training, strict=True):
+    return replace(costs, training=training, dropless=dropless)
+
+
+def _marked(all_positions: Sequence[Operation], one: Sequence[Operation]) -> tuple[Operation, ...] | None:
+    if len(all_positions) != len(one):
+        return None
+    marked: list[Operation] = []
+    for whole, narrow in zip(all_positions, one, strict=True):
         if _pattern(whole) != _pattern(narrow):
             return None
         if whole.flops == narrow.flops:
-            training.append(whole)
+            marked.append(whole)
         elif _flops(whole) == [(0.0, each, 0.0) for each, *_ in _flops(narrow)] and _is_flat(narrow):
-            training.append(replace(whole, at_targets=True))
+            marked.append(replace(whole, at_targets=True))
         else:
             return None
-    if not any(op.at_targets for op in training):
-        return None
-    return replace(costs, training=tuple(training))
+    return tuple(marked)
 
 
 def _flops(op: Operation) -> list[Coefficients]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -31,13 +32,15 @@ OUTSIDE = "outside the graph"
 def trace_costs(
     model: nn.Module, partition: Partition, batch: Any, loss: Loss | None = None, *, elementwise: Collection[str] = (),
     is_sliceable: Callable[[nn.Module], bool] = lambda module: True, pairs: LowRankShapes | None = None,
+    without_dropout: Callable[[], AbstractContextManager[None]] | None = None,
 ) -> CostModel:  # fmt: skip
     """Reads a model's costs off its autograd graph.
 
-    Runs the model forward, on two rows of `batch` and three token counts and once on three rows, in training and in
-    eval mode, and leaves it as it was: RNG, buffers, modes, `requires_grad` flags; no gradient is made. FLOPs of any
-    other batch follow exactly, being rows × a polynomial of degree two in the token count, or, of work on weights alone
-    (an adapter's orthogonal matrix, the norms that DoRA finds outside the graph), the same for any number of rows.
+    Runs the model forward, on two rows of `batch` and three token counts and once on three rows, in training mode (also
+    without dropout) and in eval mode, and leaves it as it was: RNG, buffers, modes, `requires_grad` flags; no gradient
+    is made. FLOPs of any other batch follow exactly, being rows × a polynomial of degree two in the token count, or, of
+    work on weights alone (an adapter's orthogonal matrix, the norms that DoRA finds outside the graph), the same for
+    any number of rows.
 
     What counts: matrix products, convolutions, attention, as `FlopCounterMode` counts them (see `rgft.cost.counting`
     for where that departs from the work done). With an encoder and a decoder, `tokens` is the encoder's length, and
@@ -55,6 +58,7 @@ def trace_costs(
         is_sliceable: whether a module's dW is made for its active slices alone (of kernels, which have more than two
             dimensions, for slices along the first); of any other it is made whole.
         pairs: low-rank pairs that components may be trained by; None: there are none. The model itself has none.
+        without_dropout: inside, the model drops nothing at random; None: no step is made so.
 
     Raises:
         PartitionError: a trainable parameter belongs to no component, or a component's parameter is not there.
@@ -66,26 +70,24 @@ def trace_costs(
     small = replace(shape, rows=min(shape.rows, TRACE_ROWS))
     parts = _lengths(small)
     run = _Run(model, partition, weights, loss or _model_loss, elementwise)
-    modes: dict[bool, tuple[Operation, ...]] = {}
+    shapes = [small.scaled(n) for n in parts[:3]]
+    dropless: tuple[Operation, ...] = ()
     with undisturbed(model):
-        for training in (True, False):
-            model.train(training)
-            shapes = [small.scaled(n) for n in parts[:3]]
-            traces = [run.trace(shape.resize(batch, at), at) for at in shapes]
-            once = (False,) * len(traces[-1])  # of one row that is the same, and products of one may be others
-            if small.rows == TRACE_ROWS:
-                more = replace(shapes[-1], rows=small.rows + 1)
-                once = _made_once((traces[-1], run.trace(shape.resize(batch, more), more)), (shapes[-1], more))
-            modes[training] = _fit(traces, shapes, once)
-            _check_outside(modes[training], shapes[0])
+        model.train()
+        training = run.operations(batch, shapes)
+        if without_dropout is not None:
+            with without_dropout():
+                dropless = run.operations(batch, shapes)
+        model.eval()
+        probing = run.operations(batch, shapes)
         if len(parts) > 3:
             held_out = small.scaled(parts[3])
             counted = run.count(shape.resize(batch, held_out), held_out)
-            modelled = sum(op.evaluate(op.flops, held_out.rows, held_out.tokens or 1) for op in modes[False])
+            modelled = sum(op.evaluate(op.flops, held_out.rows, held_out.tokens or 1) for op in probing)
             _compare(modelled, counted, held_out)
     return CostModel(
-        names=partition.names, depths=tuple(c.depth for c in partition), training=modes[True], probing=modes[False],
-        low_rank=frozenset() if pairs is None else pairs.components,
+        names=partition.names, depths=tuple(c.depth for c in partition), training=training, probing=probing,
+        dropless=dropless, low_rank=frozenset() if pairs is None else pairs.components,
         freezes_others=pairs is not None and pairs.freezes_others,
     )  # fmt: skip
 
@@ -126,6 +128,18 @@ class _Run:
         self.model, self.loss, self.weights, self.elementwise = model, loss, weights, elementwise
         self.components = partition.components
         self.after_layers = len(partition.layers) + 1
+
+    def operations(self, batch: Any, shapes: Sequence[BatchShape]) -> tuple[Operation, ...]:
+        """Operations in the mode that the model is in, their FLOPs fitted to batches of these shapes."""
+        shape = BatchShape.of(batch)
+        traces = [self.trace(shape.resize(batch, at), at) for at in shapes]
+        once = (False,) * len(traces[-1])  # of one row that is the same, and products of one may be others
+        if shapes[-1].rows == TRACE_ROWS:
+            more = replace(shapes[-1], rows=TRACE_ROWS + 1)
+            once = _made_once((traces[-1], self.trace(shape.resize(batch, more), more)), (shapes[-1], more))
+        fitted = _fit(traces, shapes, once)
+        _check_outside(fitted, shapes[0])
+        return fitted
 
     def trace(self, batch: Any, shape: BatchShape) -> list[Operation]:
         """Operations on one batch, FLOPs of the whole batch; the last is what runs outside the graph."""

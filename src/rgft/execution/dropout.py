@@ -6,6 +6,8 @@ gradient.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 
 from torch import nn
@@ -50,6 +52,16 @@ class Dropout:
         for module, name, value in self._own:
             # At every step: `setattr` of a module takes ten times as long.
             module.__dict__[name] = 0.0 if off else value
+
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Inside, all are 0."""
+        was_off = self.is_off
+        self.turn(off=True)
+        try:
+            yield
+        finally:
+            self.turn(off=was_off)
 
     def __len__(self) -> int:
         return len(self._own)

@@ -85,7 +85,8 @@ class Ledger:
         targets_are_biased: whether target tokens were chosen by another rule than an unbiased one.
         head_flops: part of what they spent: of a language model's head, where it is computed at targets alone.
         pair_flops: what low-rank pairs cost beside the model's own weights, on all axes.
-        recomputed_flops: what gradient checkpointing added to them, where a memory budget turned it on.
+        recomputed_flops: forward work done again: by gradient checkpointing, where a memory budget turned it on, and
+            where nothing is dropped at random in attention's fused kernel.
         optimizer_flops: products in the optimizer's own steps (Muon's).
         probe_flops, fill_flops, search_flops: scoring, filling the activation cache, and candidates of a search that
             lost; part of what is spent.

@@ -112,8 +112,8 @@ def final_results(folder: Path) -> dict[Group, list[Finals]]:
     """All final runs below `folder`.
 
     Raises:
-        DataError: there are none, a file is damaged, a contender has two with one seed, or runs that are compared were
-            measured on different data.
+        DataError: there are none, a file is damaged, a contender has two with one seed or runs of different revisions
+            of its method, or runs that are compared were measured on different data.
     """
     found: dict[Group, dict[str, dict[int, Any]]] = {}
     first: dict[tuple[Group, int], tuple[Path, Any]] = {}
@@ -132,6 +132,13 @@ def final_results(folder: Path) -> dict[Group, list[Finals]]:
             raise DataError(
                 f"{path}: expected one final run of {result['contender']!r} with seed {result['seed']}, found another "
                 f"at the rate {rate:g}; delete the one that is out of date"
+            )
+        beside = next(iter(of_contender.values()), result)
+        revisions = [one.get("revision", 1) for one in (result, beside)]
+        if revisions[0] != revisions[1]:
+            raise DataError(
+                f"{path}: expected revision {revisions[1]} of {result['method']!r}, as seed {beside['seed']} has it, "
+                f"found {revisions[0]}; delete those that are out of date, and run the experiment"
             )
         of_contender[result["seed"]] = result
     if not found:

@@ -9,6 +9,7 @@ from rgft.bench import agenda, sitting
 from rgft.bench.experiment import Experiment, Results
 from rgft.bench.finals import Group, final_results
 from rgft.bench.fingerprint import DataCheck, data_of, fingerprint
+from rgft.bench.methods import method
 from rgft.errors import DataError
 from tests.unit.bench.test_experiment import loaded
 
@@ -93,10 +94,15 @@ def test_an_experiment_s_stored_results_are_checked_before_anything_is_run(
     (outcome,) = sitting.run_experiments([experiment], tmp_path / "results")
     assert "b--final--lr0.0001--seed1.json: measured on other data" in outcome.failure
     assert outcome.failure.startswith("nothing of 'x' is run")
-    for key, value in (("run", {"epochs": 9}), ("budget", 0.5), ("settings", {"rank": 2})):
+    for key, value in (
+        ("run", {"epochs": 9}), ("common_config", {"granularity": "head"}), ("budget", 0.5), ("settings", {"rank": 2}),
+    ):  # fmt: skip
         results.write(cell, {**result(experiment, 1), key: value})
         with pytest.raises(DataError, match=f"expected a result with the experiment's '{key}'"):
             list(sitting.run_experiments([experiment], tmp_path / "results"))
+    results.write(cell, result(experiment, 1, revision=method(cell.contender.method).revision + 1))
+    with pytest.raises(DataError, match=r"expected a result of revision \d of 'full', found one of revision \d"):
+        list(sitting.run_experiments([experiment], tmp_path / "results"))
     results.path(cell).write_text('{"seed": 1, "da')
     with pytest.raises(DataError, match="found a damaged file"):
         list(sitting.run_experiments([experiment], tmp_path / "results"))

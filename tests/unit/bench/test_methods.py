@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 from rgft.bench.experiment import Experiment
 from rgft.bench.methods import METHODS, Followed, method
 from rgft.cli.app import app
+from rgft.config.presets import PRESETS
 from rgft.errors import ConfigError
 from rgft.partition import partition
 from rgft.plan import UpdatePlan
@@ -69,6 +71,15 @@ def test_all_say_where_they_come_from_and_what_they_cost() -> None:
     assert {name for name, method in METHODS.items() if not method.source} == own
     assert all(method.cost and method.title for method in METHODS.values())
     assert all("arXiv:" in method.source for method in METHODS.values() if method.source)
+
+
+def test_a_changed_preset_is_another_revision() -> None:
+    """If this fails, raise `RGFT_REVISION`, unless all runs stay as they were; then note the new digest here."""
+    digest = hashlib.sha256(json.dumps(PRESETS["rgft"], sort_keys=True).encode()).hexdigest()[:12]
+    assert (method("rgft").revision, digest) == (2, "5a363dbb4e01")
+    assert {m.name for m in METHODS.values() if m.revision > 1} == {
+        "rgft", "cut", "random", "rgft_static", "uniform_rate"
+    }  # fmt: skip
 
 
 def test_an_unknown_method_is_told_the_nearest() -> None:

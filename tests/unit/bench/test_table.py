@@ -34,6 +34,15 @@ def test_table_compares_seed_by_seed_and_ignores_tuning_runs(tmp_path: Path) -> 
     assert full.endswith("| better |")
 
 
+def test_runs_of_different_revisions_are_no_row(tmp_path: Path) -> None:
+    write(tmp_path, "rgft", 0, 0.4)
+    write(tmp_path, "rgft", 1, 0.4)
+    path = next(tmp_path.glob("*seed1.json"))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "revision": 2}))
+    with pytest.raises(DataError, match=r"seed1.json: expected revision 1 of 'rgft', as seed 0 has it, found 2"):
+        markdown(tmp_path)
+
+
 def test_tasks_are_kept_apart_and_cuts_stand_beside_rgft(tmp_path: Path) -> None:
     for seed in range(2):
         write(tmp_path, "rgft", seed, 0.4 + seed / 10)

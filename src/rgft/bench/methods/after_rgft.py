@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 from rgft.bench.methods.base import Followed, Method
+from rgft.bench.methods.own import RGFT_REVISION
 from rgft.errors import ConfigError, DataError
 from rgft.plan import UpdatePlan
 
@@ -43,9 +44,11 @@ METHODS = (
     Method(
         name="rgft_static", title="RGFT's last plan from the start", follows=last_plan,
         cost="as RGFT, without probes and measuring; the run that found the plan is not counted",
+        revision=RGFT_REVISION,
     ),
     Method(
         name="uniform_rate", title="everything at RGFT's mean learning rate", follows=mean_rate,
         config={"preset": "full"}, cost="nothing; the run that found the rate is not counted",
+        revision=RGFT_REVISION,
     ),
 )  # fmt: skip

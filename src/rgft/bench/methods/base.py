@@ -75,6 +75,8 @@ class Method:
         optimizer: (guide, rates) → its own optimizer; None: the one that the run's settings name.
         begin: called with the run when it is prepared and not begun yet: what is to be done beside its steps.
         follows: (result of RGFT's run with the same seed, settings) → what it takes of it; None: it takes nothing.
+        revision: raised whenever the same settings no longer make the same run, so that stored results of an earlier
+            one are not taken for its own.
     """
 
     name: str
@@ -88,6 +90,7 @@ class Method:
     optimizer: Callable[[Guide, Rates], Optimizer] | None = None
     begin: Callable[[Run], None] = nothing
     follows: Callable[[Mapping[str, Any], Mapping[str, Any]], Followed] | None = None
+    revision: int = 1
 
     def configuration(
         self, *, budget: float, seed: int, settings: Mapping[str, Any], followed: Followed | None = None

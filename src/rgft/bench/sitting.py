@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +22,7 @@ import torch
 
 from rgft.bench.agenda import Agenda
 from rgft.bench.experiment import Cell, Experiment, Results
+from rgft.bench.methods import method
 from rgft.bench.runner import ALONE, Conditions, TaskError, run_cell
 from rgft.errors import ConfigError, NonFiniteError, RGFTError, RunFolderError
 from rgft.telemetry.environment import usable_cores
@@ -146,8 +149,9 @@ def _result(experiment: Experiment, cell: Cell, conditions: Conditions) -> dict[
         if cell.is_final:
             raise
         return {
-            "contender": cell.contender.label, "lr": cell.lr, "seed": cell.seed, "is_final": False,
-            "task": dict(experiment.task), "run": dict(experiment.run), "metrics": {}, "diverged": str(error),
+            "contender": cell.contender.label, "revision": method(cell.contender.method).revision, "lr": cell.lr,
+            "seed": cell.seed, "is_final": False, "task": dict(experiment.task), "run": dict(experiment.run),
+            "common_config": dict(experiment.config), "metrics": {}, "diverged": str(error),
         }  # fmt: skip
 
 
@@ -175,9 +179,22 @@ def _executor(jobs: int) -> Executor:
         return _ThisProcess()
     # A forked process would share the threads' locks of a torch that has computed already.
     return ProcessPoolExecutor(
-        jobs, mp_context=multiprocessing.get_context("spawn"), initializer=torch.set_num_threads,
+        jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_begin_job,
         initargs=(max(1, usable_cores() // jobs),),
     )  # fmt: skip
+
+
+def _begin_job(threads: int) -> None:
+    """In the process of a job: its share of the cores, and an end with the sitting, however that ends."""
+    torch.set_num_threads(threads)
+    sitting = multiprocessing.parent_process()
+    assert sitting is not None
+
+    def leave() -> None:
+        sitting.join()
+        os._exit(1)  # a job computes in its main thread, where nothing else would reach it
+
+    threading.Thread(target=leave, daemon=True).start()
 
 
 class _ThisProcess(Executor):

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 from rgft.bench import sitting
 from rgft.bench.agenda import Agenda
 from rgft.bench.experiment import Cell, Experiment, Results
+from rgft.bench.methods import method
 from rgft.bench.runner import Conditions, TaskError
 from rgft.bench.sitting import run_experiments
 from rgft.cli.app import app
@@ -32,7 +34,8 @@ IN_ORDER = [
 
 
 def loss_of(cell: Cell) -> dict[str, Any]:
-    return {"seed": cell.seed, "metrics": {"validation": {"loss": 1.0 - 1e3 * cell.lr}}}
+    revision = method(cell.contender.method).revision
+    return {"seed": cell.seed, "revision": revision, "metrics": {"validation": {"loss": 1.0 - 1e3 * cell.lr}}}
 
 
 @pytest.fixture
@@ -144,6 +147,40 @@ def test_a_process_that_is_killed_costs_its_own_runs(
     assert "a process was killed" in outcomes[0].failure
     assert begun == [IN_ORDER[1], IN_ORDER[4]]
     assert pools == [2]
+
+
+def sleep_on(note: Path) -> None:
+    note.with_suffix(".part").write_text(str(os.getpid()))
+    note.with_suffix(".part").rename(note)
+    time.sleep(600)
+
+
+def sit(note: Path) -> None:
+    sitting._executor(2).submit(sleep_on, note).result()
+
+
+def is_running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes by /proc")
+def test_jobs_end_with_a_sitting_that_is_killed(tmp_path: Path) -> None:
+    note = tmp_path / "process"
+    process = multiprocessing.get_context("spawn").Process(target=sit, args=(note,))
+    process.start()
+    deadline = time.monotonic() + 120
+    while not note.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    job = int(note.read_text())
+    assert is_running(job)
+    process.kill()
+    process.join()
+    while is_running(job) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(job)
 
 
 def test_a_rate_that_diverges_is_not_chosen_and_a_final_run_that_does_fails(

@@ -173,7 +173,7 @@ class Decisions:
             flops_allowed=None if run_plan is None else spending.allowed,
             batches=course.total_batches if course else None,
             batches_per_epoch=course.batches_per_epoch if course else None, rows=rows, tokens=tokens,
-            lowest_cut=0 if self._memory is None else self._memory.lowest_cut,
+            is_cached=spending.is_cached, lowest_cut=0 if self._memory is None else self._memory.lowest_cut,
         )  # fmt: skip
 
     # ---------------------------------------------------------------- what there is at least

@@ -71,6 +71,11 @@ class Spending:
         self.kept_rows = self.kept_targets = 1.0
 
     @property
+    def is_cached(self) -> bool:
+        """Whether an activation cache keeps what lies below the cut."""
+        return self._cache is not None
+
+    @property
     def needs_pace(self) -> bool:
         """Whether `allow` wants to know how fast the machine is."""
         return any(paced.pace is None for paced, _ in self._paced)

@@ -38,6 +38,7 @@ class Situation:
         batches: of all epochs; None when unknown.
         batches_per_epoch: None when unknown.
         rows, tokens: shape of a typical batch, for `costs`.
+        is_cached: whether an activation cache keeps what lies below a cut.
         lowest_cut: memory holds no plan that trains anything below it; 0: it holds all.
     """
 
@@ -56,6 +57,7 @@ class Situation:
     batches_per_epoch: int | None = None
     rows: int = 1
     tokens: int = 1
+    is_cached: bool = False
     lowest_cut: int = 0
 
 

@@ -5,15 +5,19 @@ measured, not assumed. With r_d the generalising decrease of all components of d
 examples):
 
     bias(c)     = (1 − Σ_{d≥c} r_d / Σ_d r_d)²     signal that the cut puts out of reach
-    variance(c) = fresh(0) / fresh(c)              noise of the steps, averaged over those that see new examples
+    variance(c) = worth(0) / worth(c)              noise of the steps, averaged over what they see
     cost(c)     = bias(c) + λ · variance(c)
 
-over the layers and what runs before them (what runs after the last layer is on at every cut). fresh(c) is the number of
-steps that the run's whole budget buys at cut c, but no more than one epoch has: an example seen again brings its own
-noise again. So a budget that pays for an epoch of everything cuts nothing, and decisions depend on what was measured,
-not on how far the run is. A cut of which the FLOPs left buy no step is out of the question, but for the cheapest. The
-cut with the lowest cost is taken. A linear rate per FLOP would take everything (early-stopped full fine-tuning), a bare
-ratio the classifier alone. Measured against grids of fixed cuts: docs/decisions/0006.
+over the layers and what runs before them (what runs after the last layer is on at every cut). Of the n steps that the
+run's whole budget buys at cut c, those beyond one epoch of E see examples again, which bring their own noise again, and
+count for less with each repetition (Muennighoff et al. 2023, arXiv:2305.16264, equation 5):
+
+    worth = n  up to E,  then  E · (1 + R · (1 − exp(−(n − E) / (E · R))))
+
+So repetitions are worth at most R epochs: the more epochs a budget pays for, the less is cut; and decisions depend on
+what was measured, not on how far the run is. A cut of which the FLOPs left buy no step is out of the question, but for
+the cheapest. The cut with the lowest cost is taken. A linear rate per FLOP would take everything (early-stopped full
+fine-tuning), a bare ratio the classifier alone. Measured against grids of fixed cuts: docs/decisions/0006.
 
 Scores are shrunk towards equal layers by their uncertainty: a short run, whose scores are noise, decides by the
 costs alone; a long one by what it measured.
@@ -21,6 +25,7 @@ costs alone; a long one by what it measured.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,11 +40,20 @@ from rgft.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class CutChoice:
-    """One candidate: FLOPs of a step, how many on new examples the run's budget buys, and the two terms of its cost."""
+    """One candidate cut.
+
+    Attributes:
+        cut: its depth.
+        step_flops: FLOPs of a step on examples that are not cached.
+        steps: that the run's whole budget buys.
+        worth: of these, in steps on new examples.
+        bias, variance, cost: terms and sum.
+    """
 
     cut: int
     step_flops: float
-    fresh_steps: float
+    steps: float
+    worth: float
     bias: float
     variance: float
     cost: float
@@ -51,6 +65,7 @@ class BudgetMask(Mask):
 
     Attributes:
         noise_weight: λ, the weight of variance against bias.
+        repetition: R, what repeated examples are worth at most, in epochs of new ones.
         spread: prior standard deviation of a layer's share, relative to the mean layer.
         hysteresis: a new cut must lower the cost by this share to replace the one in force.
         frozen_fraction: fixes the cut by hand: the share of layers below it.
@@ -58,6 +73,7 @@ class BudgetMask(Mask):
 
     name: ClassVar[str] = "budget"
     noise_weight: float = 1.5
+    repetition: float = 1.0
     spread: float = 0.5
     hysteresis: float = 0.1
     frozen_fraction: float | None = None
@@ -67,6 +83,7 @@ class BudgetMask(Mask):
             f"mask.{key}: expected {expected}, found {value}"
             for key, expected, value, good in (
                 ("noise_weight", "a number >= 0", self.noise_weight, self.noise_weight >= 0.0),
+                ("repetition", "a number >= 0", self.repetition, self.repetition >= 0.0),
                 ("spread", "a number >= 0", self.spread, self.spread >= 0.0),
                 ("hysteresis", "0 <= hysteresis < 1", self.hysteresis, 0.0 <= self.hysteresis < 1.0),
                 (
@@ -100,26 +117,35 @@ class BudgetMask(Mask):
 
     def choices(self, situation: Situation) -> list[CutChoice]:
         """All candidate cuts that memory holds, with their costs; empty without a cost model, a budget or layers."""
-        left, allowed = situation.flops_left, situation.flops_allowed
-        if situation.costs is None or left is None or allowed is None or not _layer_depths(situation):
+        left = situation.flops_left
+        if situation.costs is None or left is None or situation.flops_allowed is None or not _layer_depths(situation):
             return []
         signal = self._by_depth(situation)
         total = sum(signal.values())
-        limits = [limit for limit in (situation.batches, situation.batches_per_epoch) if limit is not None]
         choices: list[CutChoice] = []
         for cut in sorted({component.depth for component in situation.components}):
-            above = frozenset(c.name for c in situation.components if c.depth >= cut)
-            flops = situation.costs.step_flops(above, rows=situation.rows, tokens=situation.tokens).total
-            fresh = max(1.0, min(allowed / flops, *limits)) if limits else max(1.0, allowed / flops)
+            flops, steps = _affords(situation, cut)
+            worth = self._worth(steps, situation.batches_per_epoch)
             bias = (1.0 - sum(value for depth, value in signal.items() if depth >= cut) / total) ** 2
-            variance = choices[0].fresh_steps / fresh if choices else 1.0
+            variance = choices[0].worth / worth if choices else 1.0
             cost = bias + self.noise_weight * variance
             choices.append(
-                CutChoice(cut=cut, step_flops=flops, fresh_steps=fresh, bias=bias, variance=variance, cost=cost)
-            )
+                CutChoice(
+                    cut=cut, step_flops=flops, steps=steps, worth=worth, bias=bias, variance=variance, cost=cost
+                )
+            )  # fmt: skip
         choices = [choice for choice in choices if choice.cut >= situation.lowest_cut]
         affordable = [choice for choice in choices if choice.step_flops <= left]
         return affordable or [min(choices, key=lambda choice: choice.step_flops)]
+
+    def _worth(self, steps: float, epoch: int | None) -> float:
+        """Steps in terms of such as see new examples."""
+        if epoch is None or steps <= epoch:
+            return steps
+        if self.repetition == 0.0:
+            return float(epoch)
+        most = self.repetition * epoch
+        return epoch + most * (1.0 - math.exp(-(steps - epoch) / most))
 
     def _by_depth(self, situation: Situation) -> dict[int, float]:
         """Shrunken signal r_d per depth; equal layers where nothing is known."""
@@ -137,6 +163,26 @@ class BudgetMask(Mask):
         }  # embeddings cost next to nothing and gain little: their prior is nothing
         result |= shrunk(before, {str(d): errors[int(d)] for d in values}, mean=0.0, spread=self.spread * mean)
         return {int(depth): max(0.0, value) for depth, value in result.items()}
+
+
+def _affords(situation: Situation, cut: int) -> tuple[float, float]:
+    """FLOPs of a step with everything on above a cut, and how many steps the whole budget buys, at least one.
+
+    Where a cache keeps what lies below the cut, an epoch's repetition is cheaper than the epoch.
+    """
+    assert situation.costs is not None
+    assert situation.flops_allowed is not None
+    above = frozenset(c.name for c in situation.components if c.depth >= cut)
+    known = cut if situation.is_cached else 0
+    flops, again = (
+        situation.costs.step_flops(above, rows=situation.rows, tokens=situation.tokens, cached_below=below).total
+        for below in (0, known)
+    )
+    steps = situation.flops_allowed / flops
+    epoch = situation.batches_per_epoch
+    if epoch is not None and steps > epoch:
+        steps = epoch + (situation.flops_allowed - epoch * flops) / again
+    return flops, max(1.0, steps if situation.batches is None else min(steps, situation.batches))
 
 
 def _layer_depths(situation: Situation) -> list[int]:

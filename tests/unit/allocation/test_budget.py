@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -20,11 +22,15 @@ LAYERS = 4
 
 
 class Costs:
-    """A step costs 10 for F, 10 per depth that dX passes, and 5 of dW per depth that is on: 10 + 15·(depths on)."""
+    """A step costs 10 for F, 10 per depth that dX passes, and 5 of dW per depth that is on: 10 + 15·(depths on).
 
-    def step_flops(self, active: frozenset[str], *, rows: int, tokens: int) -> Any:
+    Of F, the cache spares 2 for each depth below the cut, the embedding's aside.
+    """
+
+    def step_flops(self, active: frozenset[str], *, rows: int, tokens: int, cached_below: int = 0) -> Any:
         depths = {int(name) for name in active}
-        total = rows * tokens * (10.0 + 10.0 * (LAYERS + 2 - min(depths)) + 5.0 * len(depths))
+        forward = 10.0 - 2.0 * max(0, cached_below - 1)
+        total = rows * tokens * (forward + 10.0 * (LAYERS + 2 - min(depths)) + 5.0 * len(depths))
         return type("Cost", (), {"total": total})
 
 
@@ -63,16 +69,19 @@ def test_without_a_map_layers_count_alike() -> None:
     choices = BudgetMask().choices(situation())
     assert [c.cut for c in choices] == [0, 1, 2, 3, 4, 5]
     assert [c.step_flops for c in choices] == [100, 85, 70, 55, 40, 25]
-    fresh = [120, 12_000 / 85, 12_000 / 70, 200, 200, 200]  # an epoch has 200 batches
-    assert [c.fresh_steps for c in choices] == pytest.approx(fresh)
+    steps = [120, 12_000 / 85, 12_000 / 70, 12_000 / 55, 300, 480]
+    assert [c.steps for c in choices] == pytest.approx(steps)
+    # An epoch has 200 batches; repetitions are worth at most another.
+    worth = [n if n <= 200 else 400 - 200 * math.exp(1 - n / 200) for n in steps]
+    assert [c.worth for c in choices] == pytest.approx(worth)
     bias = [(1 - k / 4) ** 2 for k in (4, 4, 3, 2, 1, 0)]
-    variance = [120 / n for n in fresh]
+    variance = [120 / n for n in worth]
     assert [c.bias for c in choices] == pytest.approx(bias)
     assert [c.variance for c in choices] == pytest.approx(variance)
     costs = [b + 1.5 * v for b, v in zip(bias, variance, strict=True)]
     assert [c.cost for c in choices] == pytest.approx(costs)
-    assert BudgetMask().cut(situation()) == costs.index(min(costs)) == 2
-    assert BudgetMask().active(situation()) == {"2", "3", "4", "5"}
+    assert BudgetMask().cut(situation()) == costs.index(min(costs)) == 3
+    assert BudgetMask().active(situation()) == {"3", "4", "5"}
 
 
 def test_with_certain_maps_costs_follow_the_scores() -> None:
@@ -82,7 +91,7 @@ def test_with_certain_maps_costs_follow_the_scores() -> None:
     signal = [0.1, 0.2, 0.4, 0.8, 1.6]  # the classifier is on at every cut and does not count
     for choice in choices:
         assert choice.bias == pytest.approx((1 - sum(signal[choice.cut :]) / 3.1) ** 2)
-        assert choice.variance == pytest.approx(120 / choice.fresh_steps)
+        assert choice.variance == pytest.approx(120 / choice.worth)
         assert choice.cost == pytest.approx(choice.bias + 0.5 * choice.variance)
 
 
@@ -135,15 +144,49 @@ def test_below_an_epoch_only_ratios_of_steps_matter() -> None:
     assert [c.cost for c in endless] == pytest.approx([c.cost for c in large])
 
 
-def test_a_budget_for_an_epoch_of_everything_cuts_nothing() -> None:
+def test_where_repetitions_are_worth_nothing_a_budget_for_an_epoch_of_everything_cuts_nothing() -> None:
     """What a cut would save buys examples a second time, which average no noise away."""
-    rich = BudgetMask().choices(situation(flops_allowed=20_000.0))
-    assert {choice.fresh_steps for choice in rich} == {200}
-    assert BudgetMask().cut(situation(flops_allowed=20_000.0)) <= 1
-    # The same where the run is less than an epoch long.
-    assert BudgetMask().cut(situation(flops_allowed=20_000.0, batches=100)) <= 1
-    cuts = [BudgetMask().cut(situation(flops_allowed=flops)) for flops in (10_000.0, 14_000.0, 17_000.0, 20_000.0)]
+    mask = BudgetMask(repetition=0.0)
+    rich = mask.choices(situation(flops_allowed=20_000.0))
+    assert {choice.worth for choice in rich} == {200}
+    assert mask.cut(situation(flops_allowed=20_000.0)) <= 1
+    cuts = [mask.cut(situation(flops_allowed=flops)) for flops in (10_000.0, 14_000.0, 17_000.0, 20_000.0)]
     assert cuts == sorted(cuts, reverse=True)
+
+
+def test_a_run_that_a_budget_pays_for_whole_cuts_nothing() -> None:
+    assert {choice.steps for choice in BudgetMask().choices(situation(flops_allowed=60_000.0))} == {600}
+    assert BudgetMask().cut(situation(flops_allowed=60_000.0)) <= 1
+    assert BudgetMask().cut(situation(flops_allowed=20_000.0, batches=100)) <= 1  # less than an epoch long
+
+
+def test_the_more_epochs_a_budget_pays_for_the_less_is_cut() -> None:
+    cuts = [BudgetMask().cut(situation(flops_allowed=epochs * 20_000.0, batches=100_000)) for epochs in (1, 2, 3, 5, 9)]
+    assert cuts == sorted(cuts, reverse=True)
+    assert cuts[0] > cuts[-1]
+    assert cuts[-1] <= 1
+
+
+def test_repetitions_are_worth_more_the_more_of_them_there_are_up_to_a_limit() -> None:
+    assert [BudgetMask()._worth(steps, 200) for steps in (50.0, 200.0)] == [50.0, 200.0]
+    for repetition in (0.5, 1.0, 15.0):
+        mask = BudgetMask(repetition=repetition)
+        worth = [mask._worth(float(steps), 200) for steps in range(200, 2_001, 200)]
+        gains = [after - before for before, after in pairwise(worth)]
+        assert gains == sorted(gains, reverse=True)
+        assert 0 < gains[0] < 200
+        assert worth[-1] < 200 * (1 + repetition)
+        assert mask._worth(1e9, 200) == pytest.approx(200 * (1 + repetition))
+    assert BudgetMask(repetition=15.0)._worth(400.0, 200) > 390  # a second epoch is then nearly as good as the first
+
+
+def test_from_a_cache_repetitions_are_cheaper_than_the_epoch() -> None:
+    plain, cached = (BudgetMask().choices(situation(is_cached=cached)) for cached in (False, True))
+    assert [c.step_flops for c in plain] == [c.step_flops for c in cached]
+    assert plain[:3] == cached[:3]  # less than an epoch
+    assert [c.steps for c in cached] == pytest.approx(
+        [120, 12_000 / 85, 12_000 / 70, 200 + 1_000 / 51, 200 + 4_000 / 34, 600]
+    )
 
 
 def test_how_far_the_run_is_changes_nothing() -> None:
@@ -160,20 +203,20 @@ def test_shapes_scale_costs() -> None:
     assert [c.step_flops for c in BudgetMask().choices(situation(rows=2, tokens=3))] == [600, 510, 420, 330, 240, 150]
 
 
-@pytest.mark.parametrize(("hysteresis", "expected"), [(0.0, 2), (0.5, 3)])
+@pytest.mark.parametrize(("hysteresis", "expected"), [(0.0, 3), (0.5, 2)])
 def test_hysteresis_keeps_the_cut_in_force_unless_another_is_clearly_better(hysteresis: float, expected: int) -> None:
     table = {c.cut: c.cost for c in BudgetMask().choices(situation())}
-    assert 1 > table[2] / table[3] > 0.5
+    assert 1 > table[3] / table[2] > 0.5
     mask = BudgetMask(hysteresis=hysteresis)
-    assert mask.cut(situation(previous=in_force(3))) == expected
-    assert mask.cut(situation(previous=None)) == 2
+    assert mask.cut(situation(previous=in_force(2))) == expected
+    assert mask.cut(situation(previous=None)) == 3
 
 
 def test_hysteresis_at_its_edge() -> None:
     table = {c.cut: c.cost for c in BudgetMask().choices(situation())}
-    edge = 1 - table[2] / table[3]
-    assert BudgetMask(hysteresis=edge - 1e-6).cut(situation(previous=in_force(3))) == 2
-    assert BudgetMask(hysteresis=edge + 1e-6).cut(situation(previous=in_force(3))) == 3
+    edge = 1 - table[3] / table[2]
+    assert BudgetMask(hysteresis=edge - 1e-6).cut(situation(previous=in_force(2))) == 3
+    assert BudgetMask(hysteresis=edge + 1e-6).cut(situation(previous=in_force(2))) == 2
 
 
 @pytest.mark.parametrize(
@@ -197,6 +240,6 @@ def test_without_costs_or_layers_the_cut_in_force_stays() -> None:
 
 def test_all_problems_are_reported_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        BudgetMask(noise_weight=-1.0, spread=-0.1, hysteresis=1.0, frozen_fraction=1.5)
-    for key in ("noise_weight", "spread", "hysteresis", "frozen_fraction"):
+        BudgetMask(noise_weight=-1.0, repetition=-1.0, spread=-0.1, hysteresis=1.0, frozen_fraction=1.5)
+    for key in ("noise_weight", "repetition", "spread", "hysteresis", "frozen_fraction"):
         assert f"mask.{key}: expected" in str(caught.value)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from rgft.components import Component, ParameterSlice, Partition
 from rgft.cost import CostModel, trace_costs, with_targets
 from rgft.cost.batch_shape import BatchShape
-from rgft.cost.model import FROZEN, Operation, Product
+from rgft.cost.model import FROZEN
+from rgft.cost.operations import Operation, Product
 from rgft.errors import ConfigError, PartitionError, RGFTError
 from rgft.telemetry.flop_counter import count_flops
 

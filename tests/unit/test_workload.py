@@ -11,7 +11,7 @@ import torch
 from rgft import workload
 from rgft.batches import BatchStream
 from rgft.cost import CostModel
-from rgft.cost.model import Operation, Product
+from rgft.cost.operations import Operation, Product
 from rgft.workload import Workload, batch_shape
 
 

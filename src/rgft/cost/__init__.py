@@ -6,7 +6,8 @@
 
 from rgft.cost.batch_shape import BatchShape
 from rgft.cost.counting import flop_counter
-from rgft.cost.model import CostModel, Operation, Product, StepCost
+from rgft.cost.model import CostModel, StepCost
+from rgft.cost.operations import Operation, Product
 from rgft.cost.targets import with_targets
 from rgft.cost.trace import LowRankShapes, trace_costs
 

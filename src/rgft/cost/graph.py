@@ -17,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from rgft.components import Component
 from rgft.cost.counting import FUSED_ATTENTION_BACKWARD
-from rgft.cost.model import Operation, PairShare, Product
 from rgft.cost.nodes import FUSED, READERS, VIEWS, Node, is_unreadable, kind
+from rgft.cost.operations import Operation, PairShare, Product
 from rgft.errors import RGFTError
 
 

@@ -7,38 +7,22 @@ scaled by the active share of that weight; every other is dX.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
+from rgft.cost.axes import Axes, Forms, by_axis, pairs_beside, pairs_in_dx
+from rgft.cost.operations import Operation, evaluate
 from rgft.errors import RGFTError
-
-#: FLOPs per row as a polynomial in the token count T: (a, b, c) stands for a + b·T + c·T².
-Coefficients = tuple[float, float, float]
 
 #: Key of `by_component` for the work of weights that belong to no component.
 FROZEN = "(frozen)"
 
-#: F, dX, dW of the model's own weights, F done again, and all that low-rank pairs cost beside.
-_Axes = tuple[Coefficients, Coefficients, Coefficients, Coefficients, Coefficients]
-
-_ZERO: Coefficients = (0.0, 0.0, 0.0)
 _MEMO_LIMIT = 4096
 
 K = TypeVar("K")
 V = TypeVar("V")
-
-
-def add(left: Coefficients, right: Coefficients, scale: float = 1.0) -> Coefficients:
-    """Left + scale × right."""
-    return (left[0] + scale * right[0], left[1] + scale * right[1], left[2] + scale * right[2])
-
-
-def evaluate(coefficients: Coefficients, rows: int, tokens: int) -> float:
-    """FLOPs of a batch."""
-    a, b, c = coefficients
-    return rows * (a + tokens * (b + tokens * c))
 
 
 def _remember(memo: dict[K, V], key: K, value: V) -> V:
@@ -71,79 +55,6 @@ class StepCost:
     @property
     def total(self) -> float:
         return self.forward + self.dx + self.dw + self.recomputed + self.pairs
-
-
-@dataclass(frozen=True, kw_only=True)
-class Product:
-    """One gradient product of an operation.
-
-    Attributes:
-        flops: per row.
-        upstream: bit mask over the components; the product is needed iff one of them is active.
-        shares: for a product into a weight, (component index, fraction of the weight it owns); None: dX.
-        is_whole: made for the whole weight as soon as one owner is active.
-    """
-
-    flops: Coefficients
-    upstream: int
-    shares: tuple[tuple[int, float], ...] | None = None
-    is_whole: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairShare:
-    """A low-rank pair beside the weight of an operation: what x Aᵀ and (x Aᵀ) Bᵀ cost.
-
-    Attributes:
-        component: its index.
-        inputs, outputs: FLOPs of the two products, as shares of the operation's.
-    """
-
-    component: int
-    inputs: float
-    outputs: float
-
-    @property
-    def total(self) -> float:
-        return self.inputs + self.outputs
-
-
-@dataclass(frozen=True, kw_only=True)
-class Operation:
-    """One matrix product, convolution or attention core of the forward pass.
-
-    Attributes:
-        kind: name of its autograd node.
-        depth: of the layer it runs in, as in `Partition`.
-        flops: forward, per row.
-        products: its gradient products.
-        owners: (component index, fraction), by which reports attribute it; what is missing to 1 is frozen.
-        fused: attention that runs unfused only because its mask needs a gradient: the product in place of `products`
-            when no component of `mask` is active.
-        mask: bit mask of the components upstream of that mask.
-        at_targets: made only where the loss has a target (a language model's head), in steps that skip the rest.
-        pairs: that components may have beside its weight.
-        once: made once a pass however many rows there are: work on weights alone (an adapter's orthogonal matrix, the
-            norms of merged weights). All FLOPs here and in `products` are then those of the pass.
-    """
-
-    kind: str
-    depth: int
-    flops: Coefficients
-    products: tuple[Product, ...]
-    owners: tuple[tuple[int, float], ...] = ()
-    fused: Product | None = None
-    mask: int = 0
-    at_targets: bool = False
-    pairs: tuple[PairShare, ...] = ()
-    once: bool = False
-
-    def evaluate(self, coefficients: Coefficients, rows: int, tokens: int) -> float:
-        """FLOPs of a batch, of what is the operation's."""
-        return evaluate(coefficients, 1 if self.once else rows, tokens)
-
-    def products_for(self, active: int) -> tuple[Product, ...]:
-        return self.products if self.fused is None or active & self.mask else (self.fused,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +92,7 @@ class CostModel:
     running: frozenset[str] = frozenset()
     freezes_others: bool = False
     drops: bool = True
-    _memo: dict[Any, tuple[_Axes, _Axes, _Axes]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _memo: dict[Any, tuple[Axes, Axes, Axes]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _steps: dict[Any, StepCost] = field(default_factory=dict, init=False, repr=False, compare=False)
     _full: dict[tuple[int, int], StepCost] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -234,11 +145,11 @@ class CostModel:
         return StepCost(forward=forward, dx=dx, dw=dw, head=sum(head), recomputed=recomputed, pairs=pairs)
 
     def _dx_into(
-        self, cut: int, forms: _Forms, rows: int, tokens: int, target_share: float
+        self, cut: int, forms: Forms, rows: int, tokens: int, target_share: float
     ) -> tuple[float, float]:  # fmt: skip
         """Of the weights, and of the pairs beside them."""
         products = [
-            (evaluate(product.flops, rows, tokens) * (target_share if op.at_targets else 1.0), _share_of_dx(op, forms))
+            (evaluate(product.flops, rows, tokens) * (target_share if op.at_targets else 1.0), pairs_in_dx(op, forms))
             for op in self._of_steps if op.depth == cut and not op.once
             for product in op.products_for(forms.mask) if product.shares is None and not product.upstream & forms.mask
         ]  # fmt: skip
@@ -305,7 +216,7 @@ class CostModel:
             if (below is None or op.depth < below) and (op.depth >= cached_below or op.depth == 0)
         )  # fmt: skip
         running = frozenset(index for index, name in enumerate(self.names) if name in self.running)
-        return sum(op.evaluate(op.flops, rows, tokens) * (1.0 + _share(op, running)) for op in operations)
+        return sum(op.evaluate(op.flops, rows, tokens) * (1.0 + pairs_beside(op, running)) for op in operations)
 
     def probe_flops(self, rows: int, tokens: int, weights: bool) -> float:
         """FLOPs of a probe: forward and backward to the bottom in eval mode, with or without (dense) dW."""
@@ -356,9 +267,9 @@ class CostModel:
     def from_dict(cls, data: Mapping[str, Any]) -> CostModel:
         return cls(
             names=tuple(data["names"]), depths=tuple(data["depths"]),
-            training=tuple(_operation(op) for op in data["training"]),
-            probing=tuple(_operation(op) for op in data["probing"]),
-            dropless=tuple(_operation(op) for op in data.get("dropless", ())), drops=data.get("drops", True),
+            training=tuple(Operation.from_dict(op) for op in data["training"]),
+            probing=tuple(Operation.from_dict(op) for op in data["probing"]),
+            dropless=tuple(Operation.from_dict(op) for op in data.get("dropless", ())), drops=data.get("drops", True),
             plain=None if data["plain"] is None else cls.from_dict(data["plain"]), skips_to=data["skips_to"],
             target_share=data["target_share"],
             recomputes_to=data["recomputes_to"], low_rank=frozenset(data.get("low_rank", ())),
@@ -371,7 +282,7 @@ class CostModel:
 
     def _plan(
         self, active: frozenset[str], cached_below: int, training: bool, low_rank: frozenset[str]
-    ) -> tuple[_Axes, _Axes, _Axes]:
+    ) -> tuple[Axes, Axes, Axes]:
         """What is computed at all positions, at targets alone, and once a pass."""
         unknown = sorted(active - self._all)
         if unknown:
@@ -391,100 +302,15 @@ class CostModel:
         twice = range(max(1, lowest), self.recomputes_to + 1 if training and active else 0)
         once = [op for op in operations if op.once]
         body, head = ([op for op in operations if op.at_targets is at and not op.once] for at in (False, True))
-        body, head, once = (_axes(some, forms, cached_below, twice) for some in (body, head, once))
+        body, head, once = (by_axis(some, forms, cached_below, twice) for some in (body, head, once))
         return body, head, once
 
-    def _forms(self, active: frozenset[str], low_rank: frozenset[str]) -> _Forms:
+    def _forms(self, active: frozenset[str], low_rank: frozenset[str]) -> Forms:
         paired, mask = active & low_rank, sum(self._bits[name] for name in active)
         # Bits of what is frozen in the low-rank form (`graph.WeightInfo.mask`).
         mask |= sum(self._bits[name] for name in active - paired) << len(self.names)
-        return _Forms(
+        return Forms(
             mask=mask, on=tuple(name in active for name in self.names), freezes_others=self.freezes_others,
             paired=frozenset(i for i, name in enumerate(self.names) if name in paired),
             carried=frozenset(i for i, name in enumerate(self.names) if name in self.running - active),
         )  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Forms:
-    """What components do in a step, by index.
-
-    Attributes:
-        mask: bits of what is on.
-        on: whether it is on.
-        paired: on, and trained by pairs.
-        carried: off, with pairs that are part of the model.
-        freezes_others: see `CostModel`.
-    """
-
-    mask: int
-    on: Sequence[bool]
-    paired: frozenset[int]
-    carried: frozenset[int]
-    freezes_others: bool
-
-    def is_dense(self, index: int, op: Operation) -> bool:
-        """Whether the component's dW of that operation's weight is made."""
-        if index not in self.paired:
-            return self.on[index]
-        return not self.freezes_others and all(pair.component != index for pair in op.pairs)
-
-
-def _axes(operations: Collection[Operation], forms: _Forms, cached_below: int, twice: range) -> _Axes:
-    """FLOPs of operations with components on in these forms, those of depths `twice` recomputed."""
-    forward = dx = dw = recomputed = pairs = _ZERO
-    for op in operations:
-        own = _share(op, forms.carried) + _share(op, forms.paired)
-        if op.depth >= cached_below or op.depth == 0:
-            forward, pairs = add(forward, op.flops), add(pairs, op.flops, own)
-        if op.depth in twice:
-            recomputed = add(recomputed, op.flops, 1.0 + own)
-        if own:  # of a pair that is trained: dA, dB, and the gradient of x Aᵀ, which dA needs
-            trained = [pair for pair in op.pairs if pair.component in forms.paired]
-            pairs = add(pairs, op.flops, sum(pair.total + pair.outputs for pair in trained))
-        for product in op.products_for(forms.mask):
-            if not product.upstream & forms.mask:
-                continue
-            if product.shares is None:
-                dx, pairs = add(dx, product.flops), add(pairs, product.flops, _share_of_dx(op, forms))
-                continue
-            dense = [share for index, share in product.shares if forms.is_dense(index, op)]
-            # A product that is made for the whole weight is made as soon as one owner wants it.
-            share = sum(share for _, share in product.shares) if product.is_whole and dense else sum(dense)
-            dw = add(dw, product.flops, share)
-    return forward, dx, dw, recomputed, pairs
-
-
-def _share_of_dx(op: Operation, forms: _Forms) -> float:
-    """What pairs add to the gradient of the operation's input, as a share of it."""
-    return _share(op, forms.carried) + sum(pair.inputs for pair in op.pairs if pair.component in forms.paired)
-
-
-def _share(op: Operation, components: frozenset[int]) -> float:
-    """What the pairs of these components add to the operation, as a share of it."""
-    return sum(pair.total for pair in op.pairs if pair.component in components)
-
-
-def _product(data: Mapping[str, Any]) -> Product:
-    shares = data["shares"]
-    return Product(
-        flops=_coefficients(data["flops"]), upstream=data["upstream"],
-        shares=None if shares is None else tuple((int(i), float(f)) for i, f in shares),
-        is_whole=data["is_whole"],
-    )  # fmt: skip
-
-
-def _operation(data: Mapping[str, Any]) -> Operation:
-    return Operation(
-        kind=data["kind"], depth=data["depth"], flops=_coefficients(data["flops"]),
-        products=tuple(_product(product) for product in data["products"]),
-        owners=tuple((int(i), float(f)) for i, f in data["owners"]),
-        fused=None if data["fused"] is None else _product(data["fused"]), mask=data["mask"],
-        at_targets=data["at_targets"], pairs=tuple(PairShare(**pair) for pair in data.get("pairs", ())),
-        once=data.get("once", False),
-    )  # fmt: skip
-
-
-def _coefficients(values: Collection[float]) -> Coefficients:
-    a, b, c = values
-    return float(a), float(b), float(c)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from rgft.cost.model import Coefficients, CostModel, Operation, Product
+from rgft.cost.model import CostModel
+from rgft.cost.operations import Coefficients, Operation, Product
 
 
 def with_targets(costs: CostModel, one: CostModel) -> CostModel | None:

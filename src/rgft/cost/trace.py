@@ -15,7 +15,8 @@ from rgft.components import Partition
 from rgft.cost.batch_shape import BatchShape
 from rgft.cost.counting import flop_counter
 from rgft.cost.graph import MaskedAttention, WeightInfo, read_operations
-from rgft.cost.model import Coefficients, CostModel, Operation, PairShare, Product
+from rgft.cost.model import CostModel
+from rgft.cost.operations import Coefficients, Operation, PairShare, Product
 from rgft.cost.undisturbed import undisturbed
 from rgft.errors import ConfigError, PartitionError, RGFTError
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from rgft.allocation.base import Policy, Situation
-from rgft.allocation.selection import depends_on_map
+from rgft.allocation.selection import depends_on_map, observations_needed
 from rgft.components import Partition
 from rgft.config import Config
 from rgft.error_map import ErrorMap
@@ -61,6 +62,26 @@ class Decisions:
         self.plan = self._in_form(UpdatePlan.all_on(partition.names, reason=reason))
 
     # ---------------------------------------------------------------- measuring
+
+    def skip_idle_measuring(self, batches: int) -> None:
+        """Before the first step: nothing is measured first where too little would be seen to decide anything by.
+
+        The measuring phase scores its own steps, but the first one where scores are of the optimizer's step: the next
+        step's gradients judge it. What probes see later is decided by as ever.
+
+        Args:
+            batches: of the whole run.
+        """
+        spending = self._spending
+        if not self.is_measuring or self._policy is None or self._measurement is None or self._progress.step:
+            return
+        needed, share = observations_needed(self._policy), self._config.warmup_fraction
+        steps = math.ceil(share * batches / spending.accumulation) - 1  # the batch in hand counts as seen
+        if math.isfinite(paid := spending.steps_left(self.plan, 0)):
+            steps = min(steps, math.ceil(share * paid))
+        if needed > 1 and steps - self._measurement.signal.needs_update < needed:
+            self.is_measuring = False
+            self.plan = replace(self.plan, reason=f"nothing measured first: {steps} steps would decide nothing")
 
     @property
     def error_map(self) -> ErrorMap:
@@ -118,6 +139,7 @@ class Decisions:
             return
         progress, every_step = self._progress, self._config.probe.interval == 1
         fresh = not self.follows_map or (every_step and progress.step > 0)
+        fresh = fresh or not (self.is_measuring or self.has_decided)
         if self._prober.is_due(progress.step, progress.share):
             fresh = self.probe() or fresh
         if self.is_measuring:
@@ -195,8 +217,9 @@ class Decisions:
 
     @property
     def floor(self) -> UpdatePlan:
-        """The plan in force; while measuring, the cheapest that can still be decided."""
-        return self._cheapest if self.is_measuring and self._cheapest is not None else self.plan
+        """The plan in force; before the first decision, the cheapest that can be."""
+        is_open = self.follows_map and not self.has_decided
+        return self._cheapest if is_open and self._cheapest is not None else self.plan
 
     # ---------------------------------------------------------------- holding, saving
 

@@ -14,6 +14,9 @@ from typing import Any
 
 from rgft.errors import ConfigError, NonFiniteError
 
+#: Observations of a component from which on it is known how far they are from the truth.
+ENOUGH = 4
+
 
 @dataclass(frozen=True, kw_only=True)
 class ErrorMap:
@@ -107,11 +110,11 @@ class ErrorMap:
         """Standard deviation of what Ê_k may truly be; None while nothing is known of it.
 
         The standard error comes from the same n observations: given these, the true value has Student's t distribution
-        with n − 1 degrees of freedom, whose variance is (n−1)/(n−3) times the squared error, and none for n <= 3: two
-        observations that happen to be alike prove nothing.
+        with n − 1 degrees of freedom, whose variance is (n−1)/(n−3) times the squared error, and none for fewer than
+        `ENOUGH` = 4: two observations that happen to be alike prove nothing.
         """
         error, count = self.standard_error(name), self.counts.get(name, 0)
-        return error * math.sqrt((count - 1) / (count - 3)) if error is not None and count > 3 else None
+        return error * math.sqrt((count - 1) / (count - 3)) if error is not None and count >= ENOUGH else None
 
     def captured(self, names: Iterable[str]) -> float | None:
         """Share of all positive values that `names` hold together; None when nothing is positive."""

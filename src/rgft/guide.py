@@ -201,6 +201,7 @@ class Guide(GuidedRun):
             self._prober.plan(steps=steps, measuring=self.config.warmup_fraction, examples=len(stream.dataset))
             if memory is not None and memory.plan is not None:
                 self._prober.limit(memory.plan.probe_size)
+            self._decisions.skip_idle_measuring(stream.total_batches)
         self._progress.run_plan = run_plan = RunPlan(
             steps=steps, cache="none" if self._executor.cache is None else self._executor.cache.place,
             probes=self._prober.number(steps), probe_size=self._prober.schedule.size, flops=spending.allowed,

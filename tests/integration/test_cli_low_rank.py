@@ -87,13 +87,14 @@ def test_the_learning_rate_is_searched_among_pairs(inputs: list[str], tmp_path: 
 
 def test_a_memory_budget_counts_pairs(inputs: list[str], tmp_path: Path) -> None:
     """Gradients, moments and means of pairs alone, so that what pairs need is less than what dense dW would."""
+    averaging = ("--set", "update.average_last=0.3")
     plain = json.loads(
-        invoke(*inputs, "--output", str(tmp_path / "x"), "--dry-run", "--json", "--memory", "1GB").stdout
+        invoke(*inputs, "--output", str(tmp_path / "x"), "--dry-run", "--json", "--memory", "1GB", *averaging).stdout
     )
     paired = json.loads(
         invoke(
             *inputs, "--output", str(tmp_path / "x"), "--dry-run", "--json", "--memory", "1GB", "--low-rank", "1",
-            "--set", "update.low_rank.others=frozen",
+            "--set", "update.low_rank.others=frozen", *averaging,
         ).stdout
     )  # fmt: skip
     parts, fewer = plain["run_plan"]["memory"]["parts"], paired["run_plan"]["memory"]["parts"]

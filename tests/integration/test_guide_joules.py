@@ -73,7 +73,8 @@ def test_a_counter_that_goes_missing_leaves_a_budget_that_holds() -> None:
 
 
 def test_estimated_energy_is_watts_times_seconds() -> None:
-    guide = Guide(BERT.build(), Config(budget=0.5, energy={"watts": 20.0, "counter": "none", "carbon_intensity": 36.0}))
+    energy = {"watts": 20.0, "counter": "none", "carbon_intensity": 36.0}
+    guide = Guide(BERT.build(), Config(budget=0.5, warmup_fraction=0.6, energy=energy))  # type: ignore[arg-type]
     guided(guide, adamw(guide), Examples(BERT, 40), epochs=2)
     ledger, found = guide.ledger, guide.summary()["energy"]
     assert found["source"] == "estimated"

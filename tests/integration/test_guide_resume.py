@@ -18,18 +18,18 @@ from tests.integration.loops import Examples, adamw, example_losses, trimmed
 COMMON = {"probe": {"interval": 3, "size": 2}, "budget": 0.7}
 PRESETS: dict[str, dict[str, Any]] = {
     # The cut by hand: a budget that reaches the second epoch pays for one of everything, where RGFT freezes nothing.
-    "rgft": {**COMMON, "warmup_fraction": 0.3, "seed": 3, "mask": {"frozen_fraction": 0.5}},
-    "rgft with heads": {**COMMON, "warmup_fraction": 0.2, "granularity": "head", "ffn_blocks": 2,
+    "rgft": {**COMMON, "warmup_fraction": 0.5, "seed": 3, "mask": {"frozen_fraction": 0.5}},
+    "rgft with heads": {**COMMON, "warmup_fraction": 0.5, "granularity": "head", "ffn_blocks": 2,
                         "mask": {"frozen_fraction": 0.5}, "update": {"moments": "offload"}},
     "proposal_a": {"preset": "proposal_a", "probe": {"interval": 2, "size": 2}, "update": {"moments": "decay"}},
     "proposal_b": {"preset": "proposal_b"},
     "lisa": {"policy": {"name": "lisa", "every": 2}, "update": {"moments": "reset"}},
     "full": {"preset": "full"},
-    "skipping": {**COMMON, "warmup_fraction": 0.3, "seed": 3, "mask": {"frozen_fraction": 0.5},
+    "skipping": {**COMMON, "warmup_fraction": 0.5, "seed": 3, "mask": {"frozen_fraction": 0.5},
                  "examples": {"prune": 0.5, "threshold": 1.1, "off_for_last": 0.2}},
 }  # fmt: skip
 #: While measuring; just after the first decision; in the second epoch, when the cache is read.
-INTERRUPTIONS = {"rgft": (1, 5, 9), "skipping": (1, 5, 9), "rgft with heads": (2, 4, 8)}
+INTERRUPTIONS = {"rgft": (1, 7, 9), "skipping": (1, 7, 9), "rgft with heads": (2, 7, 9)}
 EPOCHS, STEPS = 2.0, 11
 
 

@@ -162,7 +162,7 @@ def test_off_components_do_not_move(tmp_path: Path) -> None:
 
 def test_the_prefix_stays_in_eval_mode_though_the_trainer_calls_train(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, dataset=examples(80))
-    guide = enable(trainer, budget=0.4, mask=HALF, execution={"cache": "none"})
+    guide = enable(trainer, budget=0.4, mask=HALF, warmup_fraction=0.5, execution={"cache": "none"})
     seen: set[tuple[bool, bool]] = set()
     dropout = trainer.model.bert.encoder.layer[0].output.dropout
     dropout.register_forward_hook(lambda module, args, output: seen.add((guide.plan.cut > 1, module.training)))
@@ -178,7 +178,7 @@ def test_what_is_logged(tmp_path: Path) -> None:
             reported.append(dict(logs))
 
     trainer = make_trainer(tmp_path, dataset=examples(120), more={"callbacks": [Tracker()]})
-    enable(trainer, budget=0.5, mask=HALF, execution={"positions": "all"})
+    enable(trainer, budget=0.5, mask=HALF, warmup_fraction=0.5, execution={"positions": "all"})
     trainer.train()
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     keys = {"rgft/budget_spent", "rgft/flops_fraction", "rgft/active_components", "rgft/cut"}
@@ -646,7 +646,7 @@ def test_a_loss_that_is_no_number_stops_before_the_step(tmp_path: Path) -> None:
 
 def test_callback_does_its_subset(tmp_path: Path) -> None:
     model = FAMILIES["bert"].build()
-    callback = RGFTCallback(budget=0.4, mask=HALF)
+    callback = RGFTCallback(budget=0.4, mask=HALF, warmup_fraction=0.3)
     trainer = make_trainer(
         tmp_path, model=model, dataset=examples(160), more={"callbacks": [callback]}, lr_scheduler_type="constant"
     )
@@ -719,7 +719,7 @@ def test_the_trainers_other_optimizers(tmp_path: Path, optim: str, package: str 
         tmp_path, optim=optim, learning_rate=lr, more={"eval_dataset": examples(8)}, eval_strategy="steps",
         eval_steps=4, lr_scheduler_type="constant",
     )  # fmt: skip
-    guide = enable(trainer, budget=0.6, mask=HALF, update={"average_last": 0.0})
+    guide = enable(trainer, budget=0.6, mask=HALF, warmup_fraction=0.5)
     seen: list[tuple[frozenset[str], dict[str, list[torch.Tensor]]]] = []
 
     class Weights(TrainerCallback):

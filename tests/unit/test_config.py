@@ -40,7 +40,7 @@ TABLE: dict[str, dict[str, Any]] = {
         "error_map": {"beta": 0.9, "bias_correction": True},
         "stability": {**STABILITY, "preserve_mean": True, "always_on": ["classifier"]},
         "probe": {"interval": "auto", "size": "auto", "max_fraction": 0.01, "row_stride": 4},
-        "update": {"moments": "keep", "average_last": 0.3, "dropout": "auto", "low_rank": None},
+        "update": {"moments": "keep", "average_last": 0.0, "dropout": "auto", "low_rank": None},
         "execution": {**EXECUTION, "cache": "auto", "positions": "auto", "padding": "auto"}, "warmup_fraction": 0.1,
     },
     "proposal_a": {
@@ -448,7 +448,7 @@ def test_low_rank_pairs_are_off_by_default_and_survive_every_form() -> None:
     assert Config().update.low_rank is None
     for given in ({"rank": 4}, {"rank": 4, "alpha": 8, "components": ["ffn", "head"], "others": "frozen"}):
         config = Config(update={"low_rank": given})
-        assert config.update.average_last == 0.3  # of the preset, beside it
+        assert config.update.dropout == "auto"  # of the preset, beside it
         again = Config.from_dict(json.loads(json.dumps(config.to_dict())))
         assert again == config
         assert config.update.low_rank is not None

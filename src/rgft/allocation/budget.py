@@ -34,7 +34,7 @@ from typing import ClassVar
 from rgft.allocation.base import Mask, Situation
 from rgft.allocation.selection import after_layers
 from rgft.allocation.shrinkage import shrunk
-from rgft.error_map import ErrorMap
+from rgft.error_map import ENOUGH, ErrorMap
 from rgft.errors import ConfigError
 
 
@@ -72,6 +72,7 @@ class BudgetMask(Mask):
     """
 
     name: ClassVar[str] = "budget"
+    min_observations: ClassVar[int] = ENOUGH
     noise_weight: float = 1.5
     repetition: float = 1.0
     spread: float = 0.5

@@ -8,7 +8,7 @@ from typing import ClassVar
 from rgft.allocation.base import Mask, Period, Policy, Scaling, Situation
 from rgft.allocation.periods import EveryStep
 from rgft.allocation.scaling import MeanPreserved, Uniform
-from rgft.allocation.selection import CandidateMask, depends_on_map, make_plan, matching, narrowed
+from rgft.allocation.selection import CandidateMask, depends_on_map, make_plan, matching, narrowed, observations_needed
 from rgft.errors import ConfigError
 from rgft.plan import UpdatePlan
 
@@ -41,7 +41,16 @@ class Composed(Policy):
 
     @property
     def needs_map(self) -> bool:
-        return any(depends_on_map(stage) for stage in (self.scaling, self.mask, self.period) if stage is not None)
+        return bool(self._following)
+
+    @property
+    def min_observations(self) -> int:
+        return min(map(observations_needed, self._following), default=1)
+
+    @property
+    def _following(self) -> list[Scaling | Mask | Period]:
+        """The stages that follow the error map."""
+        return [s for s in (self.scaling, self.mask, self.period) if s is not None and depends_on_map(s)]
 
     def decide(self, situation: Situation) -> UpdatePlan:
         active = self._active(situation)

@@ -7,7 +7,14 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from rgft.allocation.base import Mask, Situation
-from rgft.allocation.selection import CandidateMask, depends_on_map, previously_on, require_at_least, require_fraction
+from rgft.allocation.selection import (
+    CandidateMask,
+    depends_on_map,
+    observations_needed,
+    previously_on,
+    require_at_least,
+    require_fraction,
+)
 from rgft.errors import ConfigError
 
 
@@ -24,6 +31,10 @@ class _Around(CandidateMask):
     @property
     def needs_map(self) -> bool:
         return depends_on_map(self.mask)
+
+    @property
+    def min_observations(self) -> int:
+        return observations_needed(self.mask)
 
 
 @dataclass(frozen=True, kw_only=True)

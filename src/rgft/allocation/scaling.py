@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from rgft.allocation.base import Scaling, Situation
-from rgft.allocation.selection import depends_on_map, observed_scores, require_at_least
+from rgft.allocation.selection import depends_on_map, observations_needed, observed_scores, require_at_least
 from rgft.allocation.shrinkage import shrunk
+from rgft.error_map import ENOUGH
 from rgft.errors import ConfigError
 
 
@@ -152,6 +153,7 @@ class DecreaseRatio(Scaling):
     """
 
     name: ClassVar[str] = "decrease_ratio"
+    min_observations: ClassVar[int] = ENOUGH
     power: float = 0.5
     spread: float = 0.5
     floor: float = 0.01
@@ -203,6 +205,10 @@ class Bounded(Scaling):
     def needs_map(self) -> bool:
         return depends_on_map(self.scaling)
 
+    @property
+    def min_observations(self) -> int:
+        return observations_needed(self.scaling)
+
     def multipliers(self, situation: Situation) -> dict[str, float]:
         raw = self.scaling.multipliers(situation)
         seen = observed_scores(situation)
@@ -234,6 +240,10 @@ class MeanPreserved(Scaling):
     @property
     def needs_map(self) -> bool:
         return depends_on_map(self.scaling)
+
+    @property
+    def min_observations(self) -> int:
+        return observations_needed(self.scaling)
 
     def multipliers(self, situation: Situation) -> dict[str, float]:
         return self.among(situation, frozenset(component.name for component in situation.components))

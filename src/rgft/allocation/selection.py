@@ -153,6 +153,14 @@ def depends_on_map(stage: Policy | Mask | Scaling | Period) -> bool:
     return bool(getattr(stage, "needs_map", True))
 
 
+def observations_needed(stage: Policy | Mask | Scaling | Period) -> int:
+    """How many observations of a component it takes before it decides anything else than it would from none.
+
+    One, unless the stage says so as `min_observations`: what shrinks scores by their uncertainty needs to know that.
+    """
+    return int(getattr(stage, "min_observations", 1))
+
+
 class CandidateMask(Mask):
     """A mask that looks at nothing but the components it is given.
 

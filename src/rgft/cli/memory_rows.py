@@ -14,7 +14,6 @@ from rgft.components import Partition
 from rgft.config import Config
 from rgft.errors import BudgetError
 from rgft.execution.low_rank import LowRank
-from rgft.execution.optimizers import counts_in_groups
 from rgft.forecast import Forecast
 from rgft.memory import MemoryForecast, Setup, Wish, choose, kept_steps
 from rgft.optimizer.state_bytes import state_bytes
@@ -43,10 +42,8 @@ class MemoryRows:
         def forecast(model: nn.Module, parts: Partition, optimizer: Optimizer, *, guided: bool) -> MemoryForecast:
             setup = Setup(state=state_bytes(optimizer))
             if guided:
-                setup = replace(
-                    setup, averages=not counts_in_groups(optimizer), steps_in_probe=1,
-                    kept_steps=kept_steps(optimizer, row_stride=Config().probe.row_stride),
-                )  # fmt: skip
+                kept = kept_steps(optimizer, row_stride=Config().probe.row_stride)
+                setup = replace(setup, steps_in_probe=1, kept_steps=kept)
             return MemoryForecast(
                 model, parts, parameters=dict(model.named_parameters()), batch=batch, rows=rows, tokens=tokens,
                 is_padded=False, loss=loss, setup=setup,

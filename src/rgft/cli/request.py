@@ -220,7 +220,7 @@ def read_request(
         if isinstance(rgft["budget"], Mapping) and set(rgft["budget"]) == {"memory"}:
             rgft["budget"] = {"flops": DEFAULT_BUDGET, **rgft["budget"]}  # memory is a limit, and spends nothing
     if stored is None and (kind := KINDS.get(str(settings.get("optimizer", "adamw")))) is not None:
-        _suit_optimizer(kind, settings, rgft)
+        _suit_optimizer(kind, settings)
     if "seed" in rgft:
         problems.append(f"{SECTION}.seed: the seed of a run stands outside this section, found it inside; give seed")
     problems += [
@@ -247,15 +247,12 @@ def read_request(
     return request
 
 
-def _suit_optimizer(kind: Kind, settings: dict[str, Any], rgft: dict[str, Any]) -> None:
+def _suit_optimizer(kind: Kind, settings: dict[str, Any]) -> None:
     """What is not given, as it suits the optimizer."""
     if kind.rate_factor != 1.0:
         settings.setdefault("lr", float(f"{RunSettings.model_fields['lr'].default * kind.rate_factor:.3g}"))
     if kind.is_schedule_free:  # it averages the iterates itself, in place of a schedule
         settings.setdefault("schedule", "constant")
-        update = rgft.get("update", {})
-        if isinstance(update, Mapping):
-            rgft["update"] = {"average_last": 0.0, **update}
 
 
 def _split(overrides: Iterable[str]) -> tuple[list[str], list[str]]:

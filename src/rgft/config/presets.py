@@ -15,8 +15,7 @@ STAGES: tuple[Role, ...] = get_args(Role)
 
 #: Preset → what it sets; all else has the default of its field.
 PRESETS: Mapping[PresetName, Mapping[str, Any]] = {
-    # RGFT's own: trains above the cut that the budget buys, faster where learning carries over to other examples, and
-    # leaves the mean of its last iterates.
+    # RGFT's own: trains above the cut that the budget buys, faster where learning carries over to other examples.
     "rgft": {
         "signal": "generalising_decrease",
         "error_map": {"beta": 0.9, "bias_correction": True},
@@ -25,7 +24,7 @@ PRESETS: Mapping[PresetName, Mapping[str, Any]] = {
         "period": None,
         "stability": {"preserve_mean": True, "always_on": ("classifier",)},
         "probe": {"interval": "auto", "size": "auto", "max_fraction": 0.01, "row_stride": 4},
-        "update": {"average_last": 0.3, "dropout": "auto"},
+        "update": {"dropout": "auto"},
         "execution": {"cache": "auto", "positions": "auto", "padding": "auto"},
         "warmup_fraction": 0.1,
     },

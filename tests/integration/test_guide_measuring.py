@@ -51,7 +51,9 @@ def test_one_step_more_is_measured_and_is_enough() -> None:
     assert scored[ENOUGH] == ENOUGH
 
 
-@pytest.mark.parametrize("mask", [{"name": "target_sparsity", "fraction": 0.5}, {"name": "top_fraction", "fraction": 0.5}])
+@pytest.mark.parametrize(
+    "mask", [{"name": "target_sparsity", "fraction": 0.5}, {"name": "top_fraction", "fraction": 0.5}]
+)
 def test_what_follows_the_first_score_waits_for_it_however_short_the_run(mask: dict[str, Any]) -> None:
     settings = {"scaling": None, "mask": mask, "warmup_fraction": 0.05, "probe": {"interval": 2, "size": 2}}
     guide, measuring, scored = trained(settings)

@@ -182,7 +182,8 @@ def _affords(situation: Situation, cut: int) -> tuple[float, float]:
     steps = situation.flops_allowed / flops
     epoch = situation.batches_per_epoch
     if epoch is not None and steps > epoch:
-        steps = epoch + (situation.flops_allowed - epoch * flops) / again
+        left = situation.flops_allowed - epoch * flops
+        steps = epoch + left / again if again else math.inf  # what is above may hold no product at all
     return flops, max(1.0, steps if situation.batches is None else min(steps, situation.batches))
 
 

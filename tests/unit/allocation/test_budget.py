@@ -203,6 +203,19 @@ def test_shapes_scale_costs() -> None:
     assert [c.step_flops for c in BudgetMask().choices(situation(rows=2, tokens=3))] == [600, 510, 420, 330, 240, 150]
 
 
+def test_a_cut_above_which_repetitions_cost_nothing() -> None:
+    class Free(Costs):
+        def step_flops(self, active: frozenset[str], *, rows: int, tokens: int, cached_below: int = 0) -> Any:
+            cost = super().step_flops(active, rows=rows, tokens=tokens)
+            return type("Cost", (), {"total": 0.0}) if cached_below == LAYERS + 1 else cost
+
+    last = BudgetMask().choices(situation(costs=Free(), is_cached=True))[-1]
+    assert last.steps == 600
+    endless = BudgetMask().choices(situation(costs=Free(), is_cached=True, batches=None))[-1]
+    assert (endless.steps, endless.worth) == (math.inf, 400.0)
+    assert math.isfinite(endless.cost)
+
+
 @pytest.mark.parametrize(("hysteresis", "expected"), [(0.0, 3), (0.5, 2)])
 def test_hysteresis_keeps_the_cut_in_force_unless_another_is_clearly_better(hysteresis: float, expected: int) -> None:
     table = {c.cut: c.cost for c in BudgetMask().choices(situation())}

@@ -57,11 +57,13 @@ def follow(run: Run, steps: int = 3) -> tuple[int, int]:
 
 @pytest.fixture(scope="module", params=["bert", "gpt2"])
 def stairs(request: pytest.FixtureRequest) -> tuple[str, tuple[MemoryPlan, ...]]:
-    return request.param, staircase(request.param, update={"average_last": 0.3})
+    return request.param, staircase(request.param)
 
 
-def test_each_choice_comes_in_its_turn(stairs: tuple[str, tuple[MemoryPlan, ...]]) -> None:
-    name, plans = stairs
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_each_choice_comes_in_its_turn(name: str) -> None:
+    # Means of the weights make the deepest cut worth its while in both.
+    plans = staircase(name, update={"average_last": 0.3})
     assert (plans[0].rows_per_pass, plans[0].checkpointing, plans[0].lowest_cut, plans[0].choices) == (
         ROWS,
         False,

@@ -10,6 +10,7 @@ from statistics import mean
 from typing import Any
 
 from rgft.bench.fingerprint import require_equal
+from rgft.bench.methods import METHODS
 from rgft.bench.tasks import TASKS
 from rgft.errors import DataError
 
@@ -68,6 +69,7 @@ class Finals:
         method: name in `methods.METHODS`.
         budget: share of full fine-tuning's FLOPs that it was given.
         is_plain: whether the method ran with its own settings.
+        revision: of the method, where it is no longer that of now; None: it is.
         by_seed: results.
     """
 
@@ -75,6 +77,7 @@ class Finals:
     method: str
     budget: float
     is_plain: bool
+    revision: int | None
     by_seed: Mapping[int, Mapping[str, Any]]
 
     def metric(self, name: str) -> dict[int, float]:
@@ -152,9 +155,11 @@ def final_results(folder: Path) -> dict[Group, list[Finals]]:
 
 def _finals(contender: str, results: Mapping[int, Mapping[str, Any]]) -> Finals:
     first = next(iter(results.values()))
+    revision, known = first.get("revision", 1), METHODS.get(first["method"])
     return Finals(
         label=contender.removesuffix(f"-{first['budget']:g}"), method=first["method"], budget=first["budget"],
         is_plain=not first.get("settings"), by_seed=results,
+        revision=None if known is not None and known.revision == revision else revision,
     )  # fmt: skip
 
 

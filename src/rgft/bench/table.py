@@ -55,9 +55,11 @@ def _reference(contenders: list[Finals], budget: float) -> Finals | None:
 
 
 def _row(finals: Finals, reference: Finals | None, metric: str) -> str:
+    which = "" if finals.revision is None else f", revision {finals.revision}"
     cells = [
-        f"{finals.label} ({len(finals.by_seed)} seeds)", finals.rates, f"{finals.flops:.2f}", f"{finals.steps:.0f}",
-        _spread(list(finals.metric(metric).values())), _spread(list(finals.metric("loss").values())),
+        f"{finals.label}{which} ({len(finals.by_seed)} seeds)", finals.rates, f"{finals.flops:.2f}",
+        f"{finals.steps:.0f}", _spread(list(finals.metric(metric).values())),
+        _spread(list(finals.metric("loss").values())),
     ]  # fmt: skip
     if reference is None or finals is reference or len(set(reference.by_seed) & set(finals.by_seed)) < 2:
         return "| " + " | ".join([*cells, "", "", ""]) + " |"

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from rgft.bench.finals import final_results
+from rgft.bench.methods import METHODS
 from rgft.bench.table import END, START, markdown, update
 from rgft.errors import DataError
 
@@ -13,11 +14,12 @@ def write(
     budget: float = 0.3,
 ) -> None:  # fmt: skip
     folder.mkdir(exist_ok=True, parents=True)
+    known = METHODS.get(method or label)
     result = {
-        "method": method or label, "task": {"name": task, "train_size": 2000}, "run": {"epochs": 3.0},
-        "contender": label, "seed": seed, "lr": 1e-4, "steps": 10 if label == "full" else 25, "budget": budget,
-        "seconds": 100 * budget, "metrics": {"test": {"loss": loss, "accuracy": 1 - loss}}, "settings": {},
-        "ledger": {"flops": {"fraction_of_full": budget}},
+        "method": method or label, "revision": known.revision if known else 1, "contender": label, "seed": seed,
+        "task": {"name": task, "train_size": 2000}, "run": {"epochs": 3.0}, "lr": 1e-4, "budget": budget,
+        "steps": 10 if label == "full" else 25, "seconds": 100 * budget, "settings": {},
+        "metrics": {"test": {"loss": loss, "accuracy": 1 - loss}}, "ledger": {"flops": {"fraction_of_full": budget}},
     }  # fmt: skip
     (folder / f"{label}--{kind}--lr0.0001--seed{seed}.json").write_text(json.dumps(result))
 
@@ -38,9 +40,22 @@ def test_runs_of_different_revisions_are_no_row(tmp_path: Path) -> None:
     write(tmp_path, "rgft", 0, 0.4)
     write(tmp_path, "rgft", 1, 0.4)
     path = next(tmp_path.glob("*seed1.json"))
-    path.write_text(json.dumps({**json.loads(path.read_text()), "revision": 2}))
-    with pytest.raises(DataError, match=r"seed1.json: expected revision 1 of 'rgft', as seed 0 has it, found 2"):
+    now = METHODS["rgft"].revision
+    path.write_text(json.dumps({**json.loads(path.read_text()), "revision": 99}))
+    with pytest.raises(DataError, match=rf"seed1.json: expected revision {now} of 'rgft', as seed 0 has it, found 99"):
         markdown(tmp_path)
+
+
+def test_rows_of_an_earlier_revision_say_so(tmp_path: Path) -> None:
+    write(tmp_path, "rgft", 0, 0.4)
+    write(tmp_path, "full", 0, 0.4)
+    path = next(tmp_path.glob("rgft*.json"))
+    result = json.loads(path.read_text())
+    del result["revision"]  # as the first had none
+    path.write_text(json.dumps(result))
+    assert METHODS["rgft"].revision > 1
+    assert "| rgft, revision 1 (1 seeds) |" in markdown(tmp_path)
+    assert "| full (1 seeds) |" in markdown(tmp_path)
 
 
 def test_tasks_are_kept_apart_and_cuts_stand_beside_rgft(tmp_path: Path) -> None:

@@ -4,15 +4,16 @@ A run that trains only what lies above a cut affords more steps for the same FLO
 measured, not assumed. With r_d the generalising decrease of all components of depth d (what a step gains on other
 examples):
 
-    bias(c)     = (1 − Σ_{d≥c} r_d / Σ_d r_d)²     signal that the cut puts out of reach
+    bias(c)     = (1 − Σ_{d≥c} r_d / Σ_d r_d)³     signal that the cut puts out of reach
     variance(c) = worth(0) / worth(c)              noise of the steps, averaged over what they see
     cost(c)     = bias(c) + λ · variance(c)
 
 over the layers and what runs before them (what runs after the last layer is on at every cut). Of the n steps that the
 run's whole budget buys at cut c, those beyond one epoch of E see examples again, which bring their own noise again, and
-count for less with each repetition (Muennighoff et al. 2023, arXiv:2305.16264, equation 5):
+count for less with each repetition (as in Muennighoff et al. 2023, arXiv:2305.16264, equation 5, but for the first one,
+which counts for less than a new one from the start):
 
-    worth = n  up to E,  then  E · (1 + R · (1 − exp(−(n − E) / (E · R))))
+    worth = n  up to E,  then  E · (1 + R · (1 − exp(1 − n / E)))
 
 So repetitions are worth at most R epochs: the more epochs a budget pays for, the less is cut; and decisions depend on
 what was measured, not on how far the run is. A cut of which the FLOPs left buy no step is out of the question, but for
@@ -65,7 +66,7 @@ class BudgetMask(Mask):
 
     Attributes:
         noise_weight: λ, the weight of variance against bias.
-        repetition: R, what repeated examples are worth at most, in epochs of new ones.
+        repetition: R, what a first repetition is worth, as a share of a new example; of all together, in epochs.
         spread: prior standard deviation of a layer's share, relative to the mean layer.
         hysteresis: a new cut must lower the cost by this share to replace the one in force.
         frozen_fraction: fixes the cut by hand: the share of layers below it.
@@ -73,8 +74,8 @@ class BudgetMask(Mask):
 
     name: ClassVar[str] = "budget"
     min_observations: ClassVar[int] = ENOUGH
-    noise_weight: float = 1.5
-    repetition: float = 1.0
+    noise_weight: float = 1.0
+    repetition: float = 0.7
     spread: float = 0.5
     hysteresis: float = 0.1
     frozen_fraction: float | None = None
@@ -84,7 +85,7 @@ class BudgetMask(Mask):
             f"mask.{key}: expected {expected}, found {value}"
             for key, expected, value, good in (
                 ("noise_weight", "a number >= 0", self.noise_weight, self.noise_weight >= 0.0),
-                ("repetition", "a number >= 0", self.repetition, self.repetition >= 0.0),
+                ("repetition", "0 <= repetition <= 1", self.repetition, 0.0 <= self.repetition <= 1.0),
                 ("spread", "a number >= 0", self.spread, self.spread >= 0.0),
                 ("hysteresis", "0 <= hysteresis < 1", self.hysteresis, 0.0 <= self.hysteresis < 1.0),
                 (
@@ -127,7 +128,7 @@ class BudgetMask(Mask):
         for cut in sorted({component.depth for component in situation.components}):
             flops, steps = _affords(situation, cut)
             worth = self._worth(steps, situation.batches_per_epoch)
-            bias = (1.0 - sum(value for depth, value in signal.items() if depth >= cut) / total) ** 2
+            bias = (1.0 - sum(value for depth, value in signal.items() if depth >= cut) / total) ** 3
             variance = choices[0].worth / worth if choices else 1.0
             cost = bias + self.noise_weight * variance
             choices.append(
@@ -143,10 +144,7 @@ class BudgetMask(Mask):
         """Steps in terms of such as see new examples."""
         if epoch is None or steps <= epoch:
             return steps
-        if self.repetition == 0.0:
-            return float(epoch)
-        most = self.repetition * epoch
-        return epoch + most * (1.0 - math.exp(-(steps - epoch) / most))
+        return epoch * (1.0 + self.repetition * (1.0 - math.exp(1.0 - steps / epoch)))
 
     def _by_depth(self, situation: Situation) -> dict[int, float]:
         """Shrunken signal r_d per depth; equal layers where nothing is known."""

@@ -63,7 +63,7 @@ class Decisions:
 
     # ---------------------------------------------------------------- measuring
 
-    def skip_idle_measuring(self, batches: int) -> None:
+    def skip_idle_measuring(self, batches: int, *, epoch: int) -> None:
         """Before the first step: nothing is measured first where too little would be seen to decide anything by.
 
         The measuring phase scores its own steps, but the first one where scores are of the optimizer's step: the next
@@ -71,17 +71,19 @@ class Decisions:
 
         Args:
             batches: of the whole run.
+            epoch: of one epoch: repeated examples are not scored.
         """
         spending = self._spending
         if not self.is_measuring or self._policy is None or self._measurement is None or self._progress.step:
             return
         needed, share = observations_needed(self._policy), self._config.warmup_fraction
         steps = math.ceil(share * batches / spending.accumulation) - 1  # the batch in hand counts as seen
+        steps = min(steps, epoch // spending.accumulation)
         if math.isfinite(paid := spending.steps_left(self.plan, 0)):
             steps = min(steps, math.ceil(share * paid))
         if needed > 1 and steps - self._measurement.signal.needs_update < needed:
             self.is_measuring = False
-            self.plan = replace(self.plan, reason=f"nothing measured first: {steps} steps would decide nothing")
+            self.plan = replace(self.plan, reason="nothing measured first: too few steps to decide anything by")
 
     @property
     def error_map(self) -> ErrorMap:

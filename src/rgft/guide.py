@@ -70,7 +70,6 @@ class Guide(GuidedRun):
         loss_at_targets: TargetLoss | None = None,
     ) -> None:  # fmt: skip
         super().__init__(model, config, loss=loss, loss_at_targets=loss_at_targets)
-        self._spending.reckon_with_dropout(not self._may_leave_out_dropout)
         self._left_stream: BatchStream | None = None  # what the next `batches` goes on with
         self._restored: Mapping[str, Any] | None = None  # a place in the data, until there is data
         self._ends_after_step = False
@@ -164,6 +163,8 @@ class Guide(GuidedRun):
             BudgetError: no plan fits the budget.
         """
         example, memory, spending = stream.load(next(stream.indices())), self._memory, self._spending
+        if self.step_count == 0:
+            spending.reckon_with_dropout(not self._may_leave_out_dropout)
         costs = traced_costs(
             self.model, self._binding, self._executor, self._loss,
             example if memory is None else memory.traceable(example), of=cost_loss or self._loss.mean,
@@ -201,7 +202,7 @@ class Guide(GuidedRun):
             self._prober.plan(steps=steps, measuring=self.config.warmup_fraction, examples=len(stream.dataset))
             if memory is not None and memory.plan is not None:
                 self._prober.limit(memory.plan.probe_size)
-            self._decisions.skip_idle_measuring(stream.total_batches)
+            self._decisions.skip_idle_measuring(stream.total_batches, epoch=stream.batches_per_epoch)
         self._progress.run_plan = run_plan = RunPlan(
             steps=steps, cache="none" if self._executor.cache is None else self._executor.cache.place,
             probes=self._prober.number(steps), probe_size=self._prober.schedule.size, flops=spending.allowed,

@@ -73,7 +73,7 @@ class Spending:
     @property
     def is_cached(self) -> bool:
         """Whether an activation cache keeps what lies below the cut."""
-        return self._cache is not None
+        return self._cache is not None and self._cache.is_usable
 
     @property
     def needs_pace(self) -> bool:
@@ -345,7 +345,7 @@ class Spending:
         self.ledger = Ledger.from_dict(state["ledger"])
         self._seconds.load_state_dict(state["seconds"])
         self._joules.load_state_dict(state["joules"])
-        self.reckon_with_dropout(state["drops"])
+        self.reckon_with_dropout(state.get("drops", True))
         if self.meter is not None:
             self.meter.begin(self.ledger.seconds)
 

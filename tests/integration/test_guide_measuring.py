@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from rgft import Config, Guide
+from rgft.allocation.base import Situation
+from rgft.allocation.compose import Composed
 from rgft.error_map import ENOUGH
+from rgft.plan import UpdatePlan
 from tests.families import FAMILIES
 from tests.integration.loops import Examples, adamw, collate, guided
 
@@ -62,18 +65,41 @@ def test_what_follows_the_first_score_waits_for_it_however_short_the_run(mask: d
     assert max(scored) > 0
 
 
-def test_probes_are_decided_by_later() -> None:
+def test_probes_are_decided_by_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    decide = Composed.decide
+
+    def watched(policy: Composed, situation: Situation) -> UpdatePlan:
+        if situation.flops_left:
+            asked.append((situation.step, min(situation.error_map.counts.values(), default=0)))
+        return decide(policy, situation)
+
+    monkeypatch.setattr(Composed, "decide", watched)
     settings = {"warmup_fraction": 0.05, "probe": {"interval": 2, "size": 4}}
-    guide, measuring, scored = trained(settings, count=160)
+    guide, measuring, _ = trained(settings, count=160)
     assert not any(measuring)
-    assert scored[-1] >= ENOUGH
+    assert asked[0] == (0, 0)
+    assert [step for step, _ in asked[1:5]] == [2, 4, 6, 8]
+    assert asked[4][1] == ENOUGH
     assert guide.ledger.probes >= ENOUGH
+
+
+def test_repeated_examples_are_not_scored_and_so_not_waited_for() -> None:
+    """Of two batches an epoch, however long the run."""
+    guide, measuring, scored = trained({"warmup_fraction": 0.5, "mask": {"frozen_fraction": 0.5}}, count=8, epochs=20)
+    assert len(measuring) > 20
+    assert not any(measuring)
+    assert set(scored) == {0}
+    assert guide.plans[0].step == 0
 
 
 def test_a_budget_below_a_step_of_everything_is_spent_on_cheaper_ones() -> None:
     """Before the first decision the budget is held against what can be decided, not against everything."""
-    guide, measuring, _ = trained({"budget": 0.05, "mask": {"frozen_fraction": 1.0}})
+    guide, measuring, _ = trained({"budget": 0.03, "mask": {"frozen_fraction": 1.0}})
     assert guide.costs is not None
+    everything = guide.costs.step_flops(guide.partition.names, rows=4, tokens=12).total
+    assert guide.run_plan is not None
+    assert guide.run_plan.flops < everything
     assert guide.step_count >= 1
     assert not any(measuring)
-    assert guide.ledger.spent_flops <= guide.run_plan.flops  # type: ignore[union-attr]
+    assert guide.ledger.spent_flops <= guide.run_plan.flops

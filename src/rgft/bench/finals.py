@@ -65,11 +65,11 @@ class Finals:
     """A contender's final runs.
 
     Attributes:
-        label: its row in tables, without its budget.
+        label: its row in tables, without its budget; the contender's, and of an earlier revision that.
         method: name in `methods.METHODS`.
         budget: share of full fine-tuning's FLOPs that it was given.
         is_plain: whether the method ran with its own settings.
-        revision: of the method, where it is no longer that of now; None: it is.
+        is_current: whether it is of the method's revision of now; the label of another says which.
         by_seed: results.
     """
 
@@ -77,7 +77,7 @@ class Finals:
     method: str
     budget: float
     is_plain: bool
-    revision: int | None
+    is_current: bool
     by_seed: Mapping[int, Mapping[str, Any]]
 
     def metric(self, name: str) -> dict[int, float]:
@@ -115,10 +115,10 @@ def final_results(folder: Path) -> dict[Group, list[Finals]]:
     """All final runs below `folder`.
 
     Raises:
-        DataError: there are none, a file is damaged, a contender has two with one seed or runs of different revisions
-            of its method, or runs that are compared were measured on different data.
+        DataError: there are none, a file is damaged, a contender has two with one seed, or runs that are compared were
+            measured on different data.
     """
-    found: dict[Group, dict[str, dict[int, Any]]] = {}
+    found: dict[Group, dict[tuple[str, int], dict[int, Any]]] = {}
     first: dict[tuple[Group, int], tuple[Path, Any]] = {}
     for path in sorted(folder.glob("**/*--final--*.json")):
         try:
@@ -129,37 +129,32 @@ def final_results(folder: Path) -> dict[Group, list[Finals]]:
         if "data" in result:
             other, data = first.setdefault((group, result["seed"]), (path, result["data"]))
             require_equal(result["data"], data, str(path), f"{other}, beside which it would stand")
-        of_contender = found.setdefault(group, {}).setdefault(result["contender"], {})
+        of_contender = found.setdefault(group, {}).setdefault((result["contender"], result.get("revision", 1)), {})
         if result["seed"] in of_contender:
             rate = of_contender[result["seed"]]["lr"]
             raise DataError(
                 f"{path}: expected one final run of {result['contender']!r} with seed {result['seed']}, found another "
                 f"at the rate {rate:g}; delete the one that is out of date"
             )
-        beside = next(iter(of_contender.values()), result)
-        revisions = [one.get("revision", 1) for one in (result, beside)]
-        if revisions[0] != revisions[1]:
-            raise DataError(
-                f"{path}: expected revision {revisions[1]} of {result['method']!r}, as seed {beside['seed']} has it, "
-                f"found {revisions[0]}; delete those that are out of date, and run the experiment"
-            )
         of_contender[result["seed"]] = result
     if not found:
         raise DataError(f"{folder}: expected results of final runs, found none; run the experiment first")
     groups = {
-        group: [_finals(label, results) for label, results in contenders.items()]
+        group: [_finals(label, revision, results) for (label, revision), results in contenders.items()]
         for group, contenders in sorted(found.items(), key=lambda item: (item[0].title, item[0].fixes_cuts))
     }
     return {group: finals + (_beside(group, groups) if group.fixes_cuts else []) for group, finals in groups.items()}
 
 
-def _finals(contender: str, results: Mapping[int, Mapping[str, Any]]) -> Finals:
+def _finals(contender: str, revision: int, results: Mapping[int, Mapping[str, Any]]) -> Finals:
     first = next(iter(results.values()))
-    revision, known = first.get("revision", 1), METHODS.get(first["method"])
+    known = METHODS.get(first["method"])
+    is_current = known is not None and known.revision == revision
+    label = contender.removesuffix(f"-{first['budget']:g}")
     return Finals(
-        label=contender.removesuffix(f"-{first['budget']:g}"), method=first["method"], budget=first["budget"],
+        label=label if is_current else f"{label}, revision {revision}", method=first["method"], budget=first["budget"],
         is_plain=not first.get("settings"), by_seed=results,
-        revision=None if known is not None and known.revision == revision else revision,
+        is_current=is_current,
     )  # fmt: skip
 
 

@@ -51,13 +51,13 @@ def _table(group: Group, budget: float, rows: list[Finals], contenders: list[Fin
 
 def _reference(contenders: list[Finals], budget: float) -> Finals | None:
     plain = [finals for finals in contenders if finals.method == "rgft" and finals.is_plain]
-    return max((finals for finals in plain if finals.budget <= budget), key=lambda row: row.budget, default=None)
+    affordable = (finals for finals in plain if finals.budget <= budget)
+    return max(affordable, key=lambda row: (row.budget, row.is_current), default=None)
 
 
 def _row(finals: Finals, reference: Finals | None, metric: str) -> str:
-    which = "" if finals.revision is None else f", revision {finals.revision}"
     cells = [
-        f"{finals.label}{which} ({len(finals.by_seed)} seeds)", finals.rates, f"{finals.flops:.2f}",
+        f"{finals.label} ({len(finals.by_seed)} seeds)", finals.rates, f"{finals.flops:.2f}",
         f"{finals.steps:.0f}", _spread(list(finals.metric(metric).values())),
         _spread(list(finals.metric("loss").values())),
     ]  # fmt: skip

@@ -161,7 +161,8 @@ class Config(Section):
         default=0.0,
         ge=0,
         lt=1,
-        description="share of the run that measures with everything on before the first decision",
+        description="share of the run that measures with everything on before the first decision, if that can decide "
+        "anything",
     )
     classifier_lr_multiplier: float = Field(
         default=1.0, gt=0, description="learning rate of a (usually new) classifier, as a multiple of the others'"

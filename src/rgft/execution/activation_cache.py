@@ -65,10 +65,10 @@ class ActivationCache:
     ) -> None:  # fmt: skip
         if not partition.layers:
             raise CacheError("the activation cache needs a model with layers; this one has none. Use cache='none'")
-        self._is_usable = True
+        self.is_usable = True
         self._model, self._partition = model, partition
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-            self._is_usable = False
+            self.is_usable = False
             problem = (
                 "the activation cache keeps one sequence of states per example, and a model of encoder and decoder "
                 "hands on two, and position biases from layer to layer: its frozen prefix is computed at every step. "
@@ -143,7 +143,7 @@ class ActivationCache:
         self._cut, self._looked = cut, None
         self._watched_BT = None
         self._proof.reset()
-        if not self._is_usable:
+        if not self.is_usable:
             return
         if not self._levels.move(cut, lambda: prefix_fingerprint(self._model, self._partition, cut, str(self._dtype))):
             self._digests.clear()
@@ -218,7 +218,7 @@ class ActivationCache:
         if self._required:
             raise error
         log.warning("no activation cache: %s", error)
-        self._is_usable, self._batch, self._watched_BT = False, None, None
+        self.is_usable, self._batch, self._watched_BT = False, None, None
         self.detach()
 
     def begin(self, ids: Sequence[int] | None, attention_mask: Tensor | None, tokens: int | None = None) -> int:
@@ -265,7 +265,7 @@ class ActivationCache:
 
     def lacks_proof(self, ids: Sequence[int], attention_mask: Tensor | None, tokens: int | None = None) -> bool:
         """Whether a pass over such a batch would have to show that padding is not read."""
-        is_open = self._is_usable and not self._proof.is_given
+        is_open = self.is_usable and not self._proof.is_given
         return is_open and self._rows(ids, attention_mask, tokens).is_padded
 
     def rows_by_level(
@@ -448,7 +448,7 @@ class ActivationCache:
         self._note_proof()
         return {
             "cut": self._cut,
-            "is_usable": self._is_usable,
+            "is_usable": self.is_usable,
             "levels": self._levels.state_dict(),
             "digests": dict(self._digests),
             "hits": self.hits,
@@ -460,7 +460,7 @@ class ActivationCache:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict`, after the model's weights."""
         self.set_cut(0)
-        self._is_usable = self._is_usable and state["is_usable"]
+        self.is_usable = self.is_usable and state["is_usable"]
         for level in state["levels"]:
             self.set_cut(level["cut"])
             if self._levels.top is not None:

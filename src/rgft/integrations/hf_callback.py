@@ -58,6 +58,7 @@ class RGFTCallback(TrainerCallback):
         model = cast("nn.Module", kwargs["model"])
         loader = kwargs["train_dataloader"]
         guide = Guide(model, self.config)
+        guide.accumulation = args.gradient_accumulation_steps
         try:
             guide.set_optimizer(unwrapped(kwargs["optimizer"]))
             steps_per_epoch = max(1, -(-len(loader) // args.gradient_accumulation_steps))
@@ -68,7 +69,6 @@ class RGFTCallback(TrainerCallback):
                 guide.prepare(stream, own_loss=False)
             self._course = TrainerCourse(total_batches=total, batches_per_epoch=len(loader))
             guide.follow(self._course)
-            guide.accumulation = args.gradient_accumulation_steps
             if state.global_step > 0:
                 load_state(guide, Path(args.output_dir) / f"checkpoint-{state.global_step}")
         except BaseException:

@@ -129,6 +129,7 @@ class _Engagement:
                 full_flops = base_flops(model, everything, (self._loss, self._models_loss))
         self.guide = Guide(model, config, loss=self._loss)
         self._callback = _Steps(self)
+        self.guide.accumulation = trainer.args.gradient_accumulation_steps
         self._pruning: TrainerPruning | None = None
         try:
             with randomness_untouched():
@@ -139,7 +140,6 @@ class _Engagement:
             self._put_back()
             self.guide.detach()
             raise
-        self.guide.accumulation = trainer.args.gradient_accumulation_steps
         trainer.add_callback(self._callback)
         for name in (
             "create_optimizer", "create_scheduler", "get_batch_samples", "training_step", "log", "train",

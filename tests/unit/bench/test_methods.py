@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from rgft.allocation.budget import BudgetMask
+from rgft.allocation.scaling import DecreaseRatio
 from rgft.bench.experiment import Experiment
 from rgft.bench.methods import METHODS, Followed, method
 from rgft.cli.app import app
@@ -75,8 +78,9 @@ def test_all_say_where_they_come_from_and_what_they_cost() -> None:
 
 def test_a_changed_preset_is_another_revision() -> None:
     """If this fails, raise `RGFT_REVISION`, unless all runs stay as they were; then note the new digest here."""
-    digest = hashlib.sha256(json.dumps(PRESETS["rgft"], sort_keys=True).encode()).hexdigest()[:12]
-    assert (method("rgft").revision, digest) == (2, "00134a049e52")
+    parts = (PRESETS["rgft"], asdict(BudgetMask()), asdict(DecreaseRatio()))
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+    assert (method("rgft").revision, digest) == (2, "aced306ba3dc")
     assert {m.name for m in METHODS.values() if m.revision > 1} == {
         "rgft", "cut", "random", "rgft_static", "uniform_rate"
     }  # fmt: skip

@@ -11,7 +11,7 @@ from rgft.allocation.registry import (
     make_policy,
     make_scaling,
 )
-from rgft.allocation.selection import depends_on_map, observations_needed
+from rgft.allocation.selection import depends_on_map
 
 __all__ = [
     "MASKS",
@@ -28,5 +28,4 @@ __all__ = [
     "make_period",
     "make_policy",
     "make_scaling",
-    "observations_needed",
 ]

@@ -107,23 +107,13 @@ def run_cell(experiment: Experiment, cell: Cell, conditions: Conditions = ALONE)
     log.info("%s: %s in %.0f s", cell.file_name, metrics, own_seconds)
     return {
         "schema": "rgft.result/1",
-        "contender": contender.label,
-        "method": contender.method,
-        "revision": chosen.revision,
-        "budget": contender.budget,
-        "settings": dict(contender.settings),
-        "lr": cell.lr,
+        **identity_of(experiment, cell),
         "followed": None
         if earlier is None or followed is None
         else {"lr_factor": followed.lr_factor, "flops": earlier["ledger"]["flops"]["spent"]},
-        "seed": cell.seed,
-        "is_final": cell.is_final,
-        "task": dict(experiment.task),
         "data": data,
-        "run": dict(experiment.run),
         "device": settings.device,
         "jobs": conditions.jobs,
-        "common_config": dict(experiment.config),
         "config": config.to_dict(),
         "metrics": metrics,
         "undefined_metrics": undefined,
@@ -140,6 +130,17 @@ def run_cell(experiment: Experiment, cell: Cell, conditions: Conditions = ALONE)
         "map_history": map_history,
         "environment": environment(),
     }
+
+
+def identity_of(experiment: Experiment, cell: Cell) -> dict[str, Any]:
+    """Which run a result is of, as a sitting and tables ask for it."""
+    contender = cell.contender
+    return {
+        "contender": contender.label, "method": contender.method, "revision": method(contender.method).revision,
+        "budget": contender.budget, "settings": dict(contender.settings), "lr": cell.lr, "seed": cell.seed,
+        "is_final": cell.is_final, "task": dict(experiment.task), "run": dict(experiment.run),
+        "common_config": dict(experiment.config),
+    }  # fmt: skip
 
 
 def _searched(contender: Contender) -> tuple[float, ...] | str | None:

@@ -22,8 +22,7 @@ import torch
 
 from rgft.bench.agenda import Agenda
 from rgft.bench.experiment import Cell, Experiment, Results
-from rgft.bench.methods import method
-from rgft.bench.runner import ALONE, Conditions, TaskError, run_cell
+from rgft.bench.runner import ALONE, Conditions, TaskError, identity_of, run_cell
 from rgft.errors import ConfigError, NonFiniteError, RGFTError, RunFolderError
 from rgft.telemetry.environment import usable_cores
 
@@ -148,11 +147,7 @@ def _result(experiment: Experiment, cell: Cell, conditions: Conditions) -> dict[
     except NonFiniteError as error:
         if cell.is_final:
             raise
-        return {
-            "contender": cell.contender.label, "revision": method(cell.contender.method).revision, "lr": cell.lr,
-            "seed": cell.seed, "is_final": False, "task": dict(experiment.task), "run": dict(experiment.run),
-            "common_config": dict(experiment.config), "metrics": {}, "diverged": str(error),
-        }  # fmt: skip
+        return {**identity_of(experiment, cell), "metrics": {}, "diverged": str(error)}
 
 
 def make_run(experiment: Experiment, cell: Cell, folder: Path, conditions: Conditions) -> Failure | None:

@@ -9,8 +9,7 @@ from typing import Any
 
 from rgft.bench.experiment import Cell, Contender, Experiment, Results
 from rgft.bench.fingerprint import DataCheck
-from rgft.bench.methods import method
-from rgft.bench.runner import ALONE, Conditions
+from rgft.bench.runner import ALONE, Conditions, identity_of
 from rgft.bench.tasks import bench_task
 from rgft.errors import DataError, RGFTError
 
@@ -85,23 +84,18 @@ class Agenda:
         return self._lrs[contender.label]
 
     def _require_same_settings(self, cell: Cell, result: Mapping[str, Any]) -> None:
-        revision, own = result.get("revision", 1), method(cell.contender.method).revision
-        if revision != own:
+        wanted, revision = identity_of(self.experiment, cell), result.get("revision", 1)
+        if revision != wanted["revision"]:
             raise DataError(
-                f"{self.results.path(cell)}: expected a result of revision {own} of {cell.contender.method!r}, found "
-                f"one of revision {revision}: the same settings made another run then. Delete the file to run it anew, "
-                "or keep it under an experiment of another name"
+                f"{self.results.path(cell)}: expected a result of revision {wanted['revision']} of "
+                f"{cell.contender.method!r}, found one of revision {revision}: the same settings made another run then. "
+                "Delete the file to run it anew, or keep it under an experiment of another name"
             )
-        wanted = {
-            "task": dict(self.experiment.task), "run": dict(self.experiment.run),
-            "common_config": dict(self.experiment.config), "budget": cell.contender.budget,
-            "settings": dict(cell.contender.settings),
-        }  # fmt: skip
-        for key, value in wanted.items():
-            if result.get(key, value) != value:
+        for key in ("task", "run", "common_config", "budget", "settings"):
+            if result.get(key, wanted[key]) != wanted[key]:
                 raise DataError(
-                    f"{self.results.path(cell)}: expected a result with the experiment's {key!r} ({value}), found one "
-                    f"with {result[key]}; give the experiment another name, or delete the file to run it anew"
+                    f"{self.results.path(cell)}: expected a result with the experiment's {key!r} ({wanted[key]}), "
+                    f"found one with {result[key]}; give the experiment another name, or delete the file to run it anew"
                 )
 
     def _has_same_data(self) -> bool:

@@ -88,8 +88,8 @@ class Agenda:
         if revision != wanted["revision"]:
             raise DataError(
                 f"{self.results.path(cell)}: expected a result of revision {wanted['revision']} of "
-                f"{cell.contender.method!r}, found one of revision {revision}: the same settings made another run then. "
-                "Delete the file to run it anew, or keep it under an experiment of another name"
+                f"{cell.contender.method!r}, found one of revision {revision}: the same settings made another run "
+                "then. Delete the file to run it anew, or keep it under an experiment of another name"
             )
         for key in ("task", "run", "common_config", "budget", "settings"):
             if result.get(key, wanted[key]) != wanted[key]:

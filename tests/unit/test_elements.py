@@ -4,12 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rgft.cost.elements import Elements, count_elements
+from rgft.cost.elements import FRESH_BYTES, Elements, count_elements
 
 
 def written(work: Callable[[], object]) -> float:
     found = count_elements(work)
-    assert found.drawn == 0
+    assert found.drawn == found.fresh == 0
     return found.written
 
 
@@ -65,9 +65,22 @@ def test_random_numbers_stand_apart() -> None:
     assert count_elements(lambda: F.dropout(x, 0.5, training=False)) == Elements()
 
 
+def test_large_tensors_stand_apart_wherever_they_come_from() -> None:
+    rows = FRESH_BYTES // 4 // 1000 + 1
+    with torch.device("meta"):
+        x, w = torch.ones(rows, 8), torch.ones(8, 1000)
+        wide, table, ids = torch.ones(rows, 1000), nn.Embedding(rows, 1000), torch.zeros(2, dtype=torch.long)
+    assert count_elements(lambda: x @ w) == Elements(written=rows * 8 + 8 * 1000, fresh=rows * 1000)
+    assert count_elements(lambda: wide + 1.0) == Elements(fresh=rows * 1000)
+    assert count_elements(lambda: wide.t()) == Elements()
+    assert count_elements(lambda: wide.add_(1.0)) == Elements(written=rows * 1000)  # its memory is there
+    assert count_elements(lambda: table(ids).sum().backward()).fresh == rows * 1000
+    assert count_elements(lambda: wide[:-1] + 1.0) == Elements(written=(rows - 1) * 1000)
+
+
 def test_sums_and_multiples() -> None:
-    one = Elements(written=3, drawn=2)
-    assert one * 2 + Elements(written=1) == Elements(written=7, drawn=4)
+    one = Elements(written=3, drawn=2, fresh=1)
+    assert one * 2 + Elements(written=1) == Elements(written=7, drawn=4, fresh=2)
 
 
 def test_attention_counts_with_what_it_writes() -> None:

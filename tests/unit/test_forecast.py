@@ -15,7 +15,7 @@ from rgft.partition import partition
 from tests.families import FAMILIES, loss_of
 
 PACKAGES = {"lion": "lion_pytorch", "schedule-free": "schedulefree", "adamw-8bit": "bitsandbytes"}
-RATES = Rates(product_flops=1e9, optimizer_elements=1e6, written_elements=1e7, drawn_elements=1e6)
+RATES = Rates(product_flops=1e9, optimizer_elements=1e6, written_elements=1e7, drawn_elements=1e6, fresh_elements=1e6)
 
 
 def rows_of(name: str, **settings: Any):

@@ -17,7 +17,7 @@ from rgft.cli.planned_optimizer import planned_optimizer
 from rgft.cli.preparing import silence_transformers
 from rgft.config import Config
 from rgft.cost.memory import StepMemory
-from rgft.cost.rates import measure_rates
+from rgft.cost.rates import measure_rates, product_shapes
 from rgft.errors import ConfigError, DataError
 from rgft.execution.binding import Binding
 from rgft.execution.low_rank import LowRank
@@ -114,10 +114,10 @@ def plan(
     whole = empty_model(model, task, labels=labels, dtype=kind)
     batch = empty_batch(whole, task, rows=rows, tokens=tokens, dtype=kind)
     length = Length(steps=math.ceil(examples / rows), epochs=epochs)
-    rates = (
-        None if device is None
-        else measure_rates(torch.device(device), kind, _shapes(whole, rows * tokens), optimizer=stepping)
-    )  # fmt: skip
+    rates = None
+    if device is not None:
+        shapes = product_shapes(whole, lambda: _loss(whole, batch))
+        rates = measure_rates(torch.device(device), kind, shapes, optimizer=stepping)
     parts = partition(whole)
     of_whole = planned_optimizer(stepping, whole, parts)
     found = forecast(
@@ -199,17 +199,6 @@ def _with_pairs(model: nn.Module, binding: Binding, rank: int) -> LowRank:
     pairs = attach_pairs(config, model, binding, find_pair_sites(config, model, binding.partition, None))
     assert pairs is not None
     return pairs
-
-
-def _shapes(model: nn.Module, positions: int) -> tuple[tuple[int, int, int], ...]:
-    """Products of the model's commonest linear layers, rows × inputs × outputs."""
-    counts: dict[tuple[int, int], int] = {}
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            shape = (module.in_features, module.out_features)
-            counts[shape] = counts.get(shape, 0) + 1
-    commonest = sorted(counts, key=lambda shape: -counts[shape])[:3] or [(512, 512)]
-    return tuple((min(positions, 4096), *shape) for shape in commonest)
 
 
 def _epochs_in(row: Forecast, full: Forecast, length: Length, budget: float | None) -> float | None:

@@ -2,7 +2,8 @@
 
 Such work is bound by memory, not by arithmetic, and is a fifth to a third of a step's time though FLOPs do not show it.
 So are products with a narrow side (low-rank pairs', adapters'), which count here with what they read and write, beside
-their FLOPs. Random numbers, which dropout draws, are dearer by an order of magnitude and stand apart.
+their FLOPs. Random numbers, which dropout draws, and large tensors, whose pages the system hands out anew, are dearer
+by an order of magnitude and stand apart.
 """
 
 from __future__ import annotations
@@ -22,20 +23,32 @@ from rgft.nested import tensors_in
 
 #: A product with a side below this many elements does too little with what it reads to be bound by arithmetic.
 NARROW = 32
+#: Bytes of a tensor from which on an allocator gives its memory back at once (glibc's largest threshold), so that the
+#: next such tensor is of pages that the system has to clear first.
+FRESH_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Elements:
-    """How many elements work writes: random numbers drawn, and all others."""
+    """How many elements work writes.
+
+    Attributes:
+        written: by whatever is no product, into memory that is used again and again.
+        drawn: random numbers.
+        fresh: of large tensors (`FRESH_BYTES`), products' among them.
+    """
 
     written: float = 0
     drawn: float = 0
+    fresh: float = 0
 
     def __add__(self, other: Elements) -> Elements:
-        return Elements(written=self.written + other.written, drawn=self.drawn + other.drawn)
+        return Elements(
+            written=self.written + other.written, drawn=self.drawn + other.drawn, fresh=self.fresh + other.fresh
+        )
 
     def __mul__(self, times: float) -> Elements:
-        return Elements(written=self.written * times, drawn=self.drawn * times)
+        return Elements(written=self.written * times, drawn=self.drawn * times, fresh=self.fresh * times)
 
 
 class ElementCounter(TorchDispatchMode):
@@ -59,18 +72,21 @@ class ElementCounter(TorchDispatchMode):
         if name.startswith(("aten::_foreach", "aten::_fused", "aten::empty", "aten::new_empty")):
             return output
         if is_product(func) and not is_attention:
-            self.elements += Elements(written=_of_narrow(tensors_in(args), output))
+            fresh = sum(tensor.numel() for tensor in tensors_in(output) if tensor.nbytes >= FRESH_BYTES)
+            self.elements += Elements(written=max(0, _of_narrow(tensors_in(args), output) - fresh), fresh=fresh)
             return output
         is_in_place = any(argument.alias_info is not None and argument.alias_info.is_write for argument in
                           func._schema.arguments)  # fmt: skip
         read = {tensor.untyped_storage()._cdata for tensor in tensors_in((args, kwargs or {}))}
-        made = sum(
-            tensor.numel()
-            for tensor in tensors_in(output)
+        made = [
+            tensor for tensor in tensors_in(output)
             if is_in_place or tensor.untyped_storage()._cdata not in read  # else a view
-        )
+        ]  # fmt: skip
+        large = [] if is_in_place else [tensor for tensor in made if tensor.nbytes >= FRESH_BYTES]
+        fresh = sum(tensor.numel() for tensor in large)
+        others = sum(tensor.numel() for tensor in made) - fresh
         is_random = not is_attention and torch.Tag.nondeterministic_seeded in func.tags
-        self.elements += Elements(drawn=made) if is_random else Elements(written=made)
+        self.elements += Elements(fresh=fresh, **{"drawn" if is_random else "written": others})
         return output
 
 

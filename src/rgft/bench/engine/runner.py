@@ -19,7 +19,7 @@ from rgft.bench.engine.stepping import Stepper, stepper
 from rgft.bench.engine.workloads import EngineWorkload
 from rgft.cost.elements import count_elements
 from rgft.cost.memory import step_memory
-from rgft.cost.rates import SHAPES, Rates, measure_rates, seconds_of
+from rgft.cost.rates import Rates, measure_rates, product_shapes, seconds_of
 from rgft.telemetry.atomic_write import write_bytes
 from rgft.telemetry.environment import environment
 
@@ -52,8 +52,8 @@ def run_engine(
     pending = [cell for cell in cells_of(workload) if not (folder / f"{cell.name}.json").exists()]
     if not pending:
         return
-    rates = _rates(workload, device)
     reference = stepper(EngineCell(kind="full"), workload, device)
+    rates = measure_rates(device, workload.dtype, product_shapes(reference.model, reference.step))
     for _ in range(reference.warm_up):
         reference.step()
     for cell in pending:
@@ -63,11 +63,6 @@ def run_engine(
         path = folder / f"{cell.name}.json"
         write_bytes(path, (json.dumps(result, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
         yield path
-
-
-def _rates(workload: EngineWorkload, device: torch.device) -> Rates:
-    large = ((8192, 2048, 2048), (8192, 2048, 8192), (8192, 8192, 2048))
-    return measure_rates(device, workload.dtype, SHAPES if device.type == "cpu" else large)
 
 
 def _measured(
@@ -110,7 +105,7 @@ def _measured(
         "steps": STEPS, "step_seconds": own, "full_step_seconds": full,
         "time_of_full": median(own) / median(full), "flops": flops, "flops_of_full": flops / full_flops,
         "updated_parameters": updated, "written_elements": elements.written,
-        "drawn_elements": elements.drawn, "rates": rates.to_dict(),
+        "drawn_elements": elements.drawn, "fresh_elements": elements.fresh, "rates": rates.to_dict(),
         "predicted_seconds": predicted, "seconds_of_predicted": median(own) / predicted,
         "memory": memory.to_dict(), "peak_memory": peak, "environment": environment(),
     }  # fmt: skip

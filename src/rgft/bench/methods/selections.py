@@ -1,8 +1,9 @@
 """Methods that choose what trains: policies of `rgft.allocation.peers`, where each has its paper and its reading.
 
-They run with all that RGFT saves beside its choice (truncation, the cache, padding and unread positions not computed, no
-dropout where no example comes again): what they are held against is the choice alone. Multipliers are 1 and nothing is
-averaged, as in their papers. LISA's and BAdam's codes make Adam anew at each switch: what goes off loses its moments.
+They run with all that RGFT saves beside its choice (truncation, the cache, padding and unread positions not computed,
+no dropout where no example comes again): what they are held against is the choice alone. Multipliers are 1 and nothing
+is averaged, as in their papers. LISA's and BAdam's codes make Adam anew at each switch: what goes off loses its
+moments.
 """
 
 from __future__ import annotations

@@ -156,7 +156,8 @@ def bench_engine(
             return
         import torch
 
-        from rgft.bench.engine.runner import run_engine, table
+        from rgft.bench.engine import tables
+        from rgft.bench.engine.runner import run_engine
         from rgft.bench.engine.workloads import workload as chosen
         from rgft.cli.preparing import device_of
 
@@ -164,7 +165,7 @@ def bench_engine(
         folder = results / f"{model.name}-{place.type}"
         for path in run_engine(model, folder, device=place, stop_after_seconds=minutes and minutes * 60):
             typer.echo(path, err=True)
-        typer.echo(table(folder))
+        typer.echo(tables.steps(folder))
 
 
 def _bench_overheads(results: Path, device: str, *, stop_after_seconds: float | None, small: bool) -> None:
@@ -182,6 +183,7 @@ def _bench_overheads(results: Path, device: str, *, stop_after_seconds: float | 
     typer.echo(table(folder))
 
 
+bench.command("engine-table")(measuring.bench_engine_table)
 bench.command("reach")(measuring.bench_reach)
 bench.command("map-study")(measuring.bench_map_study)
 bench.command("map-summary")(measuring.bench_map_summary)

@@ -39,6 +39,24 @@ def bench_reach(
                 typer.echo(f"  {row.label} ({row.reached} of {row.seeds} runs): {cost}; best {metric} {row.best:.3f}")
 
 
+def bench_engine_table(
+    results: Annotated[Path, typer.Argument(help="folder of the engine bench's results")] = RESULTS / "engine",
+    update: Annotated[Path | None, typer.Option(help="Markdown file whose marked part is replaced")] = None,
+) -> None:
+    """Print what steps take and hold beside full fine-tuning's as Markdown tables, or put them into a document."""
+    from rgft.cli.failures import reported
+
+    with reported():
+        from rgft.bench import table
+        from rgft.bench.engine import tables
+
+        text = tables.markdown(results)
+        if update is None:
+            typer.echo(text)
+        else:
+            table.update(update, text)
+
+
 def bench_map_study(
     study: Annotated[Path, typer.Argument(help="a map study's file, see benchmarks/map_studies")],
     results: Annotated[Path, typer.Option(help="folder of all results")] = RESULTS,

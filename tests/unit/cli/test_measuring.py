@@ -1,4 +1,4 @@
-"""`rgft bench reach`, `map-study` and `map-summary` as a user calls them."""
+"""`rgft bench reach`, `engine-table`, `map-study` and `map-summary` as a user calls them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from rgft.bench.engine.runner import SCHEMA
 from rgft.bench.map_study import runner
 from tests.integration.cli_inputs import invoke, refused
 from tests.unit.bench.test_convergence import CURVE, write
@@ -22,6 +23,32 @@ def test_reach(tmp_path: Path) -> None:
     (rows,) = json.loads(invoke("bench", "reach", str(tmp_path), "--of", "a", "--json").stdout).values()
     assert [row["reached"] for row in rows] == [1, 0]
     refused("bench", "reach", str(tmp_path), "--target", "0.5", "--metric", "f1")
+
+
+def test_tables_of_the_engine_bench(tmp_path: Path) -> None:
+    environment = {"cpu": {"usable_cores": 2, "model": "Z80"}, "accelerators": [{"type": "cuda", "name": "K1"}]}
+    for device, time in (("cpu", 0.5), ("cuda", 0.25)):
+        result = {
+            "schema": SCHEMA, "workload": "w", "device": device, "rows": 4, "dtype": "float32", "cell": f"c{device}",
+            "flops_of_full": 0.4, "time_of_full": time, "seconds_of_predicted": 1.1,
+            "memory": {"total": 5 << 20, "weights": 2 << 20}, "environment": environment,
+        }  # fmt: skip
+        (tmp_path / f"w-{device}").mkdir()
+        (tmp_path / f"w-{device}" / "c.json").write_text(json.dumps(result))
+    overhead = {"schema": "rgft.overheads/1", "overhead": "o", "measured_on": "cpu", "figures": {"f": 0.5},
+                "targets": [{"figure": "f", "at_least": None, "at_most": 1.0, "is_met": True}]}  # fmt: skip
+    (tmp_path / "o.json").write_text(json.dumps(overhead))
+    page = tmp_path / "page.md"
+    page.write_text("Before\n<!-- results -->\nold\n<!-- /results -->\nAfter")
+    invoke("bench", "engine-table", str(tmp_path), "--update", str(page))
+    shown = page.read_text().splitlines()
+    assert (shown[0], shown[-1], shown.count("old")) == ("Before", "After", 0)
+    for line in (
+        "**w, 4 rows, float32, 2 cores, Z80**", "| w | ccpu | 0.40 | 0.50 | 3 MiB | 1.10 |",
+        "**w, 4 rows, float32, K1**", "| w | ccuda | 0.40 | 0.25 | 3 MiB | 1.10 |", "| o | cpu | f | 0.5 | ≤ 1 | yes |",
+    ):  # fmt: skip
+        assert line in shown
+    refused("bench", "engine-table", str(tmp_path / "nothing"))
 
 
 def test_a_map_study_and_its_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from rgft.bench.engine.cells import EngineCell, all_cells, few_cells
-from rgft.bench.engine.results import read_results
 from rgft.bench.engine.stepping import Stepper, stepper
 from rgft.bench.engine.workloads import EngineWorkload
 from rgft.cost.elements import count_elements
@@ -113,23 +112,3 @@ def _measured(
 
 def _allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
-def table(folder: Path) -> str:
-    """The results below a folder as a Markdown table.
-
-    Raises:
-        DataError: there are none.
-    """
-    results = read_results(folder, SCHEMA, of="engine bench")
-    lines = [
-        "| workload | step | FLOPs | time | gradients + moments + activations | time of predicted |",
-        "|---|---|---|---|---|---|",
-    ]
-    for result in sorted(results, key=lambda r: (r["workload"], -r["time_of_full"])):
-        held = result["memory"]["total"] - result["memory"]["weights"]
-        lines.append(
-            f"| {result['workload']} | {result['cell']} | {result['flops_of_full']:.2f} | {result['time_of_full']:.2f} "
-            f"| {held / 2**20:,.0f} MiB | {result['seconds_of_predicted']:.2f} |"
-        )
-    return "\n".join(lines)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from rgft.bench.engine import runner
+from rgft.bench.engine import runner, tables
 from rgft.bench.engine.cells import EngineCell, few_cells
 from rgft.bench.engine.stepping import stepper
 from rgft.bench.engine.workloads import WORKLOADS, workload
@@ -45,7 +45,7 @@ def test_every_cell_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert all(part > 0 for part in parts)
         parts += [result["drawn_elements"], result["fresh_elements"]]
         assert result["predicted_seconds"] == pytest.approx(sum(parts) / 1e9)
-    table = runner.table(tmp_path)
+    table = tables.steps(tmp_path)
     assert table.count("| tiny |") == len(results)
 
 
@@ -106,7 +106,7 @@ def test_unknown_workloads_and_empty_folders(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected one of minilm, smollm2"):
         workload("bert")
     with pytest.raises(DataError, match="expected results of the engine bench"):
-        runner.table(tmp_path)
+        tables.steps(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["smollm2", "llama_1b", "vit_b", "resnet_50"])

@@ -244,6 +244,11 @@ class GuidedRun:
         return self._progress.steps_left(self.plan)
 
     @property
+    def passes(self) -> float:
+        """About how often the run will have seen each training example at its end; 1 where the data are unknown."""
+        return self._progress.passes(self.plan)
+
+    @property
     def is_done(self) -> bool:
         """Whether the budget would not pay for another step."""
         if self._step.is_open:

@@ -80,6 +80,15 @@ class Progress:
         data = math.inf if course is None else (course.total_batches - course.position) / spending.accumulation
         return min(data, spending.steps_left(plan, self.step))
 
+    def passes(self, plan: UpdatePlan) -> float:
+        """About how often the run will have seen each example at its end, under the plan from here on; 1 if unknown."""
+        course, accumulation = self.course, self._spending.accumulation
+        if course is None:
+            return 1.0
+        new = max(0, course.batches_per_epoch - course.position) / accumulation
+        ahead = accumulation * self._spending.steps_left(plan, self.step, new=new)
+        return min(course.position + ahead, course.total_batches) / course.batches_per_epoch
+
     def sees_none_again(self, plan: UpdatePlan) -> bool:
         """Whether the run, under the plan, is over before an example comes for the second time.
 

@@ -26,10 +26,11 @@ from rgft.execution.agreement import Loss
 from rgft.execution.target_positions import TargetLoss
 from rgft.following import StepsFollowed
 from rgft.guide import Guide
+from rgft.learning_rate import scale_rates
 from rgft.memory import pieces
 from rgft.plan import RunPlan
 from rgft.run_settings import Result, Settings, StepReport
-from rgft.search import RateSearch, Search, first_rate, rounds_within
+from rgft.search import RateSearch, Search, rounds_within
 from rgft.telemetry.flop_counter import flop_counter
 from rgft.telemetry.run_folder import RunFolder
 from rgft.workload import batch_shape
@@ -38,6 +39,8 @@ __all__ = ["Result", "Run", "Settings", "StepReport", "Task"]
 
 log = logging.getLogger("rgft")
 
+#: How many times as many passes over the data a cut usually buys as training everything does.
+CUT_BUYS = 2.0
 #: Passes whose FLOPs are counted as they run, beside being modelled.
 MAX_AUDITS = 4
 
@@ -71,6 +74,8 @@ class Run:
 
     Attributes:
         loss: the task's, on this run's device and in its precision.
+        lr: the learning rate at multiplier 1, as far as it is settled.
+        search: how it was found; None without a search, and before it.
     """
 
     def __init__(
@@ -78,11 +83,10 @@ class Run:
         observers: Sequence[Callable[[StepReport], None]] = (), full_flops: float | None = None,
         optimizer: Callable[[Guide, float], Optimizer] | None = None,
     ) -> None:  # fmt: skip
-        self.rates = settings.rates(task.model)
-        if len(self.rates) > 1 and config.budget is not None and config.budget.memory is not None:
+        if settings.is_lr_searched and config.budget is not None and config.budget.memory is not None:
             raise ConfigError(
-                f"lr: expected one learning rate with a memory budget, found {len(self.rates)} to search among: each "
-                "keeps a copy of what is trained, which the budget does not count"
+                f"lr: expected one learning rate, or 'auto', with a memory budget, found {settings.lr!r}: each "
+                "candidate of a search keeps a copy of what is trained, which the budget does not count"
             )
         self.task, self.config, self.settings, self.folder = task, config, settings, folder
         self.observers = list(observers)
@@ -95,11 +99,11 @@ class Run:
             task.model, config, loss=self.loss,
             loss_at_targets=None if at_targets is None else replace(at_targets, placed=self._placed),
         )  # fmt: skip
-        lr = first_rate(self.rates)
+        self.lr = settings.first_lr(task.model)
         try:
             self.optimizer = (
-                self.guide.make_optimizer(settings.optimizer, lr=lr, weight_decay=settings.weight_decay)
-                if optimizer is None else optimizer(self.guide, lr)
+                self.guide.make_optimizer(settings.optimizer, lr=self.lr, weight_decay=settings.weight_decay)
+                if optimizer is None else optimizer(self.guide, self.lr)
             )  # fmt: skip
             self.guide.set_optimizer(self.optimizer)
         except RGFTError:
@@ -110,6 +114,7 @@ class Run:
         self._followed = StepsFollowed(self.guide, is_on_cpu=self._device.type == "cpu")
         self.was_stopped = self._is_over = False
         self.search: Search | None = None
+        self._is_lr_settled = not settings.is_lr_by_rule
         self._withheld: list[StepReport] | None = None  # of a candidate, while the learning rate is searched
         self._history: list[float] = []
         self._plans_written = self._probes_written = self._skips_written = 0
@@ -130,11 +135,6 @@ class Run:
         if self.settings.precision == "bf16":
             return torch.autocast(self._device.type, dtype=torch.bfloat16)
         return contextlib.nullcontext()
-
-    @property
-    def lr(self) -> float:
-        """The learning rate at multiplier 1: what was found, once there was a search."""
-        return first_rate(self.rates) if self.search is None else self.search.rate
 
     def prepare(self) -> RunPlan:
         """Traces costs and fixes the run plan, once; trains nothing. `train` does it itself.
@@ -164,14 +164,27 @@ class Run:
         self.prepare()
         if guide.step_count == 0:
             torch.manual_seed(self.config.seed)
+            self._suit_lr()
         self.task.model.train()
         started = time.perf_counter()
-        is_saved = len(self.rates) > 1 and self.search is None and self._search(started)
+        is_saved = self.settings.is_lr_searched and self.search is None and self._search(started)
         if not (self.was_stopped or self._is_over):
             self._advance(started)
         self._seconds_before += time.perf_counter() - started
         if self.was_stopped and not is_saved:
             self.checkpoint()
+
+    def _suit_lr(self) -> None:
+        """Follows the rule, first by what a cut usually buys, and for good once the cut is known."""
+        guide = self.guide
+        if self._is_lr_settled:
+            return
+        passes = guide.passes * (CUT_BUYS if guide.is_measuring else 1.0)
+        lr = self.settings.first_lr(self.task.model, passes=passes)
+        scale_rates(self.optimizer, self.scheduler, lr / self.lr)
+        self.lr, self._is_lr_settled = lr, guide.step_count > 0 and not guide.is_measuring
+        if self._is_lr_settled:
+            log.info("learning rate %g, for about %.1f passes over the training data", lr, passes)
 
     @property
     def _data(self) -> dict[str, Any]:
@@ -219,11 +232,12 @@ class Run:
             if self.was_stopped or self._is_over:
                 return False
             guide.rewind(guide.state_dict(cache=False, weights=False))  # to where it is: the batches begin anew here
-        rates, lengths = rounds_within(self.rates, guide.steps_left)
-        if len(rates) < len(self.rates):
+        wanted = self.settings.candidate_lrs(self.lr)
+        rates, lengths = rounds_within(wanted, guide.steps_left)
+        if len(rates) < len(wanted):
             log.warning(
                 "about %d steps are left, too few to search among %d learning rates: trying %s", guide.steps_left,
-                len(self.rates), ", ".join(f"{rate:g}" for rate in rates),
+                len(wanted), ", ".join(f"{rate:g}" for rate in rates),
             )  # fmt: skip
         return bool(lengths) and self._find_rate(rates, lengths, started)
 
@@ -241,16 +255,15 @@ class Run:
             return [report.loss for report in self._withheld]
 
         try:
-            self.search = RateSearch(guide, self.scheduler, train).run(
-                rates, reference=first_rate(self.rates), lengths=lengths
-            )
+            self.search = RateSearch(guide, self.scheduler, train).run(rates, reference=self.lr, lengths=lengths)
         except _StoppedSearching:
             log.info("stopped while searching the learning rate; a resumed run searches anew")
             return True
         finally:
             self._withheld = None
         self._is_over = False  # some candidate may have come to the end of the data
-        log.info("learning rate %g, of %s", self.search.rate, ", ".join(f"{rate:g}" for rate in rates))
+        self.lr = self.search.rate
+        log.info("learning rate %g, of %s", self.lr, ", ".join(f"{rate:g}" for rate in rates))
         for report in reports[self.search.rate]:
             self._publish(report)
         if self.folder is not None:
@@ -306,6 +319,7 @@ class Run:
 
     def _step(self, losses: list[Tensor], step_started: float, started: float) -> None:
         self.guide.step(self.optimizer, self.scheduler, max_grad_norm=self.settings.max_grad_norm)
+        self._suit_lr()
         self._followed.end_step()
         self.optimizer.zero_grad()
         now = time.perf_counter()
@@ -361,6 +375,8 @@ class Run:
                     "scheduler": self.scheduler.state_dict(),
                     "guide": self.guide.state_dict(),
                     "seconds": self._seconds_before if seconds is None else seconds,
+                    "lr": self.lr,
+                    "is_lr_settled": self._is_lr_settled,
                     "search": None if self.search is None else self.search.to_dict(),
                 }
             )
@@ -374,6 +390,7 @@ class Run:
         self.scheduler.load_state_dict(state["scheduler"])
         self.guide.load_state_dict(state["guide"])
         self._seconds_before = state["seconds"]
+        self.lr, self._is_lr_settled = state["lr"], state["is_lr_settled"]
         self.search = None if state["search"] is None else Search.from_dict(state["search"])
         self._probes_written, self._plans_written = len(self.guide.map_history), len(self.guide.plans)
         self._skips_written = len(self.guide.skipping_history)

@@ -8,8 +8,9 @@ from typing import Any, Literal
 from torch import nn
 
 from rgft.errors import ConfigError
+from rgft.learning_rate import usual_rate
 from rgft.optimizer import KINDS
-from rgft.search import are_rates, candidate_rates
+from rgft.search import FACTORS, are_rates, first_rate
 
 SCHEDULE_FREE = frozenset(kind.name for kind in KINDS.values() if kind.is_schedule_free)
 
@@ -20,8 +21,9 @@ class Settings:
 
     Attributes:
         optimizer: by name; see `rgft.optimizer.KINDS`.
-        lr: learning rate at multiplier 1. Several: the best is searched for inside the budget (`rgft.search`); "auto":
-            among rates that suit the model's width.
+        lr: learning rate at multiplier 1. "auto": by rule, once it is known how many passes over the data the budget
+            buys (`rgft.learning_rate`). Several: the best is searched for inside the budget (`rgft.search`); "search":
+            among rates around the rule's.
         epochs: of the full fine-tuning that the budget is a share of.
         batch_size: examples per optimizer step and micro-batch.
         accumulation: micro-batches per optimizer step.
@@ -34,7 +36,7 @@ class Settings:
     """
 
     optimizer: str = "adamw"
-    lr: float | tuple[float, ...] | Literal["auto"] = 2e-4
+    lr: float | tuple[float, ...] | Literal["auto", "search"] = "auto"
     epochs: float = 3.0
     batch_size: int = 32
     accumulation: int = 1
@@ -60,9 +62,9 @@ class Settings:
                 ),
                 (
                     "lr",
-                    "numbers > 0, each once, or 'auto'",
+                    "numbers > 0, each once, 'auto' or 'search'",
                     self.lr,
-                    self.lr == "auto" or are_rates(self.lr if isinstance(self.lr, tuple) else (self.lr,)),
+                    self.lr in ("auto", "search") or are_rates(self.lr if isinstance(self.lr, tuple) else (self.lr,)),
                 ),
                 ("epochs", "a number > 0", self.epochs, self.epochs > 0),
                 ("batch_size", "an integer >= 1", self.batch_size, self.batch_size >= 1),
@@ -76,10 +78,24 @@ class Settings:
         if problems:
             raise ConfigError(problems)
 
-    def rates(self, model: nn.Module) -> tuple[float, ...]:
-        """The learning rates that the run may choose from."""
-        if self.lr == "auto":
-            return candidate_rates(model, factor=KINDS[self.optimizer].rate_factor)
+    @property
+    def is_lr_searched(self) -> bool:
+        return self.lr == "search" or (isinstance(self.lr, tuple) and len(self.lr) > 1)
+
+    @property
+    def is_lr_by_rule(self) -> bool:
+        return isinstance(self.lr, str)
+
+    def first_lr(self, model: nn.Module, *, passes: float = 1.0) -> float:
+        """What a run begins with: the rate that is given, the lower of the middle ones, or the rule's."""
+        if isinstance(self.lr, str):
+            return usual_rate(model, passes=passes, factor=KINDS[self.optimizer].rate_factor)
+        return first_rate(self.lr if isinstance(self.lr, tuple) else (self.lr,))
+
+    def candidate_lrs(self, usual: float) -> tuple[float, ...]:
+        """The rates that a search may choose from, where the rule's is `usual`."""
+        if isinstance(self.lr, str):
+            return tuple(float(f"{times * usual:.2g}") for times in FACTORS)
         return self.lr if isinstance(self.lr, tuple) else (self.lr,)
 
 

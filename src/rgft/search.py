@@ -12,15 +12,15 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any, Self
 
-from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from rgft.errors import NonFiniteError
 from rgft.execution.snapshot import Snapshot
 from rgft.guide import Guide
+from rgft.learning_rate import scale_rates
 from rgft.telemetry.ledger import Ledger
 
 #: Share of the steps left that candidates who lose may make; reading cached activations they cost less than others.
@@ -29,10 +29,8 @@ SHARE = 0.1
 MIN_STEPS = 3
 #: Batches that a candidate is judged on at least, where it has made so many steps.
 MIN_JUDGED = 8
-#: Candidates where none are given, as multiples of a reference rate; the second is what the run begins with.
-FACTORS = (0.5, 1.0, 2.0, 4.0)
-#: The reference rate, and the width that it suits; the best rate of Adam falls with the width (Yang et al. 2021).
-REFERENCE_RATE, REFERENCE_WIDTH = 2e-4, 384
+#: Candidates where none are given, as multiples of the usual rate.
+FACTORS = (0.5, 1.0, 2.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,18 +85,6 @@ def are_rates(rates: Sequence[Any]) -> bool:
     """Whether these can be candidates: finite numbers above 0, each once, at least one."""
     are_numbers = all(isinstance(rate, float | int) and 0.0 < rate < math.inf for rate in rates)
     return bool(rates) and are_numbers and len(set(rates)) == len(rates)
-
-
-def candidate_rates(model: nn.Module, *, factor: float = 1.0) -> tuple[float, ...]:
-    """Learning rates to try on a model, rising.
-
-    Args:
-        model: to be trained.
-        factor: of the optimizer's usual rate against AdamW's.
-    """
-    widths = [parameter.shape[-1] for parameter in model.parameters() if parameter.dim() == 2]
-    reference = factor * (REFERENCE_RATE * REFERENCE_WIDTH / median(widths) if widths else REFERENCE_RATE)
-    return tuple(float(f"{times * reference:.2g}") for times in FACTORS)
 
 
 def first_rate(rates: Sequence[float]) -> float:
@@ -229,7 +215,8 @@ class RateSearch:
             self._go_to(points.get(rate, start))
             before = _spent(self._guide.ledger)
             if rate not in points:
-                self._scale_rates(rate / reference)
+                assert self._guide.optimizer is not None
+                scale_rates(self._guide.optimizer, self._scheduler, rate / reference)
             try:
                 return self._train(rate, steps)
             finally:
@@ -270,13 +257,6 @@ class RateSearch:
         point.values.restore()
         self._scheduler.load_state_dict(copy.deepcopy(point.scheduler))
         self._guide.rewind(point.guide)
-
-    def _scale_rates(self, factor: float) -> None:
-        assert self._guide.optimizer is not None
-        for group in self._guide.optimizer.param_groups:
-            group["lr"] *= factor
-            group["initial_lr"] *= factor
-        self._scheduler.base_lrs = [rate * factor for rate in self._scheduler.base_lrs]
 
 
 def _spent(ledger: Ledger) -> tuple[float, ...]:

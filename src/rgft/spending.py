@@ -298,11 +298,15 @@ class Spending:
             return True
         return self._typical(plan, step, cached_below=plan.cut if is_hit else 0) <= self.left
 
-    def steps_left(self, plan: UpdatePlan, step: int) -> float:
-        """How many steps of the plan it pays for, on typical batches that the cache does not know."""
+    def steps_left(self, plan: UpdatePlan, step: int, *, new: float = math.inf) -> float:
+        """How many steps of the plan it pays for, on typical batches; a cache knows those after the first `new`."""
         if self.costs is None or not self.is_limited:
             return math.inf
-        return self.left / self._typical(plan, step, cached_below=0)
+        flops = self._typical(plan, step, cached_below=0)
+        if self.left <= new * flops or not self.is_cached:
+            return self.left / flops
+        again = self._typical(plan, step, cached_below=plan.cut)
+        return new + (self.left - new * flops) / again if again else math.inf
 
     def _typical(self, plan: UpdatePlan, step: int, *, cached_below: int) -> float:
         """FLOPs of a step on what comes up of typical batches."""

@@ -14,6 +14,7 @@ from rgft import Config
 from rgft.cli.preparing import prepare_task
 from rgft.cli.request import read_request
 from rgft.errors import ConfigError, NonFiniteError
+from rgft.learning_rate import usual_rate
 from rgft.run import Run, Settings, StepReport
 from rgft.search import Search
 from rgft.tasks.base import PreparedTask
@@ -202,19 +203,23 @@ def test_a_run_too_short_for_a_search_says_so(
 
 @pytest.mark.parametrize("lr", [0.0, (), (1e-3, 1e-3), (1e-3, -1.0), "best"])
 def test_what_is_no_learning_rate_is_refused(lr: Any) -> None:
-    with pytest.raises(ConfigError, match="lr: expected numbers > 0, each once, or 'auto', found"):
+    with pytest.raises(ConfigError, match="lr: expected numbers > 0, each once, 'auto' or 'search', found"):
         Settings(lr=lr)
 
 
-def test_auto_tries_rates_that_suit_the_width(prepared: PreparedTask) -> None:
-    run = run_of(prepared, UNLIMITED, settings={"lr": "auto"})
-    assert len(run.rates) == 4
-    assert run.optimizer.param_groups[0]["initial_lr"] == run.rates[1]
+def test_search_tries_rates_around_the_rule_s(prepared: PreparedTask) -> None:
+    run = run_of(prepared, UNLIMITED, settings={"lr": "search"})
+    assert run.optimizer.param_groups[0]["initial_lr"] == run.lr == usual_rate(run.task.model)
+    run.train()
+    assert run.search is not None
+    usual = usual_rate(run.task.model, passes=4.0)
+    assert list(run.search.rounds[0].losses) == [usual / 2, usual, 2 * usual]
+    assert run.search.rate == run.lr
     run.close()
 
 
 def test_candidates_are_not_counted_in_a_memory_budget(prepared: PreparedTask) -> None:
-    with pytest.raises(ConfigError, match="lr: expected one learning rate with a memory budget, found 3"):
+    with pytest.raises(ConfigError, match="lr: expected one learning rate, or 'auto', with a memory budget, found"):
         run_of(prepared, {"budget": {"flops": 0.3, "memory": "1GB"}})
     assert not hasattr(prepared.model, "_rgft_guide")
 

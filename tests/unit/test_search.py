@@ -6,11 +6,9 @@ import math
 from collections.abc import Sequence
 
 import pytest
-import torch
-from torch import nn
 
 from rgft.errors import NonFiniteError
-from rgft.search import Round, Search, candidate_rates, first_rate, judged, rounds_within, successive_halving
+from rgft.search import Round, Search, first_rate, judged, rounds_within, successive_halving
 
 
 def test_the_worse_half_is_dropped_each_round() -> None:
@@ -76,19 +74,6 @@ def test_as_many_candidates_as_there_are_steps_for(
 
 def test_the_run_begins_with_the_lower_of_the_middle_ones() -> None:
     assert [first_rate(rates) for rates in ((3.0,), (4.0, 2.0), (1.0, 3.0, 2.0), (4.0, 1.0, 2.0, 3.0))] == [3, 2, 2, 2]
-
-
-def test_rates_fall_with_the_width() -> None:
-    class Net(nn.Module):
-        def __init__(self, width: int) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList([nn.Linear(width, width) for _ in range(3)])
-            self.down, self.norm = nn.Linear(4 * width, width), nn.LayerNorm(width)
-
-    assert candidate_rates(Net(384)) == (1e-4, 2e-4, 4e-4, 8e-4)
-    assert candidate_rates(Net(768)) == (5e-5, 1e-4, 2e-4, 4e-4)
-    assert candidate_rates(nn.LayerNorm(5)) == (1e-4, 2e-4, 4e-4, 8e-4)
-    assert candidate_rates(Net(384).to(torch.bfloat16)) == (1e-4, 2e-4, 4e-4, 8e-4)
 
 
 def test_a_search_goes_round_as_json() -> None:

@@ -29,7 +29,8 @@ Label = Annotated[str | None, typer.Option(help="label column  [default: label]"
 LearningRate = Annotated[
     str | None,
     typer.Option(
-        help="learning rate; several (1e-4,3e-4) or auto: the best is searched for inside the budget  [default: 2e-4]"
+        help="learning rate; auto: by rule; several (1e-4,3e-4), or search: the best is searched for inside the "
+        "budget  [default: auto]"
     ),
 ]
 MaxLength = Annotated[
@@ -210,7 +211,7 @@ def map_errors(
     granularity: Granularity = None,
     signal: Annotated[str | None, typer.Option(help="what is measured, e.g. grad_norm; else the preset's")] = None,
     lr: Annotated[
-        float | None, typer.Option(help="learning rate, of signals that score a step  [default: 2e-4]")
+        float | None, typer.Option(help="learning rate, of signals that score a step  [default: by rule]")
     ] = None,
     max_length: MaxLength = None,
     config: File = None,
@@ -239,11 +240,11 @@ def map_errors(
                 rgft_flags={"preset": preset, "granularity": granularity, "signal": signal},
             )  # fmt: skip
         settings = request.settings
-        if not isinstance(settings.lr, float):
+        if settings.lr == "search" or isinstance(settings.lr, tuple):
             raise ConfigError(f"lr: a map is measured at one learning rate, found {settings.lr}")
         measured = mapping.measure(
-            prepare_task(settings), request.config, probes=probes, probe_size=probe_size, lr=settings.lr,
-            device=device_of(settings.device),
+            prepare_task(settings), request.config, probes=probes, probe_size=probe_size,
+            lr=None if settings.lr == "auto" else settings.lr, device=device_of(settings.device),
         )  # fmt: skip
         if png is not None:
             mapping.write_picture(measured, png)

@@ -16,6 +16,7 @@ from rgft.cli.progress import short
 from rgft.config import Config
 from rgft.errors import ConfigError, DataError
 from rgft.execution.views import bind
+from rgft.learning_rate import usual_rate
 from rgft.measurement import Measurement
 from rgft.partition import partition
 from rgft.tasks.base import PreparedTask
@@ -55,7 +56,7 @@ class MeasuredMap:
 
 
 def measure(
-    task: PreparedTask, config: Config, *, probes: int, probe_size: int, lr: float, device: str = "cpu",
+    task: PreparedTask, config: Config, *, probes: int, probe_size: int, lr: float | None, device: str = "cpu",
     on_probe: Callable[[int], object] = lambda number: None,
 ) -> MeasuredMap:  # fmt: skip
     """Scores every component on `probes` draws of `probe_size` training examples; the model is left as it was.
@@ -63,7 +64,7 @@ def measure(
     Signals of the optimizer's step judge the step that a fresh AdamW would make on one half, by the other half.
 
     Args:
-        lr: learning rate of that step.
+        lr: learning rate of that step; None: by rule (`rgft.learning_rate`).
         on_probe: called with the number of each finished probe, from 1.
 
     Raises:
@@ -87,7 +88,7 @@ def measure(
         measurement = Measurement(model, binding, signal, loss, beta=0.9, bias_correction=True)
         if signal.needs_update:
             groups = [p for _, parameters in binding for p in parameters]
-            measurement.set_optimizer(torch.optim.AdamW(groups, lr=lr))
+            measurement.set_optimizer(torch.optim.AdamW(groups, lr=usual_rate(model) if lr is None else lr))
         draws = random.Random(f"{config.seed}/map")
         history: list[tuple[int, Mapping[str, float]]] = []
         for number in range(1, probes + 1):

@@ -23,8 +23,9 @@ def preview(run: Run) -> dict[str, Any]:
 
     Returns:
         Fit for JSON. `components`; `run_plan`; `first_plan`: what would be decided if nothing were measured;
-        `steps_in_full`: optimizer steps of full fine-tuning; `by_depth`: for a cut at each depth, what lies there and
-        what a step on a typical batch costs (the prefix computed, and read from the cache).
+        `steps_in_full`: optimizer steps of full fine-tuning; `learning_rates`: what the run takes, or searches among;
+        where it follows the rule (`is_rate_by_rule`), of the first plan; `by_depth`: for a cut at each depth, what lies
+        there and what a step on a typical batch costs (the prefix computed, and read from the cache).
     """
     guide = run.guide
     assert guide.run_plan is not None
@@ -32,6 +33,7 @@ def preview(run: Run) -> dict[str, Any]:
     situation = replace(guide.situation(), batches=run.batches_in_full, batches_per_epoch=run.batches_in_epoch)
     policy = build_policy(guide.config)
     first = guide.plan if policy is None else policy.decide(situation)
+    by_depth = _by_depth(run, guide.costs, situation.rows, situation.tokens)
     return {
         "model": {"components": len(guide.partition), "parameters": guide.partition.numel,
                   "family": guide.partition.family, "granularity": guide.partition.granularity},
@@ -39,14 +41,22 @@ def preview(run: Run) -> dict[str, Any]:
             {"name": c.name, "kind": c.kind, "depth": c.depth, "parameters": c.numel} for c in guide.partition
         ],
         "run_plan": guide.run_plan.to_dict(),
-        "learning_rates": list(run.rates),
+        "learning_rates": _learning_rates(run, next(row["steps"] for row in by_depth if row["depth"] >= first.cut)),
+        "is_rate_by_rule": run.settings.is_lr_by_rule,
         "budget": guide.run_plan.flops / guide.run_plan.full_flops,
         "low_rank": _low_rank(guide),
         "first_plan": {"cut": first.cut, "active": list(first.active(0)), "reason": first.reason},
         "steps_in_full": run.batches_in_full // run.settings.accumulation,
         "typical_batch": {"rows": situation.rows, "tokens": situation.tokens},
-        "by_depth": _by_depth(run, guide.costs, situation.rows, situation.tokens),
+        "by_depth": by_depth,
     }  # fmt: skip
+
+
+def _learning_rates(run: Run, steps: int) -> list[float]:
+    settings = run.settings
+    passes = min(steps * settings.accumulation, run.batches_in_full) / run.batches_in_epoch
+    lr = settings.first_lr(run.task.model, passes=passes)
+    return list(settings.candidate_lrs(lr)) if settings.is_lr_searched else [lr]
 
 
 def _low_rank(guide: Guide) -> dict[str, Any] | None:
@@ -131,11 +141,13 @@ def show(data: dict[str, Any], console: Console) -> None:
         skipping += f"; rows of like length together: {plan['computed_share']:.0%} of all positions"
     skipping += f"; skipped from the second epoch on: {plan['skips']}" if plan["skips"] else ""
     rates = ", ".join(f"{rate:g}" for rate in data["learning_rates"])
-    search = f"learning rate: searched inside the budget among {rates}\n" if len(data["learning_rates"]) > 1 else ""
+    about = "about " if data["is_rate_by_rule"] else ""
+    among = f"searched inside the budget among {about}" if len(data["learning_rates"]) > 1 else about
     console.print(
         f"full fine-tuning: {plan['full_flops']:.4g} FLOPs, {data['steps_in_full']:,} steps\n"
         f"this run: at most {plan['flops']:.4g} FLOPs ({data['budget']:.1%}), probes included: "
-        f"{plan['probes']} of {plan['probe_size']} examples; cache: {plan['cache']}{skipping}\n{search}"
+        f"{plan['probes']} of {plan['probe_size']} examples; cache: {plan['cache']}{skipping}\n"
+        f"learning rate: {among}{rates}\n"
         f"first plan, if nothing were measured: cut at depth {data['first_plan']['cut']}, "
         f"{len(active)} of {model['components']} components on ({data['first_plan']['reason']})",
         highlight=False, soft_wrap=True,

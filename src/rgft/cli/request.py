@@ -59,8 +59,8 @@ def _one_or_more(value: Any) -> Any:
 
 
 def _learning_rates(value: Any) -> Any:
-    """A number; a tuple of several, also given as text ("1e-4,3e-4"); or "auto"."""
-    if value == "auto":
+    """A number; a tuple of several, also given as text ("1e-4,3e-4"); "auto" or "search"."""
+    if value in ("auto", "search"):
         return value
     items = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
     try:
@@ -68,7 +68,7 @@ def _learning_rates(value: Any) -> Any:
     except (TypeError, ValueError):
         rates = ()
     if not are_rates(rates) or len(rates) < len(items):
-        raise ValueError("expected a number > 0, several of them, each once, or 'auto'")
+        raise ValueError("expected a number > 0, several of them, each once, 'auto' or 'search'")
     return rates[0] if len(rates) == 1 else rates
 
 
@@ -105,10 +105,11 @@ class RunSettings(Section):
         default=None, ge=2, description="tokens; longer inputs are cut (None: 128; 512 and 1024 for language models)"
     )
     optimizer: Name = Field(default="adamw", description="what makes the steps")
-    lr: Annotated[float | tuple[float, ...] | Literal["auto"], BeforeValidator(_learning_rates)] = Field(
-        default=2e-4,
-        description="learning rate at multiplier 1, by default AdamW's 2e-4, or another optimizer's usual one; several "
-        "(1e-4,3e-4): the best is searched for inside the budget; auto: among rates that suit the model's width",
+    lr: Annotated[float | tuple[float, ...] | Literal["auto", "search"], BeforeValidator(_learning_rates)] = Field(
+        default="auto",
+        description="learning rate at multiplier 1; auto: what suits the model's width, the optimizer and how often "
+        "the run sees its examples; several (1e-4,3e-4): the best is searched for inside the budget; search: among "
+        "rates around auto's",
     )
     epochs: float = Field(default=3.0, gt=0, description="of the full fine-tuning that the budget is a share of")
     batch_size: int = Field(default=32, ge=1, description="examples per micro-batch")
@@ -249,8 +250,6 @@ def read_request(
 
 def _suit_optimizer(kind: Kind, settings: dict[str, Any]) -> None:
     """What is not given, as it suits the optimizer."""
-    if kind.rate_factor != 1.0:
-        settings.setdefault("lr", float(f"{RunSettings.model_fields['lr'].default * kind.rate_factor:.3g}"))
     if kind.is_schedule_free:  # it averages the iterates itself, in place of a schedule
         settings.setdefault("schedule", "constant")
 

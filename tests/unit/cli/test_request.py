@@ -47,7 +47,7 @@ def test_problems_of_all_sources_are_reported_at_once(tmp_path: Path) -> None:
     for expected in (
         "model: expected a value, found none; give --model", "data: expected a value",
         "learnrate: there is no such setting", "batch_size: expected a number greater than or equal to 1, found 0",
-        "lr: expected a number > 0, several of them, each once, or 'auto', found -1.0",
+        "lr: expected a number > 0, several of them, each once, 'auto' or 'search', found -1.0",
         "budget: is a setting of the section 'rgft'",
         "rgft.seed: the seed of a run stands outside", "rgft.prob: there is no such setting",
         "did you mean 'probe'?", "did you mean 'energy'?", "rgft.budget.flops: expected a share",
@@ -113,7 +113,7 @@ class TestResuming:
     def test_changes_are_refused_together(self) -> None:
         found = problems(stored=self.stored(), flags={"lr": 1.0}, rgft_flags={"budget": 0.9})
         assert len(found) == 2
-        assert found[0].startswith("lr: the run was started with 0.0002, found 1.0")
+        assert found[0].startswith("lr: the run was started with 'auto', found 1.0")
         assert found[1].startswith("rgft.budget: the run was started with {'flops': 0.3}, found {'flops': 0.9}")
 
     def test_another_seed_is_one_problem(self) -> None:
@@ -130,7 +130,7 @@ def test_the_example_is_valid() -> None:
     ("given", "expected"),
     [
         (3, 3.0), ("3e-4", 3e-4), ("1e-4, 3e-4", (1e-4, 3e-4)), ([1e-4, "3e-4"], (1e-4, 3e-4)), ([2e-4], 2e-4),
-        ("auto", "auto"),
+        ("auto", "auto"), ("search", "search"),
     ],
 )  # fmt: skip
 def test_learning_rates_to_search(given: Any, expected: Any) -> None:
@@ -143,4 +143,4 @@ def test_learning_rates_to_search(given: Any, expected: Any) -> None:
 @pytest.mark.parametrize("given", ["", "best", "1e-4,", "1e-4,1e-4", [], True, [True, 1e-3], -1.0, "nan", "inf,1"])
 def test_what_is_no_learning_rate_is_refused(given: Any) -> None:
     (problem,) = problems(flags={"model": "m", "data": "d.csv", "lr": given})
-    assert problem.startswith("lr: expected a number > 0, several of them, each once, or 'auto', found")
+    assert problem.startswith("lr: expected a number > 0, several of them, each once, 'auto' or 'search', found")

@@ -1,0 +1,50 @@
+"""The learning rate where none is given: by a rule of thumb, from the model's width and the passes over the data.
+
+The best rate of Adam falls with the width (Yang et al. 2021, arXiv:2203.03466). That it falls with the square of how
+often the run sees its examples was read off the grids of this project's bench (decision 20).
+"""
+
+from __future__ import annotations
+
+from statistics import median
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+#: AdamW's rate for a run of up to one pass, and the width that it suits.
+REFERENCE_RATE, REFERENCE_WIDTH = 3e-4, 384
+
+
+def usual_rate(model: nn.Module, *, passes: float = 1.0, factor: float = 1.0) -> float:
+    """A learning rate that suits a run.
+
+    Args:
+        model: to be trained.
+        passes: how often the run sees each training example, in the mean.
+        factor: of the optimizer's usual rate against AdamW's.
+    """
+    widths = [_inputs(module) for module in model.modules() if _is_trained_matrix(module)]
+    width = median(widths) if widths else REFERENCE_WIDTH
+    return float(f"{factor * REFERENCE_RATE * REFERENCE_WIDTH / width / max(1.0, passes) ** 2:.2g}")
+
+
+def scale_rates(optimizer: Optimizer, scheduler: LRScheduler, factor: float) -> None:
+    """Multiplies the learning rates of a run that is under way, where its schedule is and where it goes."""
+    for group in optimizer.param_groups:
+        group["lr"] *= factor
+        group["initial_lr"] *= factor
+    scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
+
+
+def _is_trained_matrix(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    is_matrix = isinstance(weight, nn.Parameter) and weight.dim() > 1 and weight.requires_grad
+    return is_matrix and not isinstance(module, nn.Embedding)
+
+
+def _inputs(module: nn.Module) -> int:
+    """How many numbers an output is a sum over."""
+    weight = module.get_parameter("weight")
+    outputs = getattr(module, "nf", weight.shape[0])  # Transformers' Conv1D has its outputs last
+    return weight.numel() // outputs

@@ -103,7 +103,7 @@ class Experiment:
         extra = Extra.from_dict(data.get("evaluate", {}))
         extra.check(
             task=data["task"].get("name", "rotten_tomatoes"),
-            searches_rate=any(isinstance(c.settings.get("lr"), (list, str)) for c in contenders),
+            searches_rate=any(c.settings.get("lr") not in (None, "auto") for c in contenders),
         )
         return cls(
             **{

@@ -108,7 +108,9 @@ class Finals:
 
     @property
     def rates(self) -> str:
-        return "/".join(sorted({f"{result['lr']:g}" for result in self.by_seed.values()}))
+        """Learning rates of the runs: chosen before them, or found in them."""
+        rates = sorted({float(result.get("found_lr", result["lr"])) for result in self.by_seed.values()})
+        return "/".join(f"{rate:g}" for rate in rates)
 
 
 def final_results(folder: Path) -> dict[Group, list[Finals]]:

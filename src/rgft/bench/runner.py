@@ -70,7 +70,7 @@ def run_cell(experiment: Experiment, cell: Cell, conditions: Conditions = ALONE)
     earlier = None if chosen.follows is None else earlier_result(experiment, cell, run_earlier)
     followed = None if chosen.follows is None or earlier is None else chosen.follows(earlier, contender.settings)
     lr = cell.lr if followed is None else followed.lr_factor * cell.lr
-    settings = Settings(**{"device": conditions.device, **experiment.run, "lr": _searched(contender) or lr})
+    settings = Settings(**{"device": conditions.device, **experiment.run, "lr": _of_its_own(contender) or lr})
     config = chosen.configuration(
         budget=contender.budget, seed=cell.seed, followed=followed, settings={**contender.settings, "config": {
             **experiment.config, **contender.settings.get("config", {})}},
@@ -99,7 +99,7 @@ def run_cell(experiment: Experiment, cell: Cell, conditions: Conditions = ALONE)
             metrics["test"] = {**run.evaluate(task.test), **judged(run, task)}
         undefined = {split: reasons for split, values in metrics.items() if (reasons := finite(values)[1])}
         metrics = {split: finite(values)[0] for split, values in metrics.items()}
-        result = run.result(metrics)
+        result, found_lr = run.result(metrics), run.lr
         plans = [plan.to_dict() for plan in run.guide.plans]
         error_map, map_history = run.guide.error_map.to_dict(), run.guide.map_history
     finally:
@@ -119,6 +119,7 @@ def run_cell(experiment: Experiment, cell: Cell, conditions: Conditions = ALONE)
         "undefined_metrics": undefined,
         "measures": measured.after(task),
         "steps": result.steps,
+        "found_lr": found_lr,
         "search": None if run.search is None else run.search.to_dict(),
         "seconds": own_seconds,
         "median_step_seconds": median(result.step_seconds) if result.step_seconds else None,
@@ -143,8 +144,8 @@ def identity_of(experiment: Experiment, cell: Cell) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _searched(contender: Contender) -> tuple[float, ...] | str | None:
-    """What the contender searches a learning rate among, inside its own budget."""
+def _of_its_own(contender: Contender) -> tuple[float, ...] | str | None:
+    """How the contender finds a learning rate by itself: among which, or by rule."""
     rates = contender.settings.get("lr")
     return tuple(rates) if isinstance(rates, list) else rates
 

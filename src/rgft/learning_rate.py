@@ -1,7 +1,7 @@
 """The learning rate where none is given: by a rule of thumb, from the model's width and the passes over the data.
 
-The best rate of Adam falls with the width (Yang et al. 2021, arXiv:2203.03466). That it falls with the square of how
-often the run sees its examples was read off the grids of this project's bench (decision 20).
+The best rate of Adam falls with the width (Yang et al. 2021, arXiv:2203.03466). How it falls with how often the run sees
+its examples was read off the grids of this project's bench (decision 20).
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 #: AdamW's rate for a run of up to one pass, and the width that it suits.
 REFERENCE_RATE, REFERENCE_WIDTH = 3e-4, 384
+#: The power of the passes, beyond the first, that the rate falls with.
+POWER = 1.75
 
 
 def usual_rate(model: nn.Module, *, passes: float = 1.0, factor: float = 1.0) -> float:
@@ -26,7 +28,7 @@ def usual_rate(model: nn.Module, *, passes: float = 1.0, factor: float = 1.0) ->
     """
     widths = [_inputs(module) for module in model.modules() if _is_trained_matrix(module)]
     width = median(widths) if widths else REFERENCE_WIDTH
-    return float(f"{factor * REFERENCE_RATE * REFERENCE_WIDTH / width / max(1.0, passes) ** 2:.2g}")
+    return float(f"{factor * REFERENCE_RATE * REFERENCE_WIDTH / width / max(1.0, passes) ** POWER:.2g}")
 
 
 def scale_rates(optimizer: Optimizer, scheduler: LRScheduler, factor: float) -> None:

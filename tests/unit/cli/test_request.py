@@ -122,7 +122,7 @@ class TestResuming:
 
 def test_the_example_is_valid() -> None:
     request = read_request(file=Path(__file__).parents[3] / "examples" / "config.yaml")
-    assert request.settings.lr == 2e-4
+    assert request.settings.lr == "auto"
     assert request.config.budget is not None
 
 

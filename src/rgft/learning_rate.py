@@ -1,7 +1,7 @@
 """The learning rate where none is given: by a rule of thumb, from the model's width and the passes over the data.
 
-The best rate of Adam falls with the width (Yang et al. 2021, arXiv:2203.03466). How it falls with how often the run sees
-its examples was read off the grids of this project's bench (decision 20).
+The best rate of Adam falls with the width (Yang et al. 2021, arXiv:2203.03466). How it falls with how often the run
+sees its examples was read off the grids of this project's bench (decision 20).
 """
 
 from __future__ import annotations

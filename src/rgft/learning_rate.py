@@ -12,23 +12,33 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from rgft.architectures.adapters import adapter_of, adapter_paths
+
 #: AdamW's rate for a run of up to one pass, and the width that it suits.
 REFERENCE_RATE, REFERENCE_WIDTH = 3e-4, 384
 #: The power of the passes, beyond the first, that the rate falls with.
 POWER = 1.75
+#: Of low-rank pairs, against dense weights.
+PAIRS = 4.0
 
 
-def usual_rate(model: nn.Module, *, passes: float = 1.0, factor: float = 1.0) -> float:
+def usual_rate(model: nn.Module, *, passes: float = 1.0, factor: float = 1.0, by_pairs: bool = False) -> float:
     """A learning rate that suits a run.
 
     Args:
-        model: to be trained.
+        model: to be trained. One that carries adapters trains them.
         passes: how often the run sees each training example, in the mean.
         factor: of the optimizer's usual rate against AdamW's.
+        by_pairs: whether low-rank pairs are trained in place of dense weights.
     """
-    widths = [_inputs(module) for module in model.modules() if _is_trained_matrix(module)]
+    carriers = adapter_paths(model)
+    widths = [
+        _inputs(module) for path, module in model.named_modules()
+        if _is_matrix(module) and adapter_of(f"{path}.weight", carriers) is None
+    ]  # fmt: skip
     width = median(widths) if widths else REFERENCE_WIDTH
-    return float(f"{factor * REFERENCE_RATE * REFERENCE_WIDTH / width / max(1.0, passes) ** POWER:.2g}")
+    rate = factor * REFERENCE_RATE * REFERENCE_WIDTH / width / max(1.0, passes) ** POWER
+    return float(f"{rate * (PAIRS if by_pairs or carriers else 1.0):.2g}")
 
 
 def scale_rates(optimizer: Optimizer, scheduler: LRScheduler, factor: float) -> None:
@@ -39,10 +49,9 @@ def scale_rates(optimizer: Optimizer, scheduler: LRScheduler, factor: float) -> 
     scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
 
 
-def _is_trained_matrix(module: nn.Module) -> bool:
+def _is_matrix(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
-    is_matrix = isinstance(weight, nn.Parameter) and weight.dim() > 1 and weight.requires_grad
-    return is_matrix and not isinstance(module, nn.Embedding)
+    return isinstance(weight, nn.Parameter) and weight.dim() > 1 and not isinstance(module, nn.Embedding)
 
 
 def _inputs(module: nn.Module) -> int:

@@ -99,7 +99,7 @@ class Run:
             task.model, config, loss=self.loss,
             loss_at_targets=None if at_targets is None else replace(at_targets, placed=self._placed),
         )  # fmt: skip
-        self.lr = settings.first_lr(task.model)
+        self.lr = self.rate_for(1.0)
         try:
             self.optimizer = (
                 self.guide.make_optimizer(settings.optimizer, lr=self.lr, weight_decay=settings.weight_decay)
@@ -174,13 +174,18 @@ class Run:
         if self.was_stopped and not is_saved:
             self.checkpoint()
 
+    def rate_for(self, passes: float) -> float:
+        """What the run begins with where it makes so many passes over the data."""
+        by_pairs = self.config.update.low_rank is not None
+        return self.settings.first_lr(self.task.model, passes=passes, by_pairs=by_pairs)
+
     def _suit_lr(self) -> None:
         """Follows the rule, first by what a cut usually buys, and for good once the cut is known."""
         guide = self.guide
         if self._is_lr_settled:
             return
         passes = guide.passes * (CUT_BUYS if guide.is_measuring else 1.0)
-        lr = self.settings.first_lr(self.task.model, passes=passes)
+        lr = self.rate_for(passes)
         scale_rates(self.optimizer, self.scheduler, lr / self.lr)
         self.lr, self._is_lr_settled = lr, guide.step_count > 0 and not guide.is_measuring
         if self._is_lr_settled:

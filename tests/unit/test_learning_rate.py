@@ -1,5 +1,6 @@
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -27,13 +28,16 @@ def test_rates_fall_with_passes_beyond_the_first() -> None:
     assert [usual_rate(net, passes=passes) for passes in (0.1, 1.0, 2.0, 3.0)] == [3e-4, 3e-4, 8.9e-5, 4.4e-5]
 
 
-def test_the_width_is_of_what_is_trained_and_of_inputs() -> None:
-    net = Net(384)
-    net.layers.requires_grad_(False)
-    assert usual_rate(net) == 7.5e-5  # of the last one's 1536 inputs
-    kernel = nn.Conv2d(24, 48, 4)
-    assert usual_rate(kernel) == 3e-4
+def test_the_width_is_of_inputs() -> None:
+    assert usual_rate(nn.Conv2d(24, 48, 4)) == 3e-4
     assert usual_rate(Conv1D(1536, 384)) == 3e-4
+
+
+def test_pairs_take_a_higher_rate_at_the_width_of_what_they_stand_for() -> None:
+    net = Net(384)
+    assert usual_rate(net, by_pairs=True) == 1.2e-3
+    adapted = get_peft_model(net, LoraConfig(r=4, target_modules=["layers.0", "layers.1", "down"]))
+    assert usual_rate(adapted) == 1.2e-3
 
 
 @pytest.mark.parametrize("shape", ["linear", "constant"])

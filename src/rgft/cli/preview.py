@@ -55,7 +55,7 @@ def preview(run: Run) -> dict[str, Any]:
 def _learning_rates(run: Run, steps: int) -> list[float]:
     settings = run.settings
     passes = min(steps * settings.accumulation, run.batches_in_full) / run.batches_in_epoch
-    lr = settings.first_lr(run.task.model, passes=passes)
+    lr = run.rate_for(passes)
     return list(settings.candidate_lrs(lr)) if settings.is_lr_searched else [lr]
 
 

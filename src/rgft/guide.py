@@ -3,6 +3,7 @@
 guide = rgft.Guide(model, rgft.Config(budget=0.3))
 optimizer = torch.optim.AdamW(guide.param_groups(lr=2e-4))
 scheduler = guide.scheduler(optimizer)
+model.train()
 for batch in guide.batches(dataset, batch_size=32, collate_fn=collator, epochs=3):
     guide.loss(batch).backward()
     guide.step(optimizer, scheduler)
@@ -72,7 +73,7 @@ class Guide(GuidedRun):
         super().__init__(model, config, loss=loss, loss_at_targets=loss_at_targets)
         self._left_stream: BatchStream | None = None  # what the next `batches` goes on with
         self._restored: Mapping[str, Any] | None = None  # a place in the data, until there is data
-        self._ends_after_step = False
+        self._ends_after_step = self._is_gone_through = False
 
     # ---------------------------------------------------------------- setting up
 
@@ -248,8 +249,16 @@ class Guide(GuidedRun):
             epochs: what full fine-tuning of this run would do; the budget is a share of that.
             workers: worker processes of the loader.
             full_flops: see `prepare`.
+
+        Raises:
+            AttachError: this run was gone through already.
         """
         if self._left_stream is None:
+            if self._is_gone_through:
+                raise AttachError(
+                    "batches(): the run was gone through to its end already, and a guide has one run; ask for all its "
+                    "epochs at once (`epochs=3`), or make a new guide for another run"
+                )
             self.open(
                 dataset, batch_size=batch_size, collate_fn=collate_fn, epochs=epochs, workers=workers,
                 full_flops=full_flops,
@@ -262,6 +271,7 @@ class Guide(GuidedRun):
             if not self.affords_upcoming:
                 break
             yield indexed.batch
+        self._is_gone_through = True
         self.finish()
 
     def open(
@@ -303,7 +313,16 @@ class Guide(GuidedRun):
             yield indexed
 
     def loss(self, batch: Any) -> Tensor:
-        """Mean loss of the batch, under the plan of this step."""
+        """Mean loss of the batch, under the plan of this step.
+
+        Raises:
+            AttachError: the model is in evaluation mode.
+        """
+        if not self.model.training:
+            raise AttachError(
+                "loss(): expected the model in training mode, found it in evaluation mode, as from_pretrained leaves "
+                "it; call model.train() before the loop, and after evaluating"
+            )
         if not self._step.is_open:
             self.begin_step()
         return self._step.loss(batch)
@@ -482,6 +501,7 @@ class Guide(GuidedRun):
     def _load(self, state: Mapping[str, Any], *, weights: bool) -> None:
         if state["config"] != self.config.to_dict():
             raise ConfigError("the saved state was made with another configuration; resume with the one of its run")
+        self._is_gone_through = False
         self._progress.step = state["step_count"]
         self._decisions.load_state_dict(state)
         self._prober.load_state_dict(state["prober"])

@@ -189,7 +189,7 @@ class GuidedRun:
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches per optimizer step: a step is begun only if the budget pays for all of them."""
+        """Micro-batches per optimizer step: one is begun only if the budget pays for all of them, and then ended."""
         return self._spending.accumulation
 
     @accumulation.setter
@@ -267,8 +267,15 @@ class GuidedRun:
 
     @property
     def affords_upcoming(self) -> bool:
-        """Whether the budget pays for a step on the batch announced last, under the cheapest plan it may get."""
+        """Whether the batch announced last is paid for: by the step in hand, or by a step under the cheapest plan."""
+        if self._step.is_open:
+            return True
         return not self.is_done and self._progress.pays_for(self._decisions.floor)
+
+    @property
+    def batches_of_step(self) -> int:
+        """Micro-batches of the step that the batch announced last begins: fewer where the data end in it."""
+        return self._progress.batches_of_step
 
     # ---------------------------------------------------------------- leaving
 

@@ -104,9 +104,19 @@ class Progress:
             ahead = min(ahead, math.floor(paid) * spending.accumulation)
         return seen + ahead <= course.batches_per_epoch
 
+    @property
+    def batches_of_step(self) -> int:
+        """Micro-batches of the step that the batch in hand begins: fewer than of others where the data end in it."""
+        course, accumulation = self.course, self._spending.accumulation
+        if course is None or course.position == 0:
+            return accumulation
+        return max(1, min(accumulation, course.total_batches - course.position + 1))
+
     def pays_for(self, plan: UpdatePlan, *, beside: float = 0.0) -> bool:
-        """Whether the budget pays for a step on the upcoming batch under the plan, and for `beside` FLOPs."""
-        return self._spending.pays_for(plan, self.step, self.upcoming, self.ids, beside=beside)
+        """Whether the budget pays for a step that begins with the upcoming batch, and for `beside` FLOPs."""
+        return self._spending.pays_for(
+            plan, self.step, self.upcoming, self.ids, batches=self.batches_of_step, beside=beside
+        )
 
     def is_over(self, plan: UpdatePlan, *, is_cached: bool) -> bool:
         """Whether the budget would not pay for another step under the plan.

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rgft.batches import BatchStream, SizedDataset
 from rgft.config import Config
-from rgft.errors import ConfigError, RGFTError
+from rgft.errors import BudgetError, ConfigError, RGFTError
 from rgft.evaluation import Evaluated, evaluate
 from rgft.execution.agreement import Loss
 from rgft.execution.target_positions import TargetLoss
@@ -119,6 +119,7 @@ class Run:
         self._history: list[float] = []
         self._plans_written = self._probes_written = self._skips_written = 0
         self._seconds_before = 0.0
+        self._batches_of_step = settings.accumulation
         self.batches_in_full = self.batches_in_epoch = 0
 
     def _placed(self, loss: Loss) -> Loss:
@@ -160,7 +161,7 @@ class Run:
 
         Dropout draws from torch's global generator, which is seeded with the configuration's seed, or restored.
         """
-        guide = self.guide
+        guide, settings = self.guide, self.settings
         self.prepare()
         if guide.step_count == 0:
             torch.manual_seed(self.config.seed)
@@ -170,6 +171,11 @@ class Run:
         is_saved = self.settings.is_lr_searched and self.search is None and self._search(started)
         if not (self.was_stopped or self._is_over):
             self._advance(started)
+        if self._is_over and guide.step_count == 0:
+            raise BudgetError(
+                f"the budget is spent, or does not pay for a step of {settings.accumulation} × {settings.batch_size} "
+                "examples, before the first step: nothing was trained. Give more, or make smaller steps"
+            )
         self._seconds_before += time.perf_counter() - started
         if self.was_stopped and not is_saved:
             self.checkpoint()
@@ -207,16 +213,14 @@ class Run:
         with self._followed:
             for batch in batches:
                 if not losses:
-                    step_started = time.perf_counter()
+                    step_started, self._batches_of_step = time.perf_counter(), self.guide.batches_of_step
                     self._followed.begin_step()
                 losses.append(self._passes(batch))
-                if len(losses) == self.settings.accumulation:
+                if len(losses) == self._batches_of_step:
                     self._step(losses, step_started, started)
                     losses = []
                     if self.was_stopped or until():
                         return
-            if losses:  # the data ended inside an accumulation
-                self._step(losses, step_started, started)
         self._is_over = True
 
     def _search(self, started: float) -> bool:
@@ -299,7 +303,7 @@ class Run:
         before = ledger.spent_flops
         counter = flop_counter() if self._is_audited else contextlib.nullcontext()
         with counter:
-            loss = self.guide.loss(batch) * share / self.settings.accumulation
+            loss = self.guide.loss(batch) * share / self._batches_of_step
             loss.backward()
         if isinstance(counter, FlopCounterMode):
             ledger.add_audit(counted=float(counter.get_total_flops()), modelled=ledger.spent_flops - before)

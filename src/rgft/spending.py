@@ -62,6 +62,7 @@ class Spending:
         self._drops = True
         self.full = self._allowed_flops = math.inf
         self.typical = self.typical_of_steps = (1, 1)
+        self._most_positions = 1
         self.groups: LengthGroups | None = None
         self.count: Callable[[Any], int] | None = None
         self._largest_target_share = 1.0
@@ -90,6 +91,7 @@ class Spending:
         """
         self.costs = costs.with_dropout(self._drops)
         self.typical, self.typical_of_steps = workload.typical, workload.typical_of_steps
+        self._most_positions = max(rows * tokens for rows, tokens in workload.shapes)
         self._largest_target_share = workload.largest_target_share
         self.full = workload.full_flops(costs) if full is None else full
         self._allowed_flops = self.full * self._share
@@ -119,25 +121,33 @@ class Spending:
         assert self.costs is not None
         # Of the largest batch, for whichever comes first must fit; with a cache it has to prove that padding is unread.
         dx_into = 0 if self._cache is None else plan.cut
-        flops = self._of_optimizer(plan.active(0), step=0) + max(
+        largest = max(
             self._step(
                 plan, 0, rows, tokens, cached_below=0, targets=self._most_targets(rows, tokens), dx_into=dx_into
             )
             for rows, tokens in workload.shapes
         )  # fmt: skip
+        others = min(self.accumulation, workload.batches) - 1
+        typical = self._step(plan, 0, *self.typical, cached_below=0) if others else 0.0
+        flops = self._of_optimizer(plan.active(0), step=0) + largest + others * typical
         for paced, unit in ((self._seconds, "s"), (self._joules, "J")):
             needed = paced.amount_of(flops)
             if needed is not None and paced.limit is not None and needed > 2.0 * paced.limit:  # the pace is a guess
                 raise BudgetError(
                     f"the budget of {paced.limit:g} {unit} is less than a step of the cheapest plan takes here, about "
-                    f"{needed:.3g} {unit}"
+                    f"{needed:.3g} {unit}{self._of_so_many}"
                 )
         if self._counts_flops and self._allowed_flops < flops:
             smallest = math.ceil(1e4 * flops / self.full) / 1e4
             raise BudgetError(
                 f"the budget of {self._share:.4g} of full fine-tuning buys {self._allowed_flops:.3g} FLOPs, less than "
-                f"one step of the cheapest plan ({flops:.3g}); the smallest budget of this run is {smallest:.4f}"
+                f"one step of the cheapest plan ({flops:.3g}){self._of_so_many}; the smallest budget of this run is "
+                f"{smallest:.4f}"
             )
+
+    @property
+    def _of_so_many(self) -> str:
+        return f" of {self.accumulation} micro-batches" if self.accumulation > 1 else ""
 
     def full_steps(self, batches: int) -> int:
         """How many steps of full fine-tuning on typical batches are allowed; all `batches` without a limit."""
@@ -252,7 +262,7 @@ class Spending:
         return max(shares, default=0.0)
 
     def pays_for(
-        self, plan: UpdatePlan, step: int, batch: Any, ids: Sequence[int] | None, *, beside: float = 0.0
+        self, plan: UpdatePlan, step: int, batch: Any, ids: Sequence[int] | None, *, batches: int, beside: float = 0.0
     ) -> bool:
         """Whether it still pays for a step on such batches, and for `beside` FLOPs.
 
@@ -261,6 +271,7 @@ class Spending:
             step: its number.
             batch: the first of its micro-batches; None: a typical one, unknown to the cache.
             ids: which examples its rows are.
+            batches: micro-batches of the step.
         """
         if self.costs is None or not self.is_limited:
             return True
@@ -270,7 +281,9 @@ class Spending:
         passes = [(batch, ids)] if parts is None else [(part.batch, part.ids_of(ids)) for part in parts]
         flops = sum(self._of_pass(plan, step, part, ids) for part, ids in passes)
         of_optimizer = self._of_optimizer(plan.active_set(step), step=step)
-        return beside + self.accumulation * flops + of_optimizer <= self.left
+        # Whatever the step's other micro-batches are: once begun, it is ended.
+        others = (batches - 1) * max(1.0, self._most_positions / math.prod(batch_shape(batch)))
+        return beside + (1.0 + others) * flops + of_optimizer <= self.left
 
     def _of_pass(self, plan: UpdatePlan, step: int, batch: Any, ids: Sequence[int] | None) -> float:
         """FLOPs of a pass over the batch, and of filling the cache before it."""

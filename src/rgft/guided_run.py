@@ -253,7 +253,7 @@ class GuidedRun:
         """Whether the budget would not pay for another step."""
         if self._step.is_open:
             return False
-        return self._progress.is_over(self._decisions.floor, is_cached=self.cache is not None)
+        return self._progress.is_over(self._decisions.floor)
 
     @property
     def probe_examples(self) -> int:
@@ -267,8 +267,8 @@ class GuidedRun:
 
     @property
     def affords_upcoming(self) -> bool:
-        """Whether the batch announced last is paid for: by the step in hand, or by a step under the cheapest plan."""
-        if self._step.is_open:
+        """Whether the batch announced last is paid for: by the step in hand, or by one under the cheapest plan."""
+        if self._step.is_open and self._step.batches < self.accumulation:
             return True
         return not self.is_done and self._progress.pays_for(self._decisions.floor)
 

@@ -115,17 +115,17 @@ class Progress:
     def pays_for(self, plan: UpdatePlan, *, beside: float = 0.0) -> bool:
         """Whether the budget pays for a step that begins with the upcoming batch, and for `beside` FLOPs."""
         return self._spending.pays_for(
-            plan, self.step, self.upcoming, self.ids, batches=self.batches_of_step, beside=beside
-        )
+            plan, self.step, self.upcoming, self.ids, batches=self.batches_of_step, is_hit=self._knows_batches,
+            beside=beside,
+        )  # fmt: skip
 
-    def is_over(self, plan: UpdatePlan, *, is_cached: bool) -> bool:
-        """Whether the budget would not pay for another step under the plan.
-
-        Args:
-            plan: in force then.
-            is_cached: whether examples that were seen are known to an activation cache.
-        """
+    def is_over(self, plan: UpdatePlan) -> bool:
+        """Whether the budget would not pay for another step under the plan, in force then."""
         if self.run_plan is None:
             return False
-        is_hit = is_cached and self.course is not None and self.course.epoch > 0
-        return not self._spending.pays_for_typical(plan, self.step, is_hit=is_hit)
+        return not self._spending.pays_for_typical(plan, self.step, is_hit=self._knows_batches)
+
+    @property
+    def _knows_batches(self) -> bool:
+        """Whether the activation cache knows the batches that come."""
+        return self._spending.is_cached and self.course is not None and self.course.epoch > 0

@@ -62,7 +62,7 @@ class Spending:
         self._drops = True
         self.full = self._allowed_flops = math.inf
         self.typical = self.typical_of_steps = (1, 1)
-        self._most_positions = 1
+        self._largest = (1, 1)
         self.groups: LengthGroups | None = None
         self.count: Callable[[Any], int] | None = None
         self._largest_target_share = 1.0
@@ -91,7 +91,7 @@ class Spending:
         """
         self.costs = costs.with_dropout(self._drops)
         self.typical, self.typical_of_steps = workload.typical, workload.typical_of_steps
-        self._most_positions = max(rows * tokens for rows, tokens in workload.shapes)
+        self._largest = max(workload.shapes, key=math.prod)
         self._largest_target_share = workload.largest_target_share
         self.full = workload.full_flops(costs) if full is None else full
         self._allowed_flops = self.full * self._share
@@ -262,7 +262,15 @@ class Spending:
         return max(shares, default=0.0)
 
     def pays_for(
-        self, plan: UpdatePlan, step: int, batch: Any, ids: Sequence[int] | None, *, batches: int, beside: float = 0.0
+        self,
+        plan: UpdatePlan,
+        step: int,
+        batch: Any,
+        ids: Sequence[int] | None,
+        *,
+        batches: int,
+        is_hit: bool,
+        beside: float = 0.0,
     ) -> bool:
         """Whether it still pays for a step on such batches, and for `beside` FLOPs.
 
@@ -272,6 +280,7 @@ class Spending:
             batch: the first of its micro-batches; None: a typical one, unknown to the cache.
             ids: which examples its rows are.
             batches: micro-batches of the step.
+            is_hit: whether the cache knows the others.
         """
         if self.costs is None or not self.is_limited:
             return True
@@ -281,9 +290,12 @@ class Spending:
         passes = [(batch, ids)] if parts is None else [(part.batch, part.ids_of(ids)) for part in parts]
         flops = sum(self._of_pass(plan, step, part, ids) for part, ids in passes)
         of_optimizer = self._of_optimizer(plan.active_set(step), step=step)
-        # Whatever the step's other micro-batches are: once begun, it is ended.
-        others = (batches - 1) * max(1.0, self._most_positions / math.prod(batch_shape(batch)))
-        return beside + (1.0 + others) * flops + of_optimizer <= self.left
+        others = 0.0
+        if batches > 1:  # whatever they are: a step that was begun is ended
+            targets = self._most_targets(*self._largest)
+            most = self._step(plan, step, *self._largest, cached_below=plan.cut if is_hit else 0, targets=targets)
+            others = (batches - 1) * max(flops, most)
+        return beside + flops + others + of_optimizer <= self.left
 
     def _of_pass(self, plan: UpdatePlan, step: int, batch: Any, ids: Sequence[int] | None) -> float:
         """FLOPs of a pass over the batch, and of filling the cache before it."""

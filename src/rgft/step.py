@@ -40,6 +40,7 @@ class Step:
 
     Attributes:
         is_open: whether a step is begun and not ended.
+        batches: micro-batches of it so far.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class Step:
         self._executor, self._average, self._training_loss = executor, average, loss
         self._progress, self._spending, self._average_last = progress, spending, average_last
         self._weighted = weighted
-        self.is_open = False
+        self.is_open, self.batches = False, 0
         self._cut = 0
         self._passes = 0  # through the model
         self._loss: Tensor | None = None
@@ -72,7 +73,7 @@ class Step:
         self._executor.apply(plan, self._progress.step)
         self.count_pairs()
         self._average.before_step(self._executor.parts)
-        self.is_open, self._passes = True, 0
+        self.is_open, self.batches, self._passes = True, 0, 0
         self._started = time.perf_counter()
 
     def count_pairs(self) -> None:
@@ -82,6 +83,7 @@ class Step:
 
     def loss(self, batch: Any) -> Tensor:
         """Mean loss of a batch of the step."""
+        self.batches += 1
         parts = self._parts(batch)
         loss = self._of_pass(batch) if parts is None else self._in_parts(batch, parts)
         self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()

@@ -3,8 +3,8 @@
 A folder holds one folder per fingerprint of what the states depend on (weights below the cut, cut, way of storing),
 and in it one file per run that wrote: records one after the other, each with a checksum, only ever appended to.
 Several runs may read and write at the same time. A record that was torn by a crash, or damaged since, is never used:
-its example is computed again. Files are read at a place, not mapped: of a file that another process cuts short, a map
-would end the run.
+its example is computed again, and the record is marked in its file, so that later runs pass it over. Files are read at
+a place, not mapped: of a file that another process cuts short, a map would end the run.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from rgft.execution.states import CachedState, Key
 log = logging.getLogger("rgft")
 
 _MAGIC = b"RGF1"
+_DAMAGED = b"RGFX"  # in place of the magic: a record that was found damaged; its lengths lead to the next one
 _SUFFIX = ".states"
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 #: Magic, key, checksum of what follows, bytes of the description, bytes of the content.
@@ -43,13 +44,14 @@ _HEADER = struct.Struct("<4s16sIIQ")
 
 @dataclass(frozen=True, kw_only=True)
 class _Record:
-    """Where a state lies."""
+    """Where a state lies, and what its header said."""
 
     file: Path
     start: int
     checksum: int
     description: int
     content: int
+    header: bytes
 
 
 class DiskStates:
@@ -67,10 +69,10 @@ class DiskStates:
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self._root, self._max_bytes = folder, max_bytes
         self._folder: Path | None = None
-        self._records: dict[Key, _Record] = {}
+        self._records: dict[Key, list[_Record]] = {}  # the last of a key is read; others only if that is damaged
         self._bytes = self._used = self._others = 0  # live content; all that its files take; other fingerprints' files
         self._readers: dict[Path, BufferedIOBase] = {}
-        self._reading: dict[Key, Future[CachedState]] = {}  # ahead of being asked for
+        self._reading: dict[Key, tuple[_Record, Future[CachedState]]] = {}  # ahead of being asked for
         self._thread: ThreadPoolExecutor | None = None
         self._place = threading.Lock()  # of the readers, which two threads use
         self._writer: BufferedIOBase | None = None
@@ -92,41 +94,41 @@ class DiskStates:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             os.utime(self._folder)
-            for path in sorted(self._folder.glob(f"*{_SUFFIX}")):
-                self._records.update(_records(path))
+            for path in sorted(self._folder.glob(f"*{_SUFFIX}"), key=lambda path: (_last_used(path), path.name)):
+                for key, record in _records(path):
+                    self._records.setdefault(key, []).append(record)
         except OSError as error:
             self._gives_up(error)
-        self._bytes = sum(record.content for record in self._records.values())
+        self._bytes = sum(records[-1].content for records in self._records.values())
         self._used = _size(self._folder)
         self._others = sum(_size(path) for path in self._other_folders())
 
     def get(self, key: Key) -> CachedState | None:
-        record, ahead = self._records.get(key), self._reading.pop(key, None)
-        if record is None:
-            return None
-        try:
-            return self._load(self._reader(record.file), record) if ahead is None else ahead.result()
-        except (OSError, ValueError) as error:
-            log.warning("activation cache: %s is damaged (%s); what it lost is computed again", record.file, error)
-            del self._records[key]
-            self._bytes -= record.content
-            return None
+        of, ahead = self._reading.pop(key, (None, None))
+        while records := self._records.get(key):
+            record = records[-1]
+            try:
+                return ahead.result() if ahead and of is record else self._load(self._reader(record.file), record)
+            except (OSError, ValueError) as error:
+                self._leave_out_damage(record, error)
+        return None
 
     def read_ahead(self, keys: Collection[Key]) -> None:
         """Begins to read what will be asked for next, beside what the caller does; what was begun before is let go."""
-        for future in self._reading.values():
+        for _, future in self._reading.values():
             future.cancel()
         self._reading.clear()
         for key in keys:
-            record = self._records.get(key)
-            if record is None or key in self._reading:
+            if key not in self._records or key in self._reading:
                 continue
+            record = self._records[key][-1]
             if self._thread is None:
                 self._thread = ThreadPoolExecutor(1, thread_name_prefix="rgft-read-ahead")
             try:
-                self._reading[key] = self._thread.submit(self._load, self._reader(record.file), record)
+                future = self._thread.submit(self._load, self._reader(record.file), record)
             except OSError:  # said when it is asked for
                 return
+            self._reading[key] = record, future
 
     def put(self, key: Key, state: CachedState) -> bool:
         if self._folder is None or not self._is_writable or not isinstance(key, bytes):
@@ -142,20 +144,21 @@ class DiskStates:
                 self._writer = self._own.open("ab")
             assert self._own is not None
             start = self._writer.tell()
-            self._writer.write(_HEADER.pack(_MAGIC, key, checksum, len(description), len(content)))
+            header = _HEADER.pack(_MAGIC, key, checksum, len(description), len(content))
+            self._writer.write(header)
             self._writer.write(description)
             self._writer.write(content)
             self._writer.flush()
         except OSError as error:
             self._gives_up(error)
             return False
-        known = self._records.get(key)
-        self._bytes += len(content) - (0 if known is None else known.content)
+        records = self._records.setdefault(key, [])
+        self._bytes += len(content) - (records[-1].content if records else 0)
         self._used += size
-        self._records[key] = _Record(
+        records.append(_Record(
             file=self._own, start=start + _HEADER.size, checksum=checksum, description=len(description),
-            content=len(content),
-        )  # fmt: skip
+            content=len(content), header=header,
+        ))  # fmt: skip
         return True
 
     def __contains__(self, key: Key) -> bool:
@@ -199,6 +202,41 @@ class DiskStates:
             raise ValueError("the checksum is another")
         return _decoded(data[: record.description], data[record.description :])
 
+    def _leave_out_damage(self, found: _Record, error: Exception) -> None:
+        """Looks through the file of a record that could not be read, and leaves out all that are damaged.
+
+        They are also marked in the file where that can be written; where not, what is computed again is in a newer file
+        and found first.
+        """
+        lost, number = [found], 0
+        for key, records in list(self._records.items()):
+            of_file = [record for record in records if record.file == found.file]
+            number += len(of_file)
+            damaged = [record for record in of_file if record is found or not self._is_whole(record)]
+            if not damaged:
+                continue
+            lost += [record for record in damaged if record is not found]
+            self._bytes -= records[-1].content
+            self._records[key] = left = [record for record in records if record not in damaged]
+            if left:
+                self._bytes += left[-1].content
+            else:
+                del self._records[key]
+        if isinstance(error, ValueError):  # not where the system refused to read
+            with contextlib.suppress(OSError):
+                _mark(found.file, lost)
+        log.warning(
+            "activation cache: %d of %d records of %s are damaged (%s); their examples are computed again",
+            len(lost), number, found.file, error,
+        )  # fmt: skip
+
+    def _is_whole(self, record: _Record) -> bool:
+        try:
+            self._load(self._reader(record.file), record)
+        except (OSError, ValueError):
+            return False
+        return True
+
     def _gives_up(self, error: OSError) -> None:
         """The run goes on without storing more."""
         self._is_writable = False
@@ -231,19 +269,38 @@ class DiskStates:
 
 
 def _records(path: Path) -> Iterator[tuple[bytes, _Record]]:
-    """All whole records of a file; what a crash tore off at its end is left out."""
+    """All whole records of a file that are not known to be damaged; what a crash tore off at its end is left out."""
     end = path.stat().st_size
     with path.open("rb") as file:
         while len(header := file.read(_HEADER.size)) == _HEADER.size:
             magic, key, checksum, description, content = _HEADER.unpack(header)
             start = file.tell()
-            if magic != _MAGIC or start + description + content > end:
+            if magic not in (_MAGIC, _DAMAGED) or start + description + content > end:
                 return
-            yield (
-                key,
-                _Record(file=path, start=start, checksum=checksum, description=description, content=content),
-            )
+            if magic == _MAGIC:
+                yield (
+                    key,
+                    _Record(
+                        file=path,
+                        start=start,
+                        checksum=checksum,
+                        description=description,
+                        content=content,
+                        header=header,
+                    ),
+                )
             file.seek(description + content, os.SEEK_CUR)
+
+
+def _mark(path: Path, damaged: list[_Record]) -> None:
+    """Marks records of a file as damaged. Lengths stay, so that what follows is still found."""
+    with path.open("r+b", buffering=0) as file:
+        for record in damaged:
+            place = record.start - _HEADER.size
+            file.seek(place)
+            if file.read(_HEADER.size) == record.header:  # another run may have marked it, or cut the file short
+                file.seek(place)
+                file.write(_DAMAGED)
 
 
 def _encoded(state: CachedState) -> tuple[bytes, bytes]:
@@ -282,8 +339,8 @@ def _size(folder: Path) -> int:
     return total
 
 
-def _last_used(folder: Path) -> float:
+def _last_used(path: Path) -> float:
     try:
-        return folder.stat().st_mtime
+        return path.stat().st_mtime
     except OSError:
         return 0.0

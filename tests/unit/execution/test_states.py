@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rgft.errors import CacheError
+from rgft.execution import disk_states
 from rgft.execution.disk_states import DiskStates
 from rgft.execution.states import CachedState, MemoryStates
 from tests.unit.execution.disk import threads_that_load
@@ -121,6 +123,80 @@ def test_a_damaged_record_is_never_read(where: int, tmp_path: Path, caplog: pyte
     assert key(0) not in again
     assert again.bytes == 0
     assert str(path) in caplog.text
+
+
+def damage(path: Path, record: int, records: int) -> None:
+    """Changes a byte in the content of one of a file's records, all of one size."""
+    data = bytearray(path.read_bytes())
+    data[(record + 1) * len(data) // records - 3] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("is_writable", [True, False])
+def test_damage_is_said_once_a_file_and_healed_for_later_runs(
+    is_writable: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = on_disk(tmp_path)
+    for i in range(4):
+        store.put(key(i), stored(i))
+    store.close()
+    (path,) = files(tmp_path)
+    late = path.rename(path.with_name("zzz.states"))  # by name, it comes after all that later runs write
+    for i in (1, 2):
+        damage(late, i, 4)
+    os.utime(late, (1, 1))
+    if not is_writable:
+        monkeypatch.setattr(disk_states, "_mark", lambda *args: late.joinpath("refused").open("r+b"))
+    again = on_disk(tmp_path)
+    for i in range(4):
+        assert (again.get(key(i)) is None) == (i in (1, 2))
+    assert [record.message.partition(f" records of {late} are damaged")[0] for record in caplog.records] == [
+        "activation cache: 2 of 4"
+    ]
+    assert len(again) == 2
+    assert again.bytes == 2 * stored().nbytes
+    for i in (1, 2):
+        assert again.put(key(i), stored(i))
+    again.close()
+    caplog.clear()
+    later = on_disk(tmp_path)
+    assert all(torch.equal(later.get(key(i)).values, stored(i).values) for i in range(4))  # type: ignore[union-attr]
+    assert not caplog.records
+    assert len(files(tmp_path)) == 2
+
+
+def test_of_a_damaged_and_a_whole_record_the_whole_one_is_read(tmp_path: Path) -> None:
+    first, second = on_disk(tmp_path), on_disk(tmp_path)
+    for number, store in enumerate((first, second)):
+        store.put(key(0), stored())
+        store.close()
+        new = next(path for path in files(tmp_path) if path.stat().st_mtime > 100)
+        os.utime(new, (number + 1, number + 1))
+    newest = max(files(tmp_path), key=lambda path: path.stat().st_mtime)
+    damage(newest, 0, 1)
+    os.utime(newest, (3, 3))
+    found = on_disk(tmp_path)
+    for _ in range(2):
+        assert torch.equal(found.get(key(0)).values, stored().values)  # type: ignore[union-attr]
+        assert found.bytes == stored().nbytes
+    found.read_ahead([key(0)])
+    assert found.get(key(0)) is not None
+
+
+def test_another_run_may_go_on_writing_to_a_file_in_which_damage_was_marked(tmp_path: Path) -> None:
+    writing = on_disk(tmp_path)
+    for i in range(2):
+        writing.put(key(i), stored(i))
+    (path,) = files(tmp_path)
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2 - 3)
+        file.write(b"!?!")
+    assert on_disk(tmp_path).get(key(0)) is None
+    assert writing.put(key(2), stored(2))
+    assert writing.get(key(0)) is None
+    assert writing.put(key(0), stored(0))
+    found = on_disk(tmp_path)
+    assert all(torch.equal(found.get(key(i)).values, stored(i).values) for i in range(3))  # type: ignore[union-attr]
 
 
 def test_a_file_of_something_else_is_passed_over(tmp_path: Path) -> None:

@@ -72,11 +72,11 @@ class ActivationCache:
             problem = (
                 "the activation cache keeps one sequence of states per example, and a model of encoder and decoder "
                 "hands on two, and position biases from layer to layer: its frozen prefix is computed at every step. "
-                "Cuts save dX, dW, gradients and optimizer state all the same: use execution.cache='none'"
+                "Cuts save dX, dW, gradients and optimizer state all the same"
             )
             if required:
-                raise CacheError(problem)
-            log.warning("no activation cache: %s", problem)
+                raise CacheError(f"{problem}: use execution.cache='none'")
+            log.info("no activation cache: %s", problem)
         self._layers = [model.get_submodule(path) for path in partition.layers]
         self._dtype = dtype
         self._required = required

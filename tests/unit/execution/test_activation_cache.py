@@ -6,7 +6,9 @@ from rgft.components import Partition
 from rgft.errors import CacheError
 from rgft.execution.activation_cache import ActivationCache
 from rgft.execution.switching import Switch
+from rgft.partition import partition
 from rgft.plan import UpdatePlan
+from tests.families import FAMILIES
 from tests.unit.execution.toy import Toy, toy_batch, toy_binding, toy_partition
 
 
@@ -212,6 +214,18 @@ def test_where_the_cache_is_not_required_it_stays_out_and_says_so(caplog: pytest
     assert not cache.begin([0, 1, 2, 3], None)
     cache.set_cut(3)
     assert len(cache) == 0
+
+
+def test_models_of_encoder_and_decoder_have_none_which_asks_for_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    model = FAMILIES["t5"].build()
+    with caplog.at_level("INFO", logger="rgft"):
+        assert not ActivationCache(model, partition(model, "layer"), required=False).is_usable
+    (record,) = caplog.records
+    assert record.levelname == "INFO"
+    assert "no activation cache: " in record.message
+    assert "execution.cache" not in record.message
+    with pytest.raises(CacheError, match=r"use execution\.cache='none'"):
+        ActivationCache(model, partition(model, "layer"))
 
 
 def test_layers_that_change_the_shape_are_cached_whole() -> None:

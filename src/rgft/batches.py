@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any, Protocol, cast
 
 import torch
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from rgft.errors import DataError
 from rgft.pruning import ExamplePruning, KeptRows
@@ -36,6 +36,21 @@ def number_of_variants(dataset: SizedDataset) -> int:
 def is_uniform(dataset: SizedDataset) -> bool:
     """Whether the dataset says that all its examples have one shape."""
     return getattr(dataset, "is_uniform", False)
+
+
+def _check_map_style(dataset: Any) -> None:
+    missing = [name for name in ("__len__", "__getitem__") if not hasattr(dataset, name)]
+    if isinstance(dataset, IterableDataset):  # which inherits an indexing that only raises
+        missing = ["__len__", "__getitem__"]
+    if not missing:
+        return
+    what = "a DataLoader" if isinstance(dataset, DataLoader) else type(dataset).__name__
+    instead = "give its dataset" if isinstance(dataset, DataLoader) else "give a list of its examples"
+    raise DataError(
+        f"dataset: expected a map-style dataset (len(dataset) and dataset[i]), found {what} without "
+        f"{' and '.join(missing)}: the budget is a share of passes over all examples, in an order that a resumed run "
+        f"repeats; {instead}"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +82,14 @@ class BatchStream:
         workers: worker processes of the loader (0: in this process).
 
     Raises:
-        DataError: the dataset is empty.
+        DataError: the dataset is empty, or not map-style.
     """
 
     def __init__(
         self, dataset: SizedDataset, *, batch_size: int, collate_fn: Callable[[list[Any]], Any] | None = None,
         epochs: float | None = 1, seed: int = 0, workers: int = 0,
     ) -> None:  # fmt: skip
+        _check_map_style(dataset)
         if len(dataset) == 0:
             raise DataError("the training set is empty; expected at least one example")
         self.dataset, self.batch_size, self.collate_fn = dataset, batch_size, collate_fn or default_collate

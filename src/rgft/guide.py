@@ -63,6 +63,7 @@ class Guide(GuidedRun):
 
     Raises:
         AttachError: the model has a guide already, or nothing to train.
+        ConfigError: `config` is something else.
         PartitionError: the model cannot be split into components.
     """
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from rgft.allocation.base import Situation
 from rgft.allocation.selection import matching
 from rgft.assembly import attach_pairs, build_cache, build_policy, build_signal, find_pair_sites
-from rgft.config import Config
+from rgft.config import Config, checked
 from rgft.cost import CostModel
 from rgft.deciding import Decisions
 from rgft.error_map import ErrorMap
@@ -52,7 +52,7 @@ class GuidedRun:
         if not any(p.requires_grad for p in model.parameters()):
             raise AttachError("no parameter of the model requires gradients, so there is nothing to fine-tune")
         self.model = model
-        self.config = (config or Config()).resolved()
+        self.config = checked(config).resolved()
         self._loss = TrainingLoss(loss or model_loss, loss_at_targets)
         self.partition = partition(model, self.config.granularity, ffn_blocks=self.config.ffn_blocks)
         matching(self.partition, self.config.stability.always_on, setting="stability.always_on")

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from rgft import Config, Guide
-from rgft.errors import AttachError, NonFiniteError, OptimizerError
+from rgft.errors import AttachError, ConfigError, DataError, NonFiniteError, OptimizerError
 from tests.families import FAMILIES, loss_of
 from tests.integration.loops import Examples, adamw, assert_same_state, collate, guided
 
@@ -121,6 +122,48 @@ def test_an_optimizer_made_before_the_guide_is_refused() -> None:
     guide = Guide(model, Config(granularity="head"))
     with pytest.raises(OptimizerError, match="made before RGFT was attached"):
         guided(guide, early, Examples(family))
+
+
+def test_an_optimizer_with_a_closure_is_refused_before_it_steps() -> None:
+    family = FAMILIES["bert"]
+    guide = Guide(family.build(), Config())
+    optimizer = torch.optim.LBFGS(guide.model.parameters())
+    with pytest.raises(OptimizerError, match="needs no closure, found LBFGS"):
+        guided(guide, optimizer, Examples(family))
+    assert guide.step_count == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "instead"),
+    [({"budget": 0.3}, r"found dict \(\{'budget': 0.3\}\); write rgft.Config.from_dict"), ({}, "found dict"),
+     (0.3, r"found float \(0.3\); write rgft.Config\(budget=0.3\)")],
+)  # fmt: skip
+def test_a_configuration_of_another_type_is_refused_and_the_model_left_alone(config: Any, instead: str) -> None:
+    model = FAMILIES["bert"].build()
+    with pytest.raises(ConfigError, match=rf"expected an rgft.Config or None, {instead}"):
+        Guide(model, config)
+    Guide(model).detach()
+
+
+class Streamed(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        yield from Examples(FAMILIES["bert"])
+
+
+class StreamedOfKnownLength(Streamed):
+    def __len__(self) -> int:
+        return len(Examples(FAMILIES["bert"]))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [(Streamed(), "found Streamed .* give a list of its examples"), (StreamedOfKnownLength(), "found StreamedOf"),
+     (DataLoader(Examples(FAMILIES["bert"])), "found a DataLoader without __getitem__: .* give its dataset")],
+)  # fmt: skip
+def test_a_dataset_that_is_not_map_style_is_refused(dataset: Any, message: str) -> None:
+    guide = Guide(FAMILIES["bert"].build(), Config(budget=0.5))
+    with pytest.raises(DataError, match=message):
+        next(iter(guide.batches(dataset, batch_size=4, collate_fn=collate)))
 
 
 @pytest.mark.parametrize("count", [1, 5, 19])

@@ -17,10 +17,11 @@ from rgft.config.sections import (
     StageConfig,
     UpdateConfig,
 )
-from rgft.config.tree import CONFIG_FILE, Config
+from rgft.config.tree import CONFIG_FILE, Config, checked
 
 __all__ = [
     "CONFIG_FILE", "PRESETS", "Config", "EnergyConfig", "ErrorMapConfig", "ExamplesConfig", "ExecutionConfig",
     "ProbeConfig",
     "StabilityConfig", "StageConfig", "UpdateConfig", "apply_overrides",
+    "checked",
 ]  # fmt: skip

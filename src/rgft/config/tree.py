@@ -256,6 +256,21 @@ class Config(Section):
         return cls.from_dict(data, **settings)
 
 
+def checked(config: Any) -> Config:
+    """The configuration that was given, None standing for the defaults.
+
+    Raises:
+        ConfigError: it is something else, such as a mapping.
+    """
+    if config is None:
+        return Config()
+    if not isinstance(config, Config):
+        found = f"{type(config).__name__} ({config!r})"
+        instead = "rgft.Config.from_dict(…)" if isinstance(config, Mapping) else "rgft.Config(budget=0.3)"
+        raise ConfigError(f"config: expected an rgft.Config or None, found {found}; write {instead}")
+    return config
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, StageConfig):
         return {"name": value.name, **{key: _plain(item) for key, item in value.params.items()}}

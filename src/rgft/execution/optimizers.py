@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
 from collections.abc import Container
@@ -40,7 +41,7 @@ _REASONS = {
 def check_optimizer(optimizer: Optimizer, binding: Binding) -> None:
     """Refuses an optimizer that would step slices of weights wrongly. Call it at attach and before the first step.
 
-    Whole parameters, and so layer granularity without any slice, go with every optimizer.
+    Whole parameters, and so layer granularity without any slice, go with every optimizer that steps without a closure.
 
     Args:
         optimizer: may be wrapped (Accelerate).
@@ -49,12 +50,13 @@ def check_optimizer(optimizer: Optimizer, binding: Binding) -> None:
     Raises:
         OptimizerError: `fused=True` of another optimizer than torch's own (`FusedKernels` prepares slices for those);
             one that writes by pointer, or whose step depends on more than the element; one made before the binding,
-            which holds whole weights. All problems are in one message.
+            which holds whole weights. All problems are in one message. One whose step needs a closure (LBFGS).
 
     Warns:
         RGFTWarning: the optimizer is not known to be elementwise.
     """
     optimizer = unwrapped(optimizer)
+    _refuse_closures(optimizer)
     _refuse_shared_counts(optimizer, binding)
     views = sliced(binding)
     if not views:
@@ -103,6 +105,18 @@ def _reasons(kind: type[Optimizer]) -> list[str]:
 
 def _qualified(kind: type[Optimizer]) -> list[str]:
     return [f"{base.__module__.partition('.')[0]}.{base.__qualname__}" for base in kind.__mro__]
+
+
+def _refuse_closures(optimizer: Optimizer) -> None:
+    """A step is made of one backward pass, whose cost was counted; a closure makes any number."""
+    kind = type(optimizer)
+    closure = inspect.signature(kind.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise OptimizerError(
+            f"optimizer: expected one whose step() needs no closure, found {kind.__name__}, which computes loss and "
+            "gradients again as often as it likes within a step, outside of plan and budget; use torch's AdamW or "
+            "another optimizer that takes the gradients as they are"
+        )
 
 
 def _refuse_shared_counts(optimizer: Optimizer, binding: Binding) -> None:

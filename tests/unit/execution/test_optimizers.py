@@ -79,7 +79,7 @@ def test_optimizers_that_see_more_than_the_element_are_refused(name: str, reason
             check_optimizer(kind(model.parameters()), binding)  # type: ignore[call-arg]
 
 
-@pytest.mark.parametrize("kind", [torch.optim.Adafactor, torch.optim.Muon, torch.optim.LBFGS])
+@pytest.mark.parametrize("kind", [torch.optim.Adafactor, torch.optim.Muon])
 def test_torchs_own_that_are_refused(kind: type[Optimizer]) -> None:
     model, binding = bound()
     matrices = [p for p in model.parameters() if p.dim() == 2]
@@ -102,6 +102,13 @@ def test_whole_parameters_go_with_everything() -> None:
     binding = bind(model, Partition(components=(layer,), layers=(), granularity="layer"))
     check_optimizer(torch.optim.AdamW(model.parameters(), fused=True), binding)
     check_optimizer(named("Adafactor")(model.parameters()), binding)  # type: ignore[call-arg]
+
+
+def test_one_that_computes_the_loss_again_in_its_step_is_refused() -> None:
+    model = Block()
+    binding = bind(model, Partition(components=(), layers=(), granularity="layer"))
+    with pytest.raises(OptimizerError, match=r"needs no closure, found LBFGS.*use torch's AdamW"):
+        check_optimizer(torch.optim.LBFGS(model.parameters()), binding)
 
 
 def test_an_optimizer_made_before_attaching_is_refused() -> None:

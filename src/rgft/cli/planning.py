@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,6 +29,7 @@ from rgft.telemetry.energy import DEFAULT_WATTS, OTHER_WATTS, energy_text
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 Kind = Literal["text-classification", "language-modelling", "image-classification"]
 
@@ -211,33 +212,29 @@ def _epochs_in(row: Forecast, full: Forecast, length: Length, budget: float | No
 
 
 def show(found: Mapping[str, Any], console: Console) -> None:
-    """A table: one row per way of training."""
-    from rich.table import Table
-
+    """Two tables, of costs and of memory, with a row per way of training; they fit 80 columns."""
     console.print(
         f"{found['model']}: {found['parameters']:,} parameters in {found['dtype']}; {found['examples']:,} examples × "
         f"{found['epochs']:g} epochs, {found['steps']:,} steps of {found['rows']} × {found['tokens']} by "
         f"{found['optimizer']}"
         + ("" if found["budget"] is None else f"; epochs: how many {found['budget']:.0%} of full fine-tuning's buys")
     )
-    table = Table(box=None, padding=(0, 1))
-    table.add_column("way", no_wrap=True)
-    names = ["trained", "FLOPs", "of full", "memory", "(saved)", "cache", "time", "energy"]
-    for name in names if found["budget"] is None else [*names, "epochs"]:
-        table.add_column(name, justify="right", no_wrap=True)
-    for way in found["ways"]:
-        memory = StepMemory(**{key: way["memory"][key] for key in ("weights", "gradients", "moments", "activations")})
-        cells = [
-            _title(way), _count(way["trained_parameters"]), f"{way['flops']:.2g}",
-            f"{way['fraction_of_full']:.0%}", _size(memory.total), _size(memory.activations),
-            _size(way["cache_bytes"]) if way["cache_bytes"] else "–",
-            "–" if way["seconds"] is None else _time(way["seconds"]),
-            "–" if way["estimated_joules"] is None else energy_text(way["estimated_joules"]),
-        ]  # fmt: skip
-        if found["budget"] is not None:
-            cells.append(f"{way['epochs_in_budget']:.1f}")
-        table.add_row(*cells)
-    console.print(table)
+    cost, held = (_Columns(found["ways"]) for _ in range(2))
+    cost.add("trained", lambda way: _count(way["trained_parameters"]))
+    cost.add("FLOPs", lambda way: f"{way['flops']:.2g}")
+    cost.add("of full", lambda way: f"{way['fraction_of_full']:.0%}")
+    if found["rates"] is not None:
+        cost.add("time", lambda way: _time(way["seconds"]))
+        cost.add("energy", lambda way: energy_text(way["estimated_joules"]))
+    if found["budget"] is not None:
+        cost.add("epochs", lambda way: f"{way['epochs_in_budget']:.1f}")
+    held.add("memory", lambda way: _size(_step_memory(way).total))
+    held.add("(saved)", lambda way: _size(way["memory"]["activations"]))
+    held.add("cache", lambda way: _size(way["cache_bytes"]) if way["cache_bytes"] else "–")
+    for table in (cost.table, held.table):
+        console.print()
+        console.print(table)
+    console.print()
     console.print(
         "RGFT: by share of frozen layers. FLOPs: of products. Memory: of a step; (saved): activations kept for "
         "backward, less with fused attention. Cache: of the frozen prefix, all examples. Time: at this machine's "
@@ -249,6 +246,33 @@ def show(found: Mapping[str, Any], console: Console) -> None:
         console.print(
             limit_text(found["ways"], found["under_limit"], found["memory"], _title), highlight=False, soft_wrap=True
         )
+
+
+class _Columns:
+    """A table with a row per way of training. All figures side by side are wider than a terminal, so there are two."""
+
+    def __init__(self, ways: Sequence[Mapping[str, Any]]) -> None:
+        self._columns = [("way", [_title(way) for way in ways])]
+        self._ways = ways
+
+    def add(self, name: str, cell: Callable[[Mapping[str, Any]], str]) -> None:
+        self._columns.append((name, [cell(way) for way in self._ways]))
+
+    @property
+    def table(self) -> Table:
+        from rich.table import Table
+
+        table = Table(box=None, padding=(0, 1), pad_edge=False)
+        names, cells = zip(*self._columns, strict=True)
+        for index, name in enumerate(names):
+            table.add_column(name, justify="right" if index else "left", no_wrap=True)
+        for row in zip(*cells, strict=True):
+            table.add_row(*row)
+        return table
+
+
+def _step_memory(way: Mapping[str, Any]) -> StepMemory:
+    return StepMemory(**{key: way["memory"][key] for key in ("weights", "gradients", "moments", "activations")})
 
 
 def _title(way: Mapping[str, Any]) -> str:
@@ -270,4 +294,6 @@ def _size(amount: float) -> str:
 
 def _time(seconds: float) -> str:
     hours, rest = divmod(round(seconds), 3600)
+    if hours >= 100:
+        return f"{hours:,} h"
     return f"{hours} h {rest // 60:02} m" if hours else f"{rest // 60} m {rest % 60:02} s"

@@ -397,6 +397,8 @@ def test_functions_are_kept_by_name_and_given_again() -> None:
     config = Config(granularity=split)
     data = json.loads(json.dumps(config.to_dict()))
     assert data["granularity"] == f"{__name__}:{split.__qualname__}"
+    with pytest.raises(ConfigError, match=r"granularity: expected one of [^;]*; found 'xyz'$"):
+        Config(granularity="xyz")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="give granularity=<the function>"):
         Config.from_dict(data)
     assert Config.from_dict(data, granularity=split) == config

@@ -14,12 +14,16 @@ from rgft.errors import ConfigError
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint: the valid names nearest to `word`, or all of them when none is near."""
     names = sorted(known)
+    return likely(word, names) or (f"known: {', '.join(names)}" if names else "it has none")
+
+
+def likely(word: str, known: Iterable[str]) -> str:
+    """A hint: the valid name nearest to `word`; "" when none is near."""
+    names = sorted(known)
     # A beginning is a clearer sign than likeness: `bias` is nearer to `bias_correction` than to `beta`.
     begun = [name for name in names if len(word) > 2 and name.startswith(word)]
     near = begun or get_close_matches(word, names, n=1, cutoff=0.5)
-    if near:
-        return f"did you mean {near[0]!r}?"
-    return f"known: {', '.join(names)}" if names else "it has none"
+    return f"did you mean {near[0]!r}?" if near else ""
 
 
 def problems_of(error: ValidationError, root: type[BaseModel]) -> list[str]:

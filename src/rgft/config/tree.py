@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from rgft.components import Granularity
 from rgft.config.effects import without_effect
 from rgft.config.presets import DEFAULT_PRESET, STAGES, PresetName, with_preset
-from rgft.config.problems import nearest, problems_of
+from rgft.config.problems import likely, nearest, problems_of
 from rgft.config.sections import (
     EnergyConfig,
     ErrorMapConfig,
@@ -88,7 +88,8 @@ def _granularity(value: Any) -> Any:
     names = get_args(Granularity)
     if callable(value) or value in names:
         return value
-    hint = f"; {nearest(value, names)}" if isinstance(value, str) else ""
+    near = likely(value, names) if isinstance(value, str) else ""
+    hint = f"; {near}" if near else ""
     if isinstance(value, str) and ":" in value:
         hint = "; a configuration keeps only the name of a function: give granularity=<the function> when reading it"
     raise ValueError(f"expected one of {', '.join(names)}, or a function; found {value!r}{hint}")

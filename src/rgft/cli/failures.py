@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import signal
 import sys
@@ -14,6 +15,7 @@ import typer
 from rgft.errors import NonFiniteError, RGFTError, RGFTWarning, RunFolderError
 
 FAILED, WRONG_INPUT = 1, 2
+_NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class Interrupted(Exception):
@@ -34,8 +36,9 @@ def exit_code(error: BaseException) -> int:
         return 128 + error.number
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT
-    # The system's number is there when a write failed, not when a folder was refused.
-    is_failed_write = isinstance(error, RunFolderError) and error.errno is not None
+    # The system's number is there when a write failed, not when a folder was refused. One that may not be written was
+    # the wrong one to give.
+    is_failed_write = isinstance(error, RunFolderError) and error.errno not in (None, *_NOT_ALLOWED)
     return FAILED if isinstance(error, NonFiniteError) or is_failed_write else WRONG_INPUT
 
 

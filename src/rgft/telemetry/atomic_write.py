@@ -118,9 +118,14 @@ def write_bytes(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+def is_full(error: OSError) -> bool:
+    """Whether a write failed because no space was left."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 def write_error(path: Path, error: OSError) -> RunFolderError:
     """The error to raise for a failed write: what, where, and what to do."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_full(error):
         what = "the disk is full (or a quota is used up); what was written before is intact. Free some space and resume"
     else:
         what = f"it could not be written: {error.strerror or error}"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rgft.errors import RunFolderError
-from rgft.telemetry.atomic_write import TEMPORARY, atomic_file, atomic_folder, write_bytes, write_error
+from rgft.telemetry.atomic_write import TEMPORARY, atomic_file, atomic_folder, is_full, write_bytes, write_error
 from rgft.telemetry.records import Record, RecordWriter, decoded, encoded, read_records
 
 CONFIG = "config.json"
@@ -68,7 +68,12 @@ class RunFolder:
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise write_error(folder.path, error) from error
+            if is_full(error):
+                raise write_error(folder.path, error) from error
+            raise RunFolderError(
+                f"{folder.path}: expected a folder that can be written, but it could not be made: "
+                f"{error.strerror or error}; choose another path"
+            ) from error
         if resume:
             folder._remove_leftovers()
         elif content:

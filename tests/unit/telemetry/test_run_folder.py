@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import math
 import os
 import resource
@@ -10,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from rgft.cli.failures import exit_code
 from rgft.errors import RunFolderError
 from rgft.telemetry import atomic_write
+from rgft.telemetry.atomic_write import write_bytes
 from rgft.telemetry.run_folder import CHECKPOINT, CONFIG, LEDGER, PLANS, RECORDS, RunFolder
 from tests.unit.telemetry.faults import die, die_after_writing, fill_disk_after, in_child
 
@@ -92,8 +95,30 @@ def test_a_file_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
     with pytest.raises(RunFolderError, match="found a file"):
         RunFolder.create(tmp_path / "run")
-    with pytest.raises(RunFolderError, match="could not be written"):
+    with pytest.raises(RunFolderError, match=r"could not be made: .*; choose another path") as caught:
         RunFolder.create(tmp_path / "run" / "below")
+    assert exit_code(caught.value) == 2
+    with pytest.raises(RunFolderError, match="could not be written") as caught:
+        write_bytes(tmp_path / "none" / "x", b"")
+    assert exit_code(caught.value) == 1
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.EACCES, 2), (errno.EROFS, 2), (errno.ENOSPC, 1), (errno.EIO, 1)])
+def test_a_folder_that_may_not_be_written_is_a_wrong_one_and_a_full_disk_is_not(
+    number: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        with pytest.raises(RunFolderError) as caught:
+            RunFolder.create(tmp_path / "run").write_json(LEDGER, {})
+    assert exit_code(caught.value) == code
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(RunFolderError) as caught:
+        RunFolder.create(tmp_path / "other")
+    assert exit_code(caught.value) == (1 if number == errno.ENOSPC else 2)
 
 
 def test_open_takes_runs_only(tmp_path: Path, folder: RunFolder) -> None:

@@ -76,6 +76,7 @@ def test_what_is_refused(inputs: list[str], tmp_path: Path) -> None:
     text = " ".join(refused(*options, "--memory", "50KB").split())
     assert "holds no plan of this run, whose weights alone take 102 KB" in text
     least = int(re.search(r"the least that one needs is \d+ KB \((\d+) bytes\)", text)[1])  # type: ignore[index]
+    assert "checkpointing that train only the classifier. Shorter inputs" in text
     assert not (tmp_path / "run").exists()
     assert json.loads(invoke(*options, "--dry-run", "--json", "--memory", str(least)).stdout)["run_plan"]["memory"]
     refused(*options, "--dry-run", "--memory", str(int(0.99 * least)))

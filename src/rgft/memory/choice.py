@@ -110,7 +110,7 @@ def _choices(forecast: MemoryForecast, plan: MemoryPlan, wish: Wish) -> Iterator
     if plan.checkpointing and not forecast.is_checkpointing:
         yield "gradient checkpointing: layers above the cut are computed twice"
     if plan.lowest_cut > wish.lowest_cut:
-        yield f"nothing below depth {plan.lowest_cut} is trained: the top {_layers(forecast, plan.lowest_cut)}"
+        yield f"nothing below depth {plan.lowest_cut} is trained: only {_trained(forecast, plan.lowest_cut)}"
     if plan.probe_size < wish.probe_size:
         yield (
             f"probes of at most {plan.probe_size} examples"
@@ -140,11 +140,18 @@ def _nothing_fits(forecast: MemoryForecast, limit: int, wish: Wish) -> str:
 def _title(forecast: MemoryForecast, way: _Way) -> str:
     with_checkpointing = "with" if way.checkpointing else "without"
     return (
-        f"passes of {way.rows} × {forecast.tokens} {with_checkpointing} checkpointing that train only the top "
-        f"{_layers(forecast, way.cut)}"
+        f"passes of {way.rows} × {forecast.tokens} {with_checkpointing} checkpointing that train only "
+        f"{_trained(forecast, way.cut)}"
     )
 
 
-def _layers(forecast: MemoryForecast, cut: int) -> str:
+def _trained(forecast: MemoryForecast, cut: int) -> str:
+    """What lies above a cut, in words."""
     layers = len(forecast.partition.layers)
-    return f"{min(layers, max(0, layers + 1 - cut))} of {layers} layers"
+    trained = min(layers, max(0, layers + 1 - cut))
+    if trained:
+        return f"the top {trained} of {layers} layers"
+    kinds = {component.kind for component in forecast.partition.above(cut)}
+    if "lm_head" in kinds:
+        return "the language model's head"
+    return "the classifier" if "classifier" in kinds else "what follows the layers"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -230,6 +231,25 @@ def test_errors_of_a_process_are_one_message(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert result.stderr.strip().startswith("error: ")
     assert "Traceback" not in result.stderr
+
+
+def test_a_dry_run_without_probes_says_so(inputs: list[str], tmp_path: Path) -> None:
+    options = [*inputs, "--output", str(tmp_path / "x"), "--dry-run"]
+    assert "%), no probes; cache: " in invoke(*options, "--preset", "full").stdout
+    probing = ["--set", "probe.interval=2", "--epochs", "8"]
+    assert re.search(r"%\), (probes included: [1-9]\d* of \d+ examples|no probes); ", invoke(*options, *probing).stdout)
+
+
+def test_a_first_step_beyond_the_budget_is_remarked_upon(
+    inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rgft.guide.machine_pace", lambda model: 1e18)  # a guess that is far too high
+    result = invoke(*inputs, "--output", str(tmp_path / "run"), "--joules", "1e-6", "--seconds", "1000")
+    (line,) = [line for line in result.stderr.splitlines() if "of a budget of" in line]
+    assert line.startswith("WARNING: ")
+    assert "were spent of a budget of 1e-06 J: what a step takes is known once one was made" in line
+    enough = invoke(*inputs, "--output", str(tmp_path / "enough"), "--joules", "1e6", "--epochs", "1")
+    assert "of a budget of" not in enough.stderr
 
 
 def test_a_budget_of_seconds(inputs: list[str], tmp_path: Path) -> None:

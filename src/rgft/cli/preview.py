@@ -142,11 +142,12 @@ def show(data: dict[str, Any], console: Console) -> None:
     skipping += f"; skipped from the second epoch on: {plan['skips']}" if plan["skips"] else ""
     rates = ", ".join(f"{rate:g}" for rate in data["learning_rates"])
     about = "about " if data["is_rate_by_rule"] else ""
+    probes = f"probes included: {plan['probes']} of {plan['probe_size']} examples" if plan["probes"] else "no probes"
     among = f"searched inside the budget among {about}" if len(data["learning_rates"]) > 1 else about
     console.print(
         f"full fine-tuning: {plan['full_flops']:.4g} FLOPs, {data['steps_in_full']:,} steps\n"
-        f"this run: at most {plan['flops']:.4g} FLOPs ({data['budget']:.1%}), probes included: "
-        f"{plan['probes']} of {plan['probe_size']} examples; cache: {plan['cache']}{skipping}\n"
+        f"this run: at most {plan['flops']:.4g} FLOPs ({data['budget']:.1%}), {probes}; "
+        f"cache: {plan['cache']}{skipping}\n"
         f"learning rate: {among}{rates}\n"
         f"first plan, if nothing were measured: cut at depth {data['first_plan']['cut']}, "
         f"{len(active)} of {model['components']} components on ({data['first_plan']['reason']})",

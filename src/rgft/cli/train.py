@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -18,9 +19,11 @@ from rgft.cli.preparing import prepare_task, run_settings
 from rgft.cli.preview import preview
 from rgft.cli.progress import watching
 from rgft.cli.request import Request
-from rgft.errors import RGFTError, RunFolderError
+from rgft.errors import RGFTError, RGFTWarning, RunFolderError
+from rgft.guide import Guide
 from rgft.run import Run
 from rgft.tasks.base import PreparedTask
+from rgft.telemetry.energy import energy_text
 from rgft.telemetry.environment import environment
 from rgft.telemetry.run_folder import CONFIG, ENVIRONMENT, ERROR_MAP, LEDGER, MEMORY, RunFolder
 
@@ -181,7 +184,31 @@ def _finish(run: Run, task: PreparedTask, request: Request, folder: RunFolder) -
     }  # fmt: skip
     folder.records.append("end", report)
     folder.remove_checkpoint()
+    if remark := beyond_budget(guide):
+        warnings.warn(remark, RGFTWarning, stacklevel=2)
     return report
+
+
+def beyond_budget(guide: Guide) -> str:
+    """A line about a budget of seconds or joules that the first step alone went beyond; "" where none did."""
+    budget, ledger = guide.config.budget, guide.ledger
+    if budget is None or guide.step_count > 1:
+        return ""
+    limits = ((budget.seconds, ledger.elapsed, _seconds), (budget.joules, ledger.spent_joules, energy_text))
+    beyond = [
+        f"{text(spent)} were spent of a budget of {text(limit)}" for limit, spent, text in limits
+        if limit is not None and spent > limit
+    ]  # fmt: skip
+    if not beyond:
+        return ""
+    return (
+        f"{' and '.join(beyond)}: what a step takes is known once one was made, and the first alone went beyond it; a "
+        "run needs at least that much"
+    )
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3g} s"
 
 
 def finished(folder: RunFolder) -> dict[str, Any] | None:

@@ -39,7 +39,7 @@ from rgft.plan import MemoryPlan, RunPlan
 from rgft.probe_schedule import ProbePool
 from rgft.progress import Course
 from rgft.pruning import KeptRows
-from rgft.schedule import learning_rate_schedule
+from rgft.schedule import check_scheduler, learning_rate_schedule
 from rgft.telemetry.energy import EnergyMeter
 from rgft.training_loss import Loss
 from rgft.workload import Workload
@@ -342,6 +342,7 @@ class Guide(GuidedRun):
         Raises:
             NonFiniteError: the loss or a gradient is NaN or infinite; nothing was updated.
         """
+        check_scheduler(scheduler)
         if not self._step.is_open:
             raise AttachError("step() without loss(): call guide.loss(batch).backward() first")
         self.set_optimizer(optimizer)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from rgft.errors import ConfigError
 
@@ -15,6 +15,20 @@ SHAPES: dict[str, Callable[[float], float]] = {
     "cosine": lambda share: 0.5 * (1.0 + math.cos(math.pi * share)),
     "constant": lambda share: 1.0,
 }
+
+
+def check_scheduler(scheduler: LRScheduler | None) -> None:
+    """Refuses a scheduler whose step needs a metric, before anything is updated.
+
+    Raises:
+        ConfigError: it is one (`ReduceLROnPlateau`).
+    """
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise ConfigError(
+            "scheduler: expected one that steps without a metric, found ReduceLROnPlateau; use "
+            "guide.scheduler(optimizer), or leave it out of guide.step and call scheduler.step(loss) yourself after "
+            "each evaluation"
+        )
 
 
 def learning_rate_schedule(

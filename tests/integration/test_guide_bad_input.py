@@ -133,6 +133,17 @@ def test_an_optimizer_with_a_closure_is_refused_before_it_steps() -> None:
     assert guide.step_count == 0
 
 
+def test_a_scheduler_that_needs_a_metric_is_refused_before_anything_is_updated() -> None:
+    family = FAMILIES["bert"]
+    guide = Guide(family.build(), Config())
+    optimizer = adamw(guide)
+    before = copy.deepcopy(guide.model.state_dict())
+    guide.loss(family.batch()).backward()
+    with pytest.raises(ConfigError, match="expected one that steps without a metric, found ReduceLROnPlateau"):
+        guide.step(optimizer, torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in guide.model.state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("config", "instead"),
     [({"budget": 0.3}, r"found dict \(\{'budget': 0.3\}\); write rgft.Config.from_dict"), ({}, "found dict"),

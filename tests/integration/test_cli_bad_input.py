@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -158,6 +160,64 @@ def test_a_failed_run_goes_on_from_its_last_good_checkpoint(
     invoke(*arguments, "--output", str(tmp_path / "whole"))
     weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("run", "whole")]
     assert weights[0] == weights[1]
+
+
+@pytest.fixture
+def unfinished(folder: Path, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with inputs of its own, and in `run` a run on them that failed after a checkpoint."""
+    shutil.copytree(folder / "model", tmp_path / "model")
+    write_rows(tmp_path / "data.csv", GOOD)
+    write_rows(tmp_path / "validation.csv", GOOD[:10])
+    arguments = [*options, "--model", str(tmp_path / "model"), "--data", str(tmp_path / "data.csv")]
+    arguments += ["--validation", str(tmp_path / "validation.csv"), "--budget", "0.9", "--checkpoint-every", "3"]
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, spoil)
+        refused(*arguments, "--output", str(tmp_path / "run"), code=1)
+    return tmp_path
+
+
+CHANGES: list[tuple[Callable[[Path], object], str]] = [
+    (lambda at: write_rows(at / "data.csv", GOOD[::-1]), "what differs: training data (40 examples "),
+    (lambda at: write_rows(at / "data.csv", [(t, 1 - y) for t, y in GOOD]), "what differs: training data (40 "),
+    (lambda at: write_rows(at / "data.csv", GOOD[:20]), "training data (40 examples "),
+    (lambda at: write_rows(at / "validation.csv", GOOD[1:11]), "what differs: validation data (10 examples "),
+    (lambda at: other_names(at), "what differs: classes (0, 1 then, a, b now)"),
+    (lambda at: other_tokenizer(at / "model"), "tokenizer"),
+]
+
+
+def other_names(folder: Path) -> None:
+    named = [(words, "ab"[label]) for words, label in GOOD]
+    write_rows(folder / "data.csv", named)
+    write_rows(folder / "validation.csv", named[:10])
+
+
+def other_tokenizer(folder: Path) -> None:
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    words = content["model"]["vocab"]
+    words["j"], words["[MASK]"] = words["[MASK]"], words["j"]
+    file.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGES)
+def test_a_run_goes_on_with_the_inputs_that_it_was_started_with(
+    unfinished: Path, change: Callable[[Path], object], message: str
+) -> None:
+    change(unfinished)
+    before = {path: path.read_bytes() for path in (unfinished / "run").rglob("*") if path.is_file()}
+    found = refused("train", "--resume", "--output", str(unfinished / "run"), "--quiet")
+    assert message in found
+    assert "bring them back, or start anew with --overwrite" in found
+    assert {path: path.read_bytes() for path in (unfinished / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_run_from_before_inputs_were_kept_goes_on(unfinished: Path) -> None:
+    file = unfinished / "run" / "config.json"
+    config = json.loads(file.read_text())
+    del config["inputs"]
+    file.write_text(json.dumps(config))
+    invoke("train", "--resume", "--output", str(unfinished / "run"), "--quiet")
 
 
 def test_a_disk_that_fills_up_during_the_run(

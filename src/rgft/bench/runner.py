@@ -14,7 +14,6 @@ import torch
 from rgft.batches import BatchStream
 from rgft.bench.earlier import earlier_result
 from rgft.bench.experiment import Cell, Contender, Experiment
-from rgft.bench.fingerprint import data_of
 from rgft.bench.judging import judged
 from rgft.bench.measures import Extra, MeasuredRun
 from rgft.bench.measures.memory import forget_peak
@@ -25,6 +24,7 @@ from rgft.cost import trace_costs
 from rgft.errors import ConfigError, DataError
 from rgft.partition import partition
 from rgft.run import Run, Settings, Task
+from rgft.tasks.fingerprint import data_of
 from rgft.telemetry.environment import environment
 from rgft.workload import Workload
 

@@ -23,6 +23,7 @@ from rgft.errors import RGFTError, RGFTWarning, RunFolderError
 from rgft.guide import Guide
 from rgft.run import Run
 from rgft.tasks.base import PreparedTask
+from rgft.tasks.fingerprint import inputs_of, require_same_inputs
 from rgft.telemetry.energy import energy_text
 from rgft.telemetry.environment import environment
 from rgft.telemetry.run_folder import CONFIG, ENVIRONMENT, ERROR_MAP, LEDGER, MEMORY, RunFolder
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 SCHEMA = "rgft.run/1"
+
+#: Key of the configuration file for what the run is made from; runs from before it was kept have none.
+INPUTS = "inputs"
 
 
 def describe_run(request: Request) -> dict[str, Any]:
@@ -78,6 +82,8 @@ def run_training(
         return report
     with watching(console, quiet=quiet) as observers:
         task = prepare_task(request.settings)
+        if resume:
+            _require_same_inputs(RunFolder(output), task)
         run = _run(task, request)
         run.observers.extend(observers)
         try:
@@ -85,11 +91,17 @@ def run_training(
             with RunFolder.create(output, resume=resume, overwrite=overwrite) as folder:
                 run.folder = folder
                 if not resume:
-                    folder.write_json(CONFIG, {"schema": SCHEMA, **request.to_dict()})
+                    folder.write_json(CONFIG, {"schema": SCHEMA, **request.to_dict(), INPUTS: inputs_of(task)})
                 folder.write_json(ENVIRONMENT, environment())
                 return _recorded(run, task, request, folder, resume=resume)
         finally:
             run.close()
+
+
+def _require_same_inputs(folder: RunFolder, task: PreparedTask) -> None:
+    then = folder.read_json(CONFIG).get(INPUTS)
+    if then is not None:
+        require_same_inputs(then, task, str(folder.path))
 
 
 def _run(task: PreparedTask, request: Request) -> Run:

@@ -74,10 +74,15 @@ def image_classification(
         _report_copies(digests)
     if "validation" not in images:
         chosen = seed if split_seed is None else split_seed
-        images["train"], images["validation"] = _held_out(images["train"], digests["train"], names, held_out, chosen)
+        parts = _held_out(images["train"], digests["train"], names, held_out, chosen)
+        for split, pairs in zip(("train", "validation"), parts, strict=True):
+            images[split], digests[split] = [image for image, _ in pairs], [digest for _, digest in pairs]
     processor = load_image_processor(model)
     network = load_image_classifier(model, names=names, seed=seed)
-    data = {split: Images(some, names, processor, mirrors=flip and split == "train") for split, some in images.items()}
+    data = {
+        split: Images(some, names, processor, mirrors=flip and split == "train", digests=digests[split])
+        for split, some in images.items()
+    }
     _require_fit(network, data["train"], model)
     return PreparedTask(
         model=network, processor=processor, train=data["train"], validation=data["validation"], test=data.get("test"),
@@ -94,31 +99,35 @@ class Images:
         names: of the classes, by label.
         processor: image → `pixel_values` [1, C, H, W].
         mirrors: whether each image's variant 1 is its mirror image, left to right.
+        digests: SHA-256 of each image's bytes, where they are known; None: files are read again for `fingerprint`.
     """
 
     is_uniform = True  # or an error
 
     def __init__(
-        self, images: Sequence[LabelledImage], names: Sequence[str], processor: Any, *, mirrors: bool
+        self, images: Sequence[LabelledImage], names: Sequence[str], processor: Any, *, mirrors: bool,
+        digests: Sequence[bytes] | None = None,
     ) -> None:  # fmt: skip
-        self._images, self._processor = images, processor
+        self._images, self._processor, self._digests = images, processor, digests
         self._labels = {name: label for label, name in enumerate(names)}
         self._shape: torch.Size | None = None
         self.variants = 2 if mirrors else 1
 
     @property
     def fingerprint(self) -> str:
-        """Of the images' files, their labels and how they are prepared. All are read for it."""
+        """Of the images' files, their labels and how they are prepared."""
         digest = hashlib.sha256(repr((self.variants, self._labels, self._processor.to_dict())).encode())
-        for image in self._images:
-            digest.update(hashlib.sha256(image.content()).digest() + image.label.encode())
+        known = self._digests or (hashlib.sha256(image.content()).digest() for image in self._images)
+        for image, of_content in zip(self._images, known, strict=True):
+            digest.update(of_content + image.label.encode())
         return digest.hexdigest()
 
     def subset(self, places: Sequence[int]) -> Images:
         """Some of the images, in the given order."""
         return Images(
-            [self._images[place] for place in places], tuple(self._labels), self._processor, mirrors=self.variants > 1
-        )
+            [self._images[place] for place in places], tuple(self._labels), self._processor, mirrors=self.variants > 1,
+            digests=None if self._digests is None else [self._digests[place] for place in places],
+        )  # fmt: skip
 
     def __len__(self) -> int:
         return len(self._images)
@@ -251,13 +260,12 @@ def _without_copies(
 
 def _held_out(
     images: list[LabelledImage], digests: list[bytes], names: tuple[str, ...], share: float, seed: int
-) -> tuple[list[LabelledImage], list[LabelledImage]]:
-    first, second = stratified(
+) -> tuple[list[tuple[LabelledImage, bytes]], list[tuple[LabelledImage, bytes]]]:
+    train, validation = stratified(
         list(zip(images, digests, strict=True)), key=lambda pair: pair[1], label=lambda pair: pair[0].label,
         held_out=share, seed=seed,
     )  # fmt: skip
-    train, validation = [image for image, _ in first], [image for image, _ in second]
-    missing = sorted(set(names) - {image.label for image in train})
+    missing = sorted(set(names) - {image.label for image, _ in train})
     if missing:
         raise DataError(
             f"held_out: {share:.0%} leaves no training image of {', '.join(missing[:10])}; hold out less, add images "

@@ -1,4 +1,5 @@
 import json
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ import torch
 from rgft.bench import agenda, sitting
 from rgft.bench.experiment import Experiment, Results
 from rgft.bench.finals import Group, final_results
-from rgft.bench.fingerprint import DataCheck, data_of, fingerprint
+from rgft.bench.fingerprint import DataCheck
 from rgft.bench.methods import method
 from rgft.errors import DataError
+from rgft.tasks.fingerprint import data_of, fingerprint
 from tests.unit.bench.test_experiment import loaded
 
 ROWS = [{"input_ids": [1, 2, 3], "labels": 0}, {"input_ids": [4], "labels": 1}]
@@ -39,6 +41,11 @@ class Prepared:
 def test_any_change_shows(other: list[Any]) -> None:
     assert fingerprint(other) != fingerprint(ROWS)
     assert fingerprint([dict(reversed(list(row.items()))) for row in ROWS]) == fingerprint(ROWS)
+
+
+def test_stored_fingerprints_stay_as_they_are() -> None:
+    text = "mapping 2;str 11;'input_ids'list 3;int 1;1int 2;23int 2;-4str 8;'labels'bool 4;True"
+    assert fingerprint([{"input_ids": [1, 23, -4], "labels": True}]) == sha256(text.encode()).hexdigest()
 
 
 def test_tensors_by_value_and_type() -> None:

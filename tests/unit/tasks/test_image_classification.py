@@ -14,7 +14,8 @@ import torch
 from rgft.batches import BatchStream
 from rgft.errors import DataError
 from rgft.tasks.base import PreparedTask
-from rgft.tasks.image_classification import image_classification
+from rgft.tasks.image_classification import Images, image_classification
+from rgft.tasks.images import LabelledImage
 from tests.unit.tasks.pictures import SIDE, picture, save_folder, save_model
 
 
@@ -34,6 +35,15 @@ def prepared(model: Path, train: Path | str, **settings: Any) -> PreparedTask:
 
 def labels_of(split: Any) -> list[int]:
     return [split[i]["labels"] for i in range(len(split))]
+
+
+def test_the_fingerprint_reads_no_file_again(model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train: Any = prepared(model, data, held_out=0.2).train
+    last = train.subset([2, 3])
+    without = Images(last._images, tuple(train._labels), train._processor, mirrors=True).fingerprint
+    monkeypatch.setattr(LabelledImage, "content", property(lambda image: pytest.fail("read again")))
+    assert last.fingerprint == without
+    assert train.fingerprint != without
 
 
 def test_a_folder_becomes_a_task(model: Path, data: Path) -> None:

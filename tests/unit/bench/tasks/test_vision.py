@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from rgft.bench.fingerprint import data_of, fingerprint
 from rgft.bench.methods import method
 from rgft.bench.tasks import bench_task, vision
 from rgft.bench.tasks.vision import Digits, image_metrics
 from rgft.errors import DataError
 from rgft.evaluation import evaluate
+from rgft.tasks.fingerprint import data_of, fingerprint
 from tests.unit.tasks.pictures import picture, save_folder, save_model
 
 

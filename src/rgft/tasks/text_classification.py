@@ -43,6 +43,13 @@ def text_classification(
     """
     if not 1 <= len(text) <= 2:
         raise DataError(f"text: expected one or two columns, found {len(text)}: {', '.join(text) or 'none'}")
+    if len(set(text)) < len(text):
+        raise DataError(f"text: expected two different columns, found {text[0]!r} twice; give it once, or another one")
+    if label in text:
+        raise DataError(
+            f"label: expected another column than the texts', found {label!r} for both; give the one with labels by "
+            "--label and the one with texts by --text"
+        )
     columns = [*text, label]
     rows = {"train": _checked(train, read_rows(train, columns), text, label)}
     for split, source in (("validation", validation), ("test", test)):
@@ -88,21 +95,40 @@ def _checked(source: str, rows: list[Row], text: Sequence[str], label: str) -> l
 
 
 def _classes(source: str, rows: list[Row], label: str) -> tuple[Callable[[str, int, Any], int], tuple[str, ...]]:
-    values = {str(row[label]) for row in rows}
+    values = {_class_of(source, number, row[label]) for number, row in enumerate(rows, start=1)}
     if len(values) < 2:
         raise DataError(f"{source}: expected at least two classes in column {label!r}, found {sorted(values)}")
     names = tuple(sorted(values, key=lambda v: (0, int(v), v) if v.lstrip("-").isdigit() else (1, 0, v)))
     index = {name: i for i, name in enumerate(names)}
 
     def parse(where: str, row: int, value: Any) -> int:
-        if str(value) not in index:
+        name = _class_of(where, row, value)
+        if name not in index:
             raise DataError(
-                f"{where}, row {row}: the label {str(value)!r} does not occur in the training data "
+                f"{where}, row {row}: the label {name!r} does not occur in the training data "
                 f"(its labels: {', '.join(names)})"
             )
-        return index[str(value)]
+        return index[name]
 
     return parse, names
+
+
+def _class_of(where: str, row: int, value: Any) -> str:
+    """The class that a label names.
+
+    Raises:
+        DataError: it names none.
+    """
+    name = str(value)
+    if isinstance(value, (list, tuple, Mapping, bytes)) or not name.strip():
+        raise DataError(f"{where}, row {row}: expected a label (a text or a number), found {value!r}")
+    if name.strip().lower() in ("nan", "<na>"):
+        # What writes tables puts these where a value is missing: there is no telling them from a class of that name.
+        raise DataError(
+            f"{where}, row {row}: expected a label, found {value!r}, which stands for a missing value; fill or remove "
+            "such rows, or where it is a class, write it otherwise, as 'not-a-number'"
+        )
+    return name
 
 
 def _numbers() -> tuple[Callable[[str, int, Any], float], tuple[str, ...]]:

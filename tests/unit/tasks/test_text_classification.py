@@ -103,3 +103,36 @@ def test_bad_input(tmp_path: Path, model_folder: Path) -> None:
         text_classification(model=str(tmp_path / "no-model"), train=path)
     with pytest.raises(DataError, match="one or two columns"):
         text_classification(model=model, train=path, text=())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            '{"text": "a", "label": 0}\n{"text": "the", "label": NaN}',
+            "row 2: expected a label, found nan, which stands",
+        ),
+        ('{"text": "a", "label": [0]}\n{"text": "the", "label": 1}', r"row 1: expected a label .*, found \[0\]"),
+        ('{"text": "a", "label": 0}\n{"text": "the", "label": {"a": 1}}', "row 2: expected a label .*, found {'a': 1}"),
+        ('{"text": "a", "label": 0}\n{"text": "the", "label": " "}', "row 2: expected a label .*, found ' '"),
+        ("text,label\na,good\nthe,NaN\n", "row 2: expected a label, found 'NaN'.*; .* as 'not-a-number'"),
+    ],
+)
+def test_labels_that_name_no_class(tmp_path: Path, model_folder: Path, content: str, message: str) -> None:
+    bad = tmp_path / ("bad.jsonl" if content.startswith("{") else "bad.csv")
+    bad.write_text(content)
+    with pytest.raises(DataError, match=message):
+        text_classification(model=str(model_folder), train=str(bad))
+    with pytest.raises(DataError, match=message):
+        text_classification(
+            model=str(model_folder), train=labelled(tmp_path / "a.csv", ("good", 0, 1)), validation=str(bad)
+        )
+
+
+def test_columns_that_are_given_twice(tmp_path: Path, model_folder: Path) -> None:
+    settings = {"model": str(model_folder), "train": labelled(tmp_path / "a.csv")}
+    with pytest.raises(DataError, match="text: expected two different columns, found 'text' twice"):
+        text_classification(**settings, text=("text", "text"))
+    for text in (("label",), ("text", "label")):
+        with pytest.raises(DataError, match="label: expected another column than the texts', found 'label' for both"):
+            text_classification(**settings, text=text)

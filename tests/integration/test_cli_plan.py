@@ -72,3 +72,17 @@ def test_what_cannot_be_planned(tmp_path: Path) -> None:
     assert "0 < budget <= 1, found 3.0" in refused("plan", "--model", config, "--budget", "3")
     assert "expected one of text-classification" in refused("plan", "--model", config, "--task", "speech")
     assert "expected a hub name, a folder or a config.json" in refused("plan", "--model", str(tmp_path / "nothing"))
+
+
+def test_what_train_would_refuse(tmp_path: Path) -> None:
+    from transformers import GPT2Config
+
+    save_inputs(tmp_path, rows=4)  # an encoder of 32 positions
+    encoder, decoder = tmp_path / "model", tmp_path / "gpt2"
+    GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=20, n_positions=32).save_pretrained(decoder)
+    for options in (["--model", str(encoder)], ["--model", str(decoder), "--task", "language-modelling"]):
+        found = refused("plan", *options, "--tokens", "33", "--device", "none")
+        assert "tokens: the model has 32 positions, found an example of 33 tokens; give --tokens 32 or less" in found
+        invoke("plan", *options, "--tokens", "32", "--device", "none")
+    found = refused("plan", "--model", str(encoder / "config.json"), "--task", "language-modelling", "--tokens", "16")
+    assert "expected a decoder, found BertLMHeadModel" in found

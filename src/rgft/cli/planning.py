@@ -25,6 +25,7 @@ from rgft.execution.views import bind
 from rgft.forecast import Forecast, Length, forecast
 from rgft.optimizer import kind_named
 from rgft.partition import partition
+from rgft.tasks.models import require_causal_kind, require_positions
 from rgft.telemetry.energy import DEFAULT_WATTS, OTHER_WATTS, energy_text
 
 if TYPE_CHECKING:
@@ -107,12 +108,17 @@ def plan(
         optimizer: by name; see `rgft.optimizer.KINDS`.
 
     Raises:
-        DataError, ConfigError: see `empty_model`; no optimizer has that name.
+        DataError, ConfigError: see `empty_model`; the model has fewer positions than `tokens`, or is to predict tokens
+            and is an encoder; no optimizer has that name.
         OptimizerError: its package is not installed.
         PartitionError: the model's layers cannot be found.
     """
     kind, stepping = DTYPES[dtype], kind_named(optimizer)
     whole = empty_model(model, task, labels=labels, dtype=kind)
+    if task == "language-modelling":
+        require_causal_kind(model, whole)
+    if task != "image-classification":
+        require_positions(whole, tokens, setting="tokens")
     batch = empty_batch(whole, task, rows=rows, tokens=tokens, dtype=kind)
     length = Length(steps=math.ceil(examples / rows), epochs=epochs)
     rates = None

@@ -6,11 +6,12 @@ what saves time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from rgft.errors import DataError
 from rgft.tasks.gguf import converted
@@ -117,19 +118,52 @@ def _require_causal(name: str, model: Any) -> None:
     inputs = torch.tensor([[1, 2], [1, 3]]) % model.config.get_text_config().vocab_size
     first = model(input_ids=inputs, attention_mask=torch.ones_like(inputs)).logits[:, 0].float()
     if not torch.allclose(first[0], first[1], rtol=1e-4, atol=1e-5 * float(first.abs().max())):
-        raise DataError(
-            f"{name}: expected a decoder, found {type(model).__name__}, which sees the tokens that it is to predict; "
-            "give a decoder (GPT, LLaMA, Qwen, …)"
-        )
+        raise _no_decoder(name, model)
 
 
-def require_positions(model: Any, examples: Iterable[Sequence[int]]) -> None:
-    """Raises DataError where the model has fewer positions than the longest example has tokens."""
-    longest, found = max(map(len, examples)), getattr(model.config, "max_position_embeddings", None)
-    if found is not None and longest > found:
+def require_causal_kind(name: str, model: Any) -> None:
+    """Raises DataError where the model is an encoder by its configuration: what can be said without weights."""
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
+    config = model.config
+    is_causal = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not is_causal:
+        raise _no_decoder(name, model)
+
+
+def _no_decoder(name: str, model: Any) -> DataError:
+    return DataError(
+        f"{name}: expected a decoder, found {type(model).__name__}, which sees the tokens that it is to predict; "
+        "give a decoder (GPT, LLaMA, Qwen, …)"
+    )
+
+
+def positions_of(model: Any) -> int | None:
+    """Tokens that an input may have; None where the model's positions are relative, or it does not say."""
+    config = model.config.get_text_config()
+    found = getattr(config, "max_position_embeddings", None)
+    if found is None or found < 1 or not getattr(config, "position_biased_input", True):  # DeBERTa's are relative
+        return None
+    for name, module in model.named_modules():
+        is_table = isinstance(module, nn.Embedding) and name.endswith("position_embeddings")
+        if is_table and module.padding_idx is not None:
+            return found - module.padding_idx - 1  # RoBERTa counts from after the padding's
+    return found
+
+
+def require_positions(model: Any, tokens: int, *, setting: str = "max_length") -> None:
+    """Raises DataError where the model has fewer positions than an example has tokens.
+
+    Args:
+        model: with or without weights.
+        tokens: of the longest example.
+        setting: by which their number is given.
+    """
+    found = positions_of(model)
+    if found is not None and tokens > found:
         raise DataError(
-            f"max_length: the model has {found} positions, found an example of {longest} tokens; give --max-length "
-            f"{found} or less"
+            f"{setting}: the model has {found} positions, found an example of {tokens} tokens; give "
+            f"--{setting.replace('_', '-')} {found} or less"
         )
 
 

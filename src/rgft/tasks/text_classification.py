@@ -15,7 +15,7 @@ from rgft.errors import DataError
 from rgft.tasks import metrics
 from rgft.tasks.base import PreparedTask
 from rgft.tasks.files import Row, read_rows
-from rgft.tasks.models import load_classifier, load_tokenizer
+from rgft.tasks.models import load_classifier, load_tokenizer, require_positions
 from rgft.tasks.split import stratified
 
 log = logging.getLogger("rgft")
@@ -72,6 +72,7 @@ def text_classification(
     network = load_classifier(
         model, labels=1 if regression else len(names), seed=seed, pad_token_id=tokenizer.pad_token_id, **settings
     )
+    require_positions(network, max(len(example["input_ids"]) for split in data.values() for example in split))
     return PreparedTask(
         model=network, processor=tokenizer, train=data["train"], validation=data["validation"], test=data.get("test"),
         collate=partial(collate, tokenizer), loss=regression_loss if regression else classification_loss,

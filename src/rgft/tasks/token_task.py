@@ -23,7 +23,7 @@ def token_task(model: str, tokenizer: Any, data: Mapping[str, Sequence[Mapping[s
         DataError: the model cannot be loaded, or has fewer positions than an example has tokens.
     """
     network = load_causal_lm(model, pad_token_id=tokenizer.pad_token_id)
-    require_positions(network, (example["input_ids"] for split in data.values() for example in split))
+    require_positions(network, max(len(example["input_ids"]) for split in data.values() for example in split))
     return PreparedTask(
         model=network, processor=tokenizer, train=data["train"], validation=data["validation"], test=data.get("test"),
         collate=TokenCollator(tokenizer.pad_token_id), loss=token_losses, loss_at_targets=TOKEN_LOSS_AT_TARGETS,

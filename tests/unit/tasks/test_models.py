@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rgft.errors import DataError
-from rgft.tasks.models import load_causal_lm, load_classifier
+from rgft.tasks.models import load_causal_lm, load_classifier, positions_of, require_causal_kind
 from tests.decoders import save_decoder
 
 
@@ -62,3 +62,49 @@ def test_other_kinds_of_decoders_pass(tmp_path: Path) -> None:
     ).save_pretrained(tmp_path / "mixtral")
     for name in ("gpt2", "mixtral"):
         assert load_causal_lm(str(tmp_path / name), pad_token_id=3).config.pad_token_id is not None
+
+
+SHAPE = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 24, "vocab_size": 20}
+
+
+def test_positions_are_as_many_as_an_input_may_have_tokens() -> None:
+    from transformers import (
+        BertConfig,
+        BertModel,
+        DebertaV2Config,
+        DebertaV2Model,
+        GPT2Config,
+        GPT2Model,
+        OPTConfig,
+        OPTModel,
+        RobertaConfig,
+        RobertaModel,
+    )
+
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 20}
+    opt = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 24, "vocab_size": 20}
+    models = (
+        (BertModel(BertConfig(**SHAPE, max_position_embeddings=12)), 12),
+        (RobertaModel(RobertaConfig(**SHAPE, max_position_embeddings=12, pad_token_id=1)), 10),
+        (GPT2Model(GPT2Config(**sizes, n_positions=12)), 12),
+        (OPTModel(OPTConfig(**opt, word_embed_proj_dim=16, max_position_embeddings=12)), 12),
+    )
+    for model, expected in models:
+        assert positions_of(model) == expected
+        model(input_ids=torch.full((1, expected), 5))
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=torch.full((1, expected + 1), 5))
+    relative = DebertaV2Model(
+        DebertaV2Config(**SHAPE, max_position_embeddings=12, position_biased_input=False, relative_attention=True)
+    )
+    assert positions_of(relative) is None
+    relative(input_ids=torch.full((1, 20), 5))
+
+
+def test_encoders_are_known_by_their_configuration() -> None:
+    from transformers import BertConfig, BertLMHeadModel, MixtralConfig, MixtralForCausalLM
+
+    with pytest.raises(DataError, match="name: expected a decoder, found BertLMHeadModel, which sees the tokens"):
+        require_causal_kind("name", BertLMHeadModel(BertConfig(**SHAPE)))
+    require_causal_kind("name", BertLMHeadModel(BertConfig(**SHAPE, is_decoder=True)))
+    require_causal_kind("name", MixtralForCausalLM(MixtralConfig(**SHAPE, num_key_value_heads=1, num_local_experts=2)))

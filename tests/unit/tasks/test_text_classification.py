@@ -76,6 +76,15 @@ def test_long_texts_are_cut_and_counted(tmp_path: Path, model_folder: Path, capl
     assert "are longer than 6 tokens and are cut" in caplog.text
 
 
+def test_texts_longer_than_the_model_takes(tmp_path: Path, model_folder: Path) -> None:
+    path = labelled(tmp_path / "a.csv", repeats=40)
+    with pytest.raises(
+        DataError, match=r"max_length: the model has 32 positions, found an example of .* --max-length 32"
+    ):
+        text_classification(model=str(model_folder), train=path, max_length=500)
+    text_classification(model=str(model_folder), train=path, max_length=32)
+
+
 def test_new_weights_depend_on_the_seed_alone(tmp_path: Path, model_folder: Path) -> None:
     path = labelled(tmp_path / "a.csv", ("a", "b", "c"))
     weights = [

@@ -5,6 +5,7 @@ import random
 import time
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -236,6 +237,38 @@ def test_model_is_put_back_when_the_forward_pass_fails() -> None:
         trace_costs(model, by_module(model, {"0": 1}), torch.randn(2, 5), sum_loss)
     assert not model.training
     assert not model[0].bias.requires_grad
+
+
+class Classifier(nn.Module):
+    """Of texts of 7 tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(9, 4), nn.Linear(4, 2)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Any:
+        if input_ids.shape[1] != 7:
+            raise ValueError("another length")
+        logits = self.head(self.embedding(input_ids).mean(1))
+        return SimpleNamespace(loss=None if labels is None else F.cross_entropy(logits, labels))
+
+
+def test_a_forward_pass_that_fails_is_told_from_one_that_fails_on_other_sizes() -> None:
+    model = Classifier()
+    partition = by_module(model, {"embedding": 0, "head": 1})
+    ids = torch.zeros(4, 7, dtype=torch.long)
+    with pytest.raises(
+        RGFTError, match=r"failed on 4 rows × 7 tokens, the example batch as it is: IndexError: Target 5"
+    ):
+        trace_costs(model, partition, {"input_ids": ids, "labels": torch.tensor([0, 5, 1, 0])})
+    with pytest.raises(ConfigError, match="returned no loss for a batch with input_ids; add labels"):
+        trace_costs(model, partition, {"input_ids": ids})
+    with pytest.raises(ConfigError, match="loss: expected a tensor, found NoneType; models return none"):
+        trace_costs(model, partition, {"input_ids": ids}, lambda model, batch: model(**batch).loss)
+    with pytest.raises(
+        RGFTError, match=r"made from the example batch: ValueError: another length; give an example batch"
+    ):
+        trace_costs(model, partition, {"input_ids": ids, "labels": torch.tensor([0, 1, 1, 0])})
 
 
 def test_round_trip_through_json(mlp_costs: CostModel) -> None:

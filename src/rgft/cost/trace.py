@@ -70,7 +70,7 @@ def trace_costs(
     shape = BatchShape.of(batch)
     small = replace(shape, rows=min(shape.rows, TRACE_ROWS))
     parts = _lengths(small)
-    run = _Run(model, partition, weights, loss or _model_loss, elementwise)
+    run = _Run(model, partition, weights, loss or _model_loss, elementwise, example=batch)
     shapes = [small.scaled(n) for n in parts[:3]]
     dropless: tuple[Operation, ...] = ()
     with undisturbed(model):
@@ -124,9 +124,10 @@ class _Run:
 
     def __init__(
         self, model: nn.Module, partition: Partition, weights: Mapping[int, WeightInfo], loss: Loss,
-        elementwise: Collection[str],
+        elementwise: Collection[str], example: Any,
     ) -> None:  # fmt: skip
         self.model, self.loss, self.weights, self.elementwise = model, loss, weights, elementwise
+        self.example = example
         self.components = partition.components
         self.after_layers = len(partition.layers) + 1
 
@@ -168,15 +169,37 @@ class _Run:
 
     def _forward(self, batch: Any, shape: BatchShape) -> Tensor:
         try:
-            return self.loss(self.model, batch)
+            return self._loss_of(batch)
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
             if isinstance(error, RGFTError):
                 raise
+            self._require_example()
             raise RGFTError(
                 f"the forward pass failed on {shape.rows} rows × {shape.tokens or 1} tokens made from the example "
                 f"batch: {type(error).__name__}: {error}; give an example batch with more tokens, or one whose encoder "
                 "and decoder lengths have a common divisor"
             ) from error
+
+    def _require_example(self) -> None:
+        """Raises RGFTError where the example batch fails as it is: then its size is not the cause."""
+        try:
+            self._loss_of(self.example)
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, RGFTError):
+                raise
+            shape = BatchShape.of(self.example)
+            raise RGFTError(
+                f"the forward pass failed on {shape.rows} rows × {shape.tokens or 1} tokens, the example batch as it "
+                f"is: {type(error).__name__}: {error}; give a batch that model and loss take (its inputs, its labels)"
+            ) from error
+
+    def _loss_of(self, batch: Any) -> Tensor:
+        loss = self.loss(self.model, batch)
+        if not isinstance(loss, Tensor):
+            raise ConfigError(
+                f"loss: expected a tensor, found {type(loss).__name__}; models return none for a batch without labels"
+            )
+        return loss
 
 
 def _model_loss(model: nn.Module, batch: Any) -> Tensor:

@@ -47,10 +47,14 @@ def _read_file(path: Path, columns: Sequence[str]) -> list[Row]:
     if not path.is_file():
         raise DataError(f"{path}: expected a file, found {'a folder' if path.is_dir() else 'nothing'} there")
     try:
+        if path.suffix in _SUFFIXES and path.stat().st_size == 0:
+            raise DataError(f"{path}: expected rows, found an empty file; check what wrote it")
         if path.suffix in _DELIMITERS:
             with path.open(encoding="utf-8-sig", newline="") as file, _long_fields():
                 reader = csv.DictReader(file, delimiter=_DELIMITERS[path.suffix], strict=True)
-                require_columns(str(path), columns, reader.fieldnames or ())
+                if not reader.fieldnames:
+                    raise DataError(f"{path}: expected a header with the names of the columns, found an empty line")
+                require_columns(str(path), columns, reader.fieldnames)
                 return [_picked(path, number, row, columns) for number, row in enumerate(reader, start=2)]
         if path.suffix == ".jsonl":
             return _read_jsonl(path, columns)

@@ -41,5 +41,30 @@ def stratified(
         second += [row for group in members[:count] for row in group]
         first += [row for group in members[count:] for row in group]
     if not first or not second:
-        raise DataError(f"{len(rows)} rows are too few to hold out {held_out:.0%} of them; give a file of its own")
+        largest = max((len(members) for members in by_label.values()), default=0)
+        raise DataError(
+            f"{_why_not(len(rows), len(groups), len(by_label), largest, held_out)}; give validation data "
+            "(--validation), more examples, or another share (held_out)"
+        )
     return first, second
+
+
+def _why_not(rows: int, different: int, labels: int, largest: int, held_out: float) -> str:
+    """Why a part is empty.
+
+    Args:
+        rows: how many there are.
+        different: how many of them differ.
+        labels: how many there are.
+        largest: how many different rows the most frequent label has.
+        held_out: share of the second part.
+    """
+    share = f"{held_out:.0%}"
+    if rows > 1 and different == 1:
+        return f"expected examples that differ, of which {share} are held out; found the same one in all {rows} rows"
+    if labels > 1 and 0 < round(held_out * different) < different:
+        return (
+            f"expected labels that have enough examples to hold out {share} of each; found {labels} labels with at "
+            f"most {largest} different examples each, in {rows} rows (is this the column with labels?)"
+        )
+    return f"{different} different examples (in {rows} rows) are too few to hold out {share} of them"

@@ -41,6 +41,12 @@ def test_a_missing_column_names_the_nearest(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("a.csv", b"", r"a\.csv: expected rows, found an empty file"),
+        ("a.jsonl", b"", "found an empty file"),
+        ("a.parquet", b"", "found an empty file"),
+        ("a.txt", b"", "found an empty file"),
+        ("a.csv", b"\n\n", "expected a header with the names of the columns, found an empty line"),
+        ("a.csv", b"\xef\xbb\xbf", "expected a header with the names of the columns"),
         ("a.csv", b"text,label\n", "expected at least one row"),
         ("a.csv", b"text,label\na\n", "line 2: expected as many fields"),
         ("a.csv", b"text,label\na,b,c\n", "line 2: expected as many fields"),

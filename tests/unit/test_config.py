@@ -342,6 +342,26 @@ def test_overrides_are_typed_and_leave_the_data_alone() -> None:
     assert config.stability.always_on == ("classifier",)
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("[prompt,answer]", ["prompt", "answer"]),
+        ("[ prompt , answer ]", ["prompt", "answer"]),
+        ('["prompt", "answer"]', ["prompt", "answer"]),
+        ("[prompt]", ["prompt"]),
+        ("[a,.5,3,true]", ["a", 0.5, 3, True]),
+        ("[]", []),
+        ("[a,]", "[a,]"),
+        ("[ ]", []),
+        ("[[a],b]", "[[a],b]"),
+        ("['a','b']", "['a','b']"),
+        ("[a", "[a"),
+    ],
+)
+def test_lists_of_texts_need_no_quotes(text: str, value: object) -> None:
+    assert apply_overrides({}, [f"messages={text}"]) == {"messages": value}
+
+
 def test_overrides_below_shorthands() -> None:
     assert apply_overrides({"mask": "energy"}, ["mask.rho=.9"]) == {"mask": {"name": "energy", "rho": 0.9}}
     assert apply_overrides({"mask": {"name": "energy", "rho": 1}}, ["mask=random", "mask.q=.1"]) == {

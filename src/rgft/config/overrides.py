@@ -12,13 +12,16 @@ from rgft.errors import ConfigError
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
+#: A list whose texts stand without quotes, which shells take away.
+_PLAIN_LIST = re.compile(r"\[([^][{}\"']+)\]")
+
 
 def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """A copy of `data` in which each `key.path=value` is set; later ones win.
 
-    Values are read as JSON (`3`, `1e-3`, `true`, `null`, `["a"]`, `{"x": 1}`), numbers also as `.5`, `5.` or `+5`;
-    everything else is text. Below a stage that is a name alone (`mask: energy`), `mask.rho=.9` sets its settings; a
-    stage named anew (`mask=energy`) loses those that it had.
+    Values are read as JSON (`3`, `1e-3`, `true`, `null`, `["a"]`, `{"x": 1}`), numbers also as `.5`, `5.` or `+5`,
+    texts in a list also without quotes (`[a,b]`); everything else is text. Below a stage that is a name alone
+    (`mask: energy`), `mask.rho=.9` sets its settings; a stage named anew (`mask=energy`) loses those that it had.
 
     Raises:
         ConfigError: overrides without a key or `=`, or below something that is no group; all of them at once.
@@ -62,7 +65,9 @@ def parsed(text: str) -> Any:
         # NaN and Infinity are no JSON: left as text, to be refused where a number is expected.
         return json.loads(text, parse_constant=lambda constant: constant)
     except json.JSONDecodeError:
-        return text
+        found = _PLAIN_LIST.fullmatch(text)
+        items = [item.strip() for item in found[1].split(",")] if found else [""]
+        return [parsed(item) for item in items] if all(items) else text
 
 
 def _copied(value: Any) -> Any:

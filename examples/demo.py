@@ -33,12 +33,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--short", action="store_true", help="320 sentences, and more probes than their share")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--lr", type=float, default="auto", help="learning rate  [default: by rule]")
+    parser.add_argument("--lr", type=float, help="learning rate  [default: by rule]")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
     arguments = parser.parse_args()
 
     task = demo_task(train_size=320 if arguments.short else 2000, seed=arguments.seed)
-    settings = Settings(lr=arguments.lr, epochs=3)
+    settings = Settings(lr=arguments.lr or "auto", epochs=3)
     # A look more than by default, for the picture; 1.5 % of a short run would not pay for one.
     probe = {"max_fraction": 0.15 if arguments.short else 0.015}
     config = Config(budget=BUDGET, classifier_lr_multiplier=10.0, seed=arguments.seed, probe=probe)

@@ -110,7 +110,7 @@ class Finals:
     def rates(self) -> str:
         """Learning rates of the runs: chosen before them, or found in them."""
         rates = sorted({float(result.get("found_lr", result["lr"])) for result in self.by_seed.values()})
-        return "/".join(f"{rate:g}" for rate in rates)
+        return f"{rates[0]:g}" if len(rates) == 1 else f"{rates[0]:g} to {rates[-1]:g}"
 
 
 def final_results(folder: Path) -> dict[Group, list[Finals]]:

@@ -25,9 +25,9 @@ def markdown(folder: Path) -> str:
             for budget in sorted({finals.budget for finals in contenders})
         ]
     note = (
-        "Test split, mean ± standard deviation over seeds; learning rates chosen on validation data with other seeds; "
-        "differences with 95 % intervals, paired by seed. Seconds are in the result files; they are comparable only "
-        "where nothing else ran beside."
+        "Test split, mean ± standard deviation over seeds; learning rates chosen on validation data with other seeds, "
+        "of contenders named -auto by rule, untuned; differences with 95 % intervals, paired by seed. Seconds are in "
+        "the result files; they are comparable only where nothing else ran beside."
     )
     return "\n\n".join([*tables, note])
 

@@ -168,7 +168,7 @@ class Run:
             self._suit_lr()
         self.task.model.train()
         started = time.perf_counter()
-        is_saved = self.settings.is_lr_searched and self.search is None and self._search(started)
+        is_saved = settings.is_lr_searched and self.search is None and self._search(started)
         if not (self.was_stopped or self._is_over):
             self._advance(started)
         if self._is_over and guide.step_count == 0:
@@ -188,7 +188,7 @@ class Run:
     def _suit_lr(self) -> None:
         """Follows the rule, first by what a cut usually buys, and for good once the cut is known."""
         guide = self.guide
-        if self._is_lr_settled:
+        if self._is_lr_settled or (guide.is_measuring and guide.step_count > 1):
             return
         passes = guide.passes * (CUT_BUYS if guide.is_measuring else 1.0)
         lr = self.rate_for(passes)

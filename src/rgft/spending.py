@@ -262,16 +262,9 @@ class Spending:
         return max(shares, default=0.0)
 
     def pays_for(
-        self,
-        plan: UpdatePlan,
-        step: int,
-        batch: Any,
-        ids: Sequence[int] | None,
-        *,
-        batches: int,
-        is_hit: bool,
+        self, plan: UpdatePlan, step: int, batch: Any, ids: Sequence[int] | None, *, batches: int, is_hit: bool,
         beside: float = 0.0,
-    ) -> bool:
+    ) -> bool:  # fmt: skip
         """Whether it still pays for a step on such batches, and for `beside` FLOPs.
 
         Args:

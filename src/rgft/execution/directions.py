@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer, SparseAdam
+from torch.optim import SGD, Adam, AdamW, Optimizer, SparseAdam
 from torch.utils.hooks import RemovableHandle
 
 from rgft.blocks import Rows, RowSample
@@ -69,7 +69,7 @@ class Directions:
         if not pairs:
             return
         parameter, group = min(pairs, key=lambda pair: pair[0].numel())
-        reason = "all parameters make one step together" if isinstance(optimizer, LBFGS | SparseAdam) else None
+        reason = "all parameters make one step together" if isinstance(optimizer, SparseAdam) else None
         try:
             if reason is None:
                 dry_step(optimizer, group, parameter, torch.zeros_like(parameter))

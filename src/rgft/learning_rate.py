@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from rgft.architectures.adapters import adapter_of, adapter_paths
+from rgft.architectures.matrices import has_matrix, matrix_size
 
 #: AdamW's rate for a run of up to one pass, and the width that it suits.
 REFERENCE_RATE, REFERENCE_WIDTH = 3e-4, 384
@@ -33,8 +34,8 @@ def usual_rate(model: nn.Module, *, passes: float = 1.0, factor: float = 1.0, by
     """
     carriers = adapter_paths(model)
     widths = [
-        _inputs(module) for path, module in model.named_modules()
-        if _is_matrix(module) and adapter_of(f"{path}.weight", carriers) is None
+        matrix_size(module)[0] for path, module in model.named_modules()
+        if has_matrix(module) and adapter_of(f"{path}.weight", carriers) is None
     ]  # fmt: skip
     width = median(widths) if widths else REFERENCE_WIDTH
     rate = factor * REFERENCE_RATE * REFERENCE_WIDTH / width / max(1.0, passes) ** POWER
@@ -47,15 +48,3 @@ def scale_rates(optimizer: Optimizer, scheduler: LRScheduler, factor: float) -> 
         group["lr"] *= factor
         group["initial_lr"] *= factor
     scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
-
-
-def _is_matrix(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, nn.Parameter) and weight.dim() > 1 and not isinstance(module, nn.Embedding)
-
-
-def _inputs(module: nn.Module) -> int:
-    """How many numbers an output is a sum over."""
-    weight = module.get_parameter("weight")
-    outputs = getattr(module, "nf", weight.shape[0])  # Transformers' Conv1D has its outputs last
-    return weight.numel() // outputs

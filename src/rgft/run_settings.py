@@ -64,7 +64,7 @@ class Settings:
                     "lr",
                     "numbers > 0, each once, 'auto' or 'search'",
                     self.lr,
-                    self.lr in ("auto", "search") or are_rates(self.lr if isinstance(self.lr, tuple) else (self.lr,)),
+                    self.lr in ("auto", "search") or are_rates(self._given_lrs),
                 ),
                 ("epochs", "a number > 0", self.epochs, self.epochs > 0),
                 ("batch_size", "an integer >= 1", self.batch_size, self.batch_size >= 1),
@@ -90,12 +90,16 @@ class Settings:
         """What a run begins with: the rate that is given, the lower of the middle ones, or `usual_rate`."""
         if isinstance(self.lr, str):
             return usual_rate(model, passes=passes, factor=KINDS[self.optimizer].rate_factor, by_pairs=by_pairs)
-        return first_rate(self.lr if isinstance(self.lr, tuple) else (self.lr,))
+        return first_rate(self._given_lrs)
 
     def candidate_lrs(self, usual: float) -> tuple[float, ...]:
         """The rates that a search may choose from, where the rule's is `usual`."""
         if isinstance(self.lr, str):
             return tuple(float(f"{times * usual:.2g}") for times in FACTORS)
+        return self._given_lrs
+
+    @property
+    def _given_lrs(self) -> tuple[Any, ...]:
         return self.lr if isinstance(self.lr, tuple) else (self.lr,)
 
 

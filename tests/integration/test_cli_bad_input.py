@@ -218,6 +218,7 @@ def test_a_run_from_before_inputs_were_kept_goes_on(unfinished: Path) -> None:
     del config["inputs"]
     file.write_text(json.dumps(config))
     invoke("train", "--resume", "--output", str(unfinished / "run"), "--quiet")
+    assert list(RunFolder.open(unfinished / "run").read_records())[-1].type == "end"
 
 
 def test_a_disk_that_fills_up_during_the_run(

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from rgft.architectures.matrices import is_transposed, linear_size
 from rgft.architectures.patterns import BlockPattern, Projection, find, unwrapped
 from rgft.errors import PartitionError
 
@@ -59,10 +60,9 @@ def _linear(layer: nn.Module, path: str, weight: str = "weight", bias: str = "bi
     if weight != "weight":  # nn.MultiheadAttention holds a bare parameter
         outputs, inputs = getattr(module, weight).shape
         return _Linear(f"{path}.{weight}", bias_name, 0, inputs, outputs)
-    if hasattr(module, "in_features") and hasattr(module, "out_features"):
-        return _Linear(f"{path}.weight", bias_name, 0, int(module.in_features), int(module.out_features))
-    if hasattr(module, "nx") and hasattr(module, "nf"):  # Conv1D of GPT-2 stores its weight transposed
-        return _Linear(f"{path}.weight", bias_name, 1, int(module.nx), int(module.nf))
+    size = linear_size(module)
+    if size is not None:
+        return _Linear(f"{path}.weight", bias_name, 1 if is_transposed(module) else 0, *size)
     raise PartitionError(
         f"expected a Linear or Conv1D at {path!r}, found {type(module).__name__}, whose rows and columns are unknown"
     )

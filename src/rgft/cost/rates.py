@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rgft.architectures.matrices import has_matrix, matrix_size
 from rgft.cost.elements import Elements, count_elements
 from rgft.optimizer import KINDS, Kind
 
@@ -32,7 +33,6 @@ REPEATS = 15
 OPERANDS = 256 << 20
 #: Rows and columns of the weights that the optimizer is timed on.
 MATRIX = 1024
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 #: Elements of the largest tensor that is timed by itself: well above `FRESH_BYTES`.
 LARGE = 32 << 20
 #: Tensors that elementwise work is timed on at once, as many as no cache holds with what backward needs of them.
@@ -145,25 +145,18 @@ def product_shapes(model: nn.Module, run: Callable[[], object]) -> Mapping[Shape
     flops: Counter[Shape] = Counter()
 
     def note(module: nn.Module, args: Any, output: Tensor) -> None:
-        outputs = output.shape[1 if isinstance(module, _CONVOLUTIONS) else -1]
-        weight: Any = module.weight
-        rows, inputs = output.numel() // outputs, weight.numel() // outputs
+        inputs, outputs = matrix_size(module)
+        rows = output.numel() // outputs
         shape = min(rows, MOST_ROWS), min(inputs, MOST_WIDTH), min(outputs, MOST_WIDTH)
         flops[shape] += 2 * rows * inputs * outputs
 
-    handles = [module.register_forward_hook(note) for module in model.modules() if _is_product(module)]
+    handles = [module.register_forward_hook(note) for module in model.modules() if has_matrix(module)]
     try:
         run()
     finally:
         for handle in handles:
             handle.remove()
     return {shape: float(made) for shape, made in flops.most_common(MOST_SHAPES)} or SHAPES
-
-
-def _is_product(module: nn.Module) -> bool:
-    """Linear layers, Transformers' Conv1D among them, and convolutions: what has a matrix and is no table."""
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, nn.Parameter) and weight.dim() > 1 and not isinstance(module, nn.Embedding)
 
 
 def _measure_optimizer(device: torch.device, dtype: torch.dtype, kind: Kind) -> float:

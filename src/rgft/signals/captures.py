@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rgft.architectures.matrices import is_transposed, linear_size
 from rgft.components import Component, ParameterSlice
 from rgft.signals.base import Probe
 
@@ -51,9 +52,9 @@ class Captured:
 
 def input_dimension(module: nn.Module) -> int | None:
     """Dimension of the weight that the module's input meets: 1 in a Linear, 0 in a Conv1D; None in anything else."""
-    if hasattr(module, "in_features") and hasattr(module, "out_features"):
-        return 1
-    return 0 if hasattr(module, "nf") and hasattr(module, "nx") else None
+    if linear_size(module) is None:
+        return None
+    return 0 if is_transposed(module) else 1
 
 
 def module_of(model: nn.Module, parameter: str) -> nn.Module:

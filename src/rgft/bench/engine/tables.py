@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from rgft.bench.engine.overheads import runner as overheads
 from rgft.bench.engine.results import read_results
@@ -20,7 +18,10 @@ def steps(folder: Path) -> str:
     Raises:
         DataError: there are none.
     """
-    results = read_results(folder, SCHEMA, of="engine bench")
+    return _steps(read_results(folder, SCHEMA, of="engine bench"))
+
+
+def _steps(results: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         "| workload | step | FLOPs | time | gradients + moments + activations | time of predicted |",
         "|---|---|---|---|---|---|",
@@ -43,12 +44,9 @@ def markdown(folder: Path) -> str:
     tables: list[str] = []
     results = read_results(folder, SCHEMA, of="engine bench")
     for (workload, device), group in groupby(results, key=lambda result: (result["workload"], result["device"])):
-        result = next(group)
-        place = _place(result["environment"], device)
-        tables += [
-            f"**{workload}, {result['rows']} rows, {result['dtype']}, {place}**",
-            steps(folder / f"{workload}-{torch.device(device).type}"),
-        ]
+        cells = list(group)
+        place = _place(cells[0]["environment"], device)
+        tables += [f"**{workload}, {cells[0]['rows']} rows, {cells[0]['dtype']}, {place}**", _steps(cells)]
     return "\n\n".join([*tables, "**What RGFT itself costs**", overheads.table(folder)])
 
 

@@ -208,7 +208,7 @@ def test_a_run_goes_on_with_the_inputs_that_it_was_started_with(
     before = {path: path.read_bytes() for path in (unfinished / "run").rglob("*") if path.is_file()}
     found = refused("train", "--resume", "--output", str(unfinished / "run"), "--quiet")
     assert message in found
-    assert "bring them back, or start anew with --overwrite" in found
+    assert "bring them back, or start anew in another folder" in found
     assert {path: path.read_bytes() for path in (unfinished / "run").rglob("*") if path.is_file()} == before
 
 

@@ -85,12 +85,11 @@ def test_a_trial_is_the_run_that_rgft_train_makes_of_it(inputs: list[str], tmp_p
     assert all(torch.equal(value, alone[key]) for key, value in trained(Path(report["best"]["output"])).items())
 
 
-def test_an_interrupted_sweep_goes_on(inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A signal ends the second trial of a sweep; how many were begun."""
     import rgft.cli.sweep as module
 
-    more = ("--search", "lr=1e-4:1e-2", "--trials", "3", "--budget", "0.3", "--epochs", "1")
-    whole = swept(inputs, tmp_path / "whole", *more)
-    assert len({trial["searched"]["lr"] for trial in whole["trials"]}) == 3
     run, runs = module.run_training, []
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
@@ -100,13 +99,34 @@ def test_an_interrupted_sweep_goes_on(inputs: list[str], tmp_path: Path, monkeyp
         return run(*args, **kwargs)
 
     monkeypatch.setattr(module, "run_training", interrupted)
+    return runs
+
+
+def test_an_interrupted_sweep_goes_on(inputs: list[str], tmp_path: Path, runs: list[int]) -> None:
+    more = ("--search", "lr=1e-4:1e-2", "--trials", "3", "--budget", "0.3", "--epochs", "1")
     output = ("--output", str(tmp_path / "parts"))
     refused("sweep", *inputs, *output, *more, code=130, said="interrupted")
     assert len(json.loads((tmp_path / "parts" / "sweep.json").read_text())["trials"]) == 1
     again = json.loads(invoke("sweep", *inputs, *output, *more, "--resume", "--json", "--quiet").stdout)
     assert len(runs) == 4
+    whole = swept(inputs, tmp_path / "whole", *more)
+    assert len({trial["searched"]["lr"] for trial in whole["trials"]}) == 3
     assert [t["searched"] for t in again["trials"]][:2] == [t["searched"] for t in whole["trials"]][:2]
     assert len(again["trials"]) == 3
+
+
+def test_a_sweep_does_not_go_on_with_other_data(inputs: list[str], tmp_path: Path, runs: list[int]) -> None:
+    place = inputs.index("--data") + 1
+    data = Path(shutil.copy(inputs[place], tmp_path))
+    mine = (*inputs[:place], str(data), *inputs[place + 1 :])
+    more = ("--output", str(tmp_path / "sweep"), "--search", "lr=1e-4,1e-3", "--epochs", "1")
+    refused("sweep", *mine, *more, code=130, said="interrupted")
+    before = (tmp_path / "sweep" / "sweep.json").read_bytes()
+    rows = data.read_text().splitlines()
+    data.write_text("\n".join([rows[0], *reversed(rows[1:])]) + "\n")
+    assert "training data" in refused("sweep", *mine, *more, "--resume")
+    assert len(runs) == 2
+    assert (tmp_path / "sweep" / "sweep.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(

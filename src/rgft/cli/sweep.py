@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rgft.cli.failures import Interrupted
+from rgft.cli.preparing import prepare_task
 from rgft.cli.request import SECTION, Request, read_request
-from rgft.cli.train import run_training
+from rgft.cli.train import check_inputs, run_training
 from rgft.errors import ConfigError, NonFiniteError
 from rgft.telemetry.atomic_write import write_bytes
+from rgft.telemetry.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from optuna import Trial
@@ -110,7 +112,8 @@ def sweep(
         resume: go on with the sweep in the folder.
 
     Raises:
-        RGFTError: anything given is wrong (before any trial), or a trial failed.
+        RGFTError: anything given is wrong (before any trial; that the data are other ones than those of the trials
+            that there are is wrong, too), or a trial failed.
     """
     _check(dimensions, output, resume=resume)
     count = _number(dimensions, trials)
@@ -139,6 +142,10 @@ def sweep(
     except OSError as error:
         raise ConfigError(f"--output: expected a folder, found {output}: {error.strerror or error}") from error
     results: list[dict[str, Any]] = [] if known is None else known["trials"]
+    if results and len(results) < count:
+        first = results[0]
+        task = prepare_task(request(first["searched"], cache).settings)
+        check_inputs(RunFolder(_folder(output, first["trial"])), task)
     _write(output, about, results)
     study = _study(output, given.settings.seed)
     if known is None and all(dimension.choices for dimension in dimensions):
@@ -218,7 +225,7 @@ def _failed() -> Any:
 
 
 def _run(trial: Trial, request: Request, output: Path, *, console: Console, quiet: bool) -> dict[str, Any]:
-    folder = output / f"trial-{trial.number:03d}"
+    folder = _folder(output, trial.number)
     try:
         report = run_training(request, folder, resume=False, overwrite=True, console=console, quiet=quiet)
     except Interrupted as error:
@@ -227,6 +234,10 @@ def _run(trial: Trial, request: Request, output: Path, *, console: Console, quie
         log.warning("trial %d diverged: %s", trial.number, error)
         return {"trial": trial.number, "searched": dict(trial.params), "loss": None, "output": str(folder)}
     return _result(trial.number, trial.params, report)
+
+
+def _folder(output: Path, number: int) -> Path:
+    return output / f"trial-{number:03d}"
 
 
 def _result(number: int, params: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def run_training(
     with watching(console, quiet=quiet) as observers:
         task = prepare_task(request.settings)
         if resume:
-            _require_same_inputs(RunFolder(output), task)
+            check_inputs(RunFolder(output), task)
         run = _run(task, request)
         run.observers.extend(observers)
         try:
@@ -98,7 +98,12 @@ def run_training(
             run.close()
 
 
-def _require_same_inputs(folder: RunFolder, task: PreparedTask) -> None:
+def check_inputs(folder: RunFolder, task: PreparedTask) -> None:
+    """Makes sure that the task is what the run in the folder was made from.
+
+    Raises:
+        DataError: it is not.
+    """
     then = folder.read_json(CONFIG).get(INPUTS)
     if then is not None:
         require_same_inputs(then, task, str(folder.path))

@@ -62,7 +62,7 @@ def require_same_inputs(then: Mapping[str, Any], task: PreparedTask, where: str)
     if found:
         raise DataError(
             f"{where}: the run was started on other inputs; what differs: {'; '.join(found)}. --resume goes on with "
-            "the same ones: bring them back, or start anew with --overwrite"
+            "the same ones: bring them back, or start anew in another folder"
         )
 
 

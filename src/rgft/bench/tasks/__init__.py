@@ -46,7 +46,7 @@ class BenchTask:
 TASKS: Mapping[str, BenchTask] = {
     "rotten_tomatoes": BenchTask(title="Rotten Tomatoes", source="movie reviews", prepare=demo_task),
     "sst2": BenchTask(title="SST-2", source="movie reviews", prepare=glue.sst2),
-    "cola": BenchTask(title="CoLA", source="CoLA", prepare=glue.cola),
+    "cola": BenchTask(title="CoLA", source="CoLA", prepare=glue.cola, metric="matthews"),
     "mrpc": BenchTask(title="MRPC", source="MRPC", prepare=glue.mrpc),
     "bbc": BenchTask(title="BBC news", source="BBC", prepare=news.bbc),
     "newsgroups": BenchTask(title="20 Newsgroups", source="newsgroups", prepare=news.newsgroups),

@@ -72,7 +72,7 @@ def find_pair_sites(
     Raises:
         ConfigError: no component can take pairs, some component cannot, or the signal is none of pairs.
     """
-    settings = config.update.low_rank
+    settings = config.update.pairs
     if settings is None:
         return {}
     if signal is not None and (signal.needs_initial or signal.name in SIGNALS_OF_WEIGHTS):
@@ -90,7 +90,7 @@ def attach_pairs(
     config: Config, model: nn.Module, binding: Binding, sites: Mapping[str, tuple[PairSite, ...]]
 ) -> LowRank | None:
     """Gives a bound model the configured low-rank pairs; None without any."""
-    settings = config.update.low_rank
+    settings = config.update.pairs
     if settings is None:
         return None
     return LowRank(

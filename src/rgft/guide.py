@@ -93,10 +93,10 @@ class Guide(GuidedRun):
                 groups of its own (optimizers that count steps in groups).
         """
         head_rate = lr * self.config.classifier_lr_multiplier if classifier_lr is None else classifier_lr
-        low_rank = self.config.update.low_rank
+        pairs = self.config.update.pairs
         return param_groups(
             self.model, self._binding, lr=lr, classifier_lr=head_rate, weight_decay=weight_decay, decays=decays, by=by,
-            pair_lr_multiplier=1.0 if low_rank is None else low_rank.lr_multiplier,
+            pair_lr_multiplier=1.0 if pairs is None else float(pairs.lr_multiplier),
         )  # fmt: skip
 
     def make_optimizer(

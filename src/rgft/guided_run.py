@@ -25,6 +25,7 @@ from rgft.execution.target_positions import TargetLoss
 from rgft.execution.views import bind
 from rgft.measurement import Measurement
 from rgft.memory import MemoryKeeper
+from rgft.parameterisation import spelled_out
 from rgft.partition import partition
 from rgft.plan import RunPlan, UpdatePlan
 from rgft.prober import Prober
@@ -52,9 +53,10 @@ class GuidedRun:
         if not any(p.requires_grad for p in model.parameters()):
             raise AttachError("no parameter of the model requires gradients, so there is nothing to fine-tune")
         self.model = model
-        self.config = checked(config).resolved()
+        config = checked(config).resolved()
         self._loss = TrainingLoss(loss or model_loss, loss_at_targets)
-        self.partition = partition(model, self.config.granularity, ffn_blocks=self.config.ffn_blocks)
+        self.partition = partition(model, config.granularity, ffn_blocks=config.ffn_blocks)
+        self.config = spelled_out(config, model, self.partition)
         matching(self.partition, self.config.stability.always_on, setting="stability.always_on")
         self._refuse_mean(loss)
         policy, signal = build_policy(self.config), build_signal(self.config)

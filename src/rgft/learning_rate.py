@@ -19,27 +19,36 @@ from rgft.architectures.matrices import has_matrix, matrix_size
 REFERENCE_RATE, REFERENCE_WIDTH = 3e-4, 384
 #: The power of the passes, beyond the first, that the rate falls with.
 POWER = 1.75
-#: Of low-rank pairs, against dense weights.
-PAIRS = 4.0
+#: Of adapters, against dense weights.
+ADAPTERS = 4.0
+#: AdamW's rate for low-rank pairs in a run of up to one pass, at any width.
+PAIRS_RATE = 4e-3
 
 
-def usual_rate(model: nn.Module, *, passes: float = 1.0, factor: float = 1.0, by_pairs: bool = False) -> float:
+def usual_rate(model: nn.Module, *, passes: float = 1.0, factor: float = 1.0) -> float:
     """A learning rate that suits a run.
 
     Args:
         model: to be trained. One that carries adapters trains them.
         passes: how often the run sees each training example, in the mean.
         factor: of the optimizer's usual rate against AdamW's.
-        by_pairs: whether low-rank pairs are trained in place of dense weights.
     """
     carriers = adapter_paths(model)
+    rate = factor * _dense_rate(model, carriers) / max(1.0, passes) ** POWER
+    return float(f"{rate * (ADAPTERS if carriers else 1.0):.2g}")
+
+
+def pair_multiplier(model: nn.Module) -> float:
+    """The learning rate that suits low-rank pairs, as a multiple of that of the dense weights beside them."""
+    return float(f"{PAIRS_RATE / _dense_rate(model, adapter_paths(model)):.2g}")
+
+
+def _dense_rate(model: nn.Module, carriers: set[str]) -> float:
     widths = [
         matrix_size(module)[0] for path, module in model.named_modules()
         if has_matrix(module) and adapter_of(f"{path}.weight", carriers) is None
     ]  # fmt: skip
-    width = median(widths) if widths else REFERENCE_WIDTH
-    rate = factor * REFERENCE_RATE * REFERENCE_WIDTH / width / max(1.0, passes) ** POWER
-    return float(f"{rate * (PAIRS if by_pairs or carriers else 1.0):.2g}")
+    return REFERENCE_RATE * REFERENCE_WIDTH / (median(widths) if widths else REFERENCE_WIDTH)
 
 
 def scale_rates(optimizer: Optimizer, scheduler: LRScheduler, factor: float) -> None:

@@ -182,8 +182,7 @@ class Run:
 
     def rate_for(self, passes: float) -> float:
         """What the run begins with where it makes so many passes over the data."""
-        by_pairs = self.config.update.low_rank is not None
-        return self.settings.first_lr(self.task.model, passes=passes, by_pairs=by_pairs)
+        return self.settings.first_lr(self.task.model, passes=passes)
 
     def _suit_lr(self) -> None:
         """Follows the rule, first by what a cut usually buys, and for good once the cut is known."""

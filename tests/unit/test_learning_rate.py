@@ -4,7 +4,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from rgft.learning_rate import scale_rates, usual_rate
+from rgft.learning_rate import pair_multiplier, scale_rates, usual_rate
 from rgft.schedule import learning_rate_schedule
 
 
@@ -33,10 +33,14 @@ def test_the_width_is_of_inputs() -> None:
     assert usual_rate(Conv1D(1536, 384)) == 3e-4
 
 
-def test_pairs_take_a_higher_rate_at_the_width_of_what_they_stand_for() -> None:
-    net = Net(384)
-    assert usual_rate(net, by_pairs=True) == 1.2e-3
-    adapted = get_peft_model(net, LoraConfig(r=4, target_modules=["layers.0", "layers.1", "down"]))
+@pytest.mark.parametrize("width", [192, 384, 1536])
+def test_pairs_have_one_rate_at_any_width(width: int) -> None:
+    net = Net(width)
+    assert pair_multiplier(net) * usual_rate(net) == pytest.approx(4e-3, rel=0.05)
+
+
+def test_adapters_take_a_higher_rate_at_the_width_of_what_they_stand_for() -> None:
+    adapted = get_peft_model(Net(384), LoraConfig(r=4, target_modules=["layers.0", "layers.1", "down"]))
     assert usual_rate(adapted) == 1.2e-3
 
 

@@ -61,7 +61,7 @@ def _learning_rates(run: Run, steps: int) -> list[float]:
 
 def _low_rank(guide: Guide) -> dict[str, Any] | None:
     """What is trained by low-rank pairs, and of which rank; None: nothing."""
-    settings = guide.config.update.low_rank
+    settings = guide.config.update.pairs
     return settings and {"rank": settings.rank, "alpha": settings.alpha, "components": list(guide.plan.low_rank or ())}
 
 

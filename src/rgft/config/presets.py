@@ -24,7 +24,7 @@ PRESETS: Mapping[PresetName, Mapping[str, Any]] = {
         "period": None,
         "stability": {"preserve_mean": True, "always_on": ("classifier",)},
         "probe": {"interval": "auto", "size": "auto", "max_fraction": 0.01, "row_stride": 4},
-        "update": {"dropout": "auto"},
+        "update": {"dropout": "auto", "low_rank": "auto"},
         "execution": {"cache": "auto", "positions": "auto", "padding": "auto"},
         "warmup_fraction": 0.1,
     },
@@ -71,9 +71,11 @@ def with_preset(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     Groups are merged key by key. A stage that names nothing, or the preset's own choice, changes the settings that it
     gives; one with another name replaces the preset's. A policy takes the place of the preset's scaling, mask and
-    period; one that does not look at the map also of its signal and of the measuring phase.
+    period, and trains dense weights; one that does not look at the map also of its signal and of the measuring phase.
     """
     preset = PRESETS.get(settings.get("preset", DEFAULT_PRESET), {})
+    if settings.get("policy") is not None and "update" in preset:
+        preset = {**preset, "update": {key: value for key, value in preset["update"].items() if key != "low_rank"}}
     merged = {key: as_stage(value) if key in STAGES else value for key, value in preset.items()}
     for key, value in settings.items():
         if key in STAGES:

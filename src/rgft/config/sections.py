@@ -16,6 +16,12 @@ def _integer_or_auto(value: Any) -> Any:
     raise ValueError("expected an integer >= 0 or 'auto'")
 
 
+def _positive_or_auto(value: Any) -> Any:
+    if value == "auto" or (isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0):
+        return value
+    raise ValueError("expected a number > 0 or 'auto'")
+
+
 def _as_tuples(value: Any) -> Any:
     """Lists as tuples, all the way down: files know lists only, and equal settings must be equal."""
     if isinstance(value, (list, tuple)):
@@ -24,6 +30,7 @@ def _as_tuples(value: Any) -> Any:
 
 
 IntegerOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_integer_or_auto)]
+PositiveOrAuto = Annotated[float | Literal["auto"], BeforeValidator(_positive_or_auto)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuples)]
 
 
@@ -125,8 +132,10 @@ class LowRankConfig(Section):
 
     rank: int = Field(ge=1, description="inner size of a pair")
     alpha: float = Field(default=16.0, gt=0, description="a pair counts alpha / rank times")
-    lr_multiplier: float = Field(
-        default=1.0, gt=0, description="learning rate of pairs, as a multiple of what their components have otherwise"
+    lr_multiplier: PositiveOrAuto = Field(
+        default="auto",
+        description="learning rate of pairs, as a multiple of what their components have otherwise; auto: by the "
+        "model's width, since the best rate of dense weights falls with it and that of pairs does not",
     )
     components: Names = Field(
         default=(), description="kinds (ffn, head, …) or component names that take pairs; none: all in the layers"
@@ -188,9 +197,16 @@ class UpdateConfig(Section):
         default="model",
         description="model: as the model has it; off; auto: off where the budget ends before an example comes again",
     )
-    low_rank: LowRankConfig | None = Field(
-        default=None, description="components that are trained by low-rank pairs, and how; None: none"
+    low_rank: LowRankConfig | Literal["auto"] | None = Field(
+        default=None,
+        description="components that are trained by low-rank pairs, and how; None: none; auto: the layers of a "
+        "language model, at rank 8, where they can have pairs",
     )
+
+    @property
+    def pairs(self) -> LowRankConfig | None:
+        """The low-rank pairs, where they are spelled out; None: there are none, or the model is to say."""
+        return self.low_rank if isinstance(self.low_rank, LowRankConfig) else None
 
 
 class EnergyConfig(Section):

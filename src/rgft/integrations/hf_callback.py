@@ -48,7 +48,12 @@ class RGFTCallback(TrainerCallback):
     def __init__(self, config: Config | None = None, **settings: Unpack[Settings]) -> None:
         config = chosen_config(config, settings)
         _refuse_config(config)
-        self.config = config.model_copy(update={"execution": config.execution.model_copy(update={"cache": "none"})})
+        self.config = config.model_copy(
+            update={
+                "execution": config.execution.model_copy(update={"cache": "none"}),
+                "update": config.update.model_copy(update={"low_rank": None}),
+            }
+        )
         self.guide: Guide | None = None
         self._course: TrainerCourse | None = None
         self._started_at = 0
@@ -150,7 +155,7 @@ def _refuse_config(config: Config) -> None:
         problems.append(
             f"signal: {signal.name!r} is measured in probes only, for which a callback has no data; {remedy}"
         )
-    if config.update.low_rank is not None:
+    if config.update.pairs is not None:
         problems.append(
             f"update.low_rank: when a callback hears of it, the optimizer exists already, without the pairs; {remedy}"
         )

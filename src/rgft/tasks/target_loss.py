@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rgft.architectures.output_head import output_head
 from rgft.errors import RGFTError
 from rgft.execution.chunked_loss import chunked_cross_entropy
 from rgft.execution.eager import is_compiled
@@ -131,8 +132,8 @@ def _run(model: nn.Module, batch: Mapping[str, Any], select: Select) -> tuple[Te
 
 
 def _head(model: nn.Module) -> nn.Module:
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if not isinstance(head, nn.Module):
+    head = output_head(model)
+    if head is None:
         raise RGFTError(f"{type(model).__name__} names no head (get_output_embeddings)")
     return head
 

@@ -1,0 +1,55 @@
+"""Dense weights or low-rank pairs: what layers are trained by where nothing is said (docs/decisions/0021)."""
+
+from __future__ import annotations
+
+import logging
+from itertools import chain
+
+from torch import nn
+
+from rgft.architectures.adapters import adapter_paths
+from rgft.architectures.output_head import output_head
+from rgft.assembly import build_signal, find_pair_sites
+from rgft.components import Partition
+from rgft.config import Config
+from rgft.config.sections import LowRankConfig
+from rgft.errors import ConfigError
+from rgft.learning_rate import pair_multiplier
+
+log = logging.getLogger("rgft")
+
+#: Rank of pairs that nobody asked for, and how many times larger both sides of a weight must be to have one.
+USUAL_RANK, SMALL = 8, 8
+
+
+def spelled_out(config: Config, model: nn.Module, partition: Partition) -> Config:
+    """The configuration with its low-rank pairs as this model has them: `update.low_rank` is a mapping or None.
+
+    Args:
+        config: of the run.
+        model: plain.
+        partition: of it.
+    """
+    pairs = config.update.low_rank
+    if pairs == "auto":
+        pairs = LowRankConfig(rank=USUAL_RANK) if _suits_pairs(config, model, partition) else None
+    if pairs is not None and pairs.lr_multiplier == "auto":
+        pairs = pairs.model_copy(update={"lr_multiplier": pair_multiplier(model)})
+    return _with(config, pairs)
+
+
+def _with(config: Config, pairs: LowRankConfig | None) -> Config:
+    return config.model_copy(update={"update": config.update.model_copy(update={"low_rank": pairs})})
+
+
+def _suits_pairs(config: Config, model: nn.Module, partition: Partition) -> bool:
+    """Whether it is a language model whose layers can have pairs, and are large against them."""
+    if output_head(model) is None or adapter_paths(model):
+        return False
+    smallest = _with(config, LowRankConfig(rank=1))  # nobody is to be warned of large pairs who asked for none
+    try:
+        found = find_pair_sites(smallest, model, partition, build_signal(config))
+    except ConfigError as error:
+        log.info("layers train dense weights: %s", error)
+        return False
+    return all(min(site.inputs, site.outputs) >= SMALL * USUAL_RANK for site in chain.from_iterable(found.values()))

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+from rgft.config import Config
+from rgft.config.sections import LowRankConfig
+from rgft.guide import Guide
+from rgft.integrations import RGFTCallback
+from rgft.parameterisation import spelled_out
+from rgft.partition import partition
+
+
+def decoder(width: int = 64) -> nn.Module:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=50, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2,
+        )
+    )  # fmt: skip
+
+
+def classifier() -> nn.Module:
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=50, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+            max_position_embeddings=16,
+        )
+    )  # fmt: skip
+
+
+def adapted() -> nn.Module:
+    return get_peft_model(decoder(), LoraConfig(r=4, target_modules=["q_proj"]))  # type: ignore[arg-type]
+
+
+def chosen(model: nn.Module, config: Config) -> LowRankConfig | None:
+    pairs = spelled_out(config.resolved(), model, partition(model)).update.low_rank
+    assert pairs != "auto"
+    return pairs
+
+
+def test_layers_of_a_language_model_take_pairs_at_their_own_rate() -> None:
+    pairs = chosen(decoder(), Config())
+    # 4e-3 for pairs, 3e-4 × 384 / 64 for what is dense.
+    assert pairs == LowRankConfig(rank=8, lr_multiplier=2.2)
+    assert chosen(decoder(128), Config()) == LowRankConfig(rank=8, lr_multiplier=4.4)
+
+
+@pytest.mark.parametrize(
+    ("build", "config"),
+    [
+        (classifier, Config()),
+        (adapted, Config()),
+        (lambda: decoder(32), Config()),  # as large as the weights that they would stand for
+        (decoder, Config(update={"low_rank": None})),
+        (decoder, Config(policy={"name": "last_n", "layers": 1})),
+        (decoder, Config(preset="full")),
+        (decoder, Config(signal="delta", scaling="none")),
+    ],
+)
+def test_dense_weights_otherwise(build: Callable[[], nn.Module], config: Config) -> None:
+    assert chosen(build(), config) is None
+
+
+def test_pairs_that_were_asked_for_stay_as_they_are() -> None:
+    asked = LowRankConfig(rank=4, lr_multiplier=3.0, others="frozen")
+    assert chosen(classifier(), Config(update={"low_rank": asked})) == asked
+    policy = Config(policy={"name": "last_n", "layers": 1}, update={"low_rank": {"rank": 4, "lr_multiplier": 3.0}})
+    assert chosen(decoder(), policy) == LowRankConfig(rank=4, lr_multiplier=3.0)
+    assert chosen(decoder(), Config(update={"low_rank": {"rank": 4}})) == LowRankConfig(rank=4, lr_multiplier=2.2)
+
+
+def test_a_guide_trains_by_what_was_chosen_and_leaves_a_plain_model() -> None:
+    model = decoder()
+    names = set(model.state_dict())
+    guide = Guide(model, Config(budget=0.5))
+    assert guide.config.update.pairs == LowRankConfig(rank=8, lr_multiplier=2.2)
+    assert set(guide.plan.pairs) == {"model.layers.0", "model.layers.1"}
+    rates = sorted({group["lr"] for group in guide.param_groups(lr=1e-3)})
+    assert rates == pytest.approx([1e-3, 2.2e-3])
+    guide.detach()
+    assert set(model.state_dict()) == names
+
+
+def test_a_callback_comes_too_late_for_pairs() -> None:
+    assert RGFTCallback(budget=0.3).config.update.low_rank is None

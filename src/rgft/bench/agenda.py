@@ -7,10 +7,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rgft.bench.experiment import Cell, Contender, Experiment, Results
+from rgft.bench.durations import Durations
+from rgft.bench.experiment import Cell, Choice, Contender, Experiment
 from rgft.bench.fingerprint import DataCheck
+from rgft.bench.results import Results, set_aside, unlike, write_result
 from rgft.bench.runner import ALONE, Conditions, identity_of
 from rgft.bench.tasks import bench_task
+from rgft.bench.tuning import Tuning, validation_loss
 from rgft.errors import DataError, RGFTError
 
 log = logging.getLogger("rgft")
@@ -35,14 +38,18 @@ class Agenda:
         self.experiment, self.results = experiment, Results(folder)
         self._conditions = conditions
         self._taken: set[str] = set()
-        self._lrs: dict[str, float] = {}
-        self._left_out: set[str] = set()  # labels
+        self._tunings = {c.label: Tuning(experiment, c, self._loss) for c in experiment.contenders}
+        self._settled: set[str] = set()  # labels
+        self._left_out: set[str] = set()
         self._are_data_known = False
         self.failure = ""
-        # Of each stored result what its data are compared by: results are long, and read once.
+        # Results are long, and read once: by file name the loss, and of those from before what their data are
+        # compared by.
+        self._losses: dict[str, float] = {}
+        self._durations = Durations(conditions.device)
         self._stored: list[tuple[Path, dict[str, Any]]] = []
         for cell in experiment.all_cells():
-            result = self.results.read(cell)
+            result = self.note(cell)
             if result is not None:
                 self._require_same_settings(cell, result)
                 if "diverged" not in result:
@@ -61,6 +68,18 @@ class Agenda:
             return cell
         return None
 
+    def note(self, cell: Cell) -> dict[str, Any] | None:
+        """Takes notice of a run's result, and gives it; None: there is none."""
+        result = self.results.read(cell)
+        if result is not None:
+            self._losses[cell.file_name] = validation_loss(result)
+            self._durations.note(result)
+        return result
+
+    def expected_seconds(self, cell: Cell) -> float:
+        """How long a run may take; 0 where nothing is known."""
+        return self._durations.expected(cell.contender)
+
     def leave_out(self, contender: Contender | None) -> None:
         """Offers no more runs of a contender; None: of any."""
         self._left_out.update(c.label for c in self.experiment.contenders if contender is None or c is contender)
@@ -70,33 +89,45 @@ class Agenda:
         for contender in self.experiment.contenders:
             if contender.label in self._left_out:
                 continue
-            yield from self.experiment.tuning_cells(contender)
-            lr = self._lr(contender)
-            if lr is not None:
-                yield from self.experiment.final_cells(contender, lr)
+            choice = yield from self._tunings[contender.label].cells()
+            if choice is None:
+                continue
+            if contender.label not in self._settled:
+                self._settled.add(contender.label)
+                self._settle(contender, choice)
+            if not choice.has_diverged:
+                yield from self.experiment.final_cells(contender, choice)
 
-    def _lr(self, contender: Contender) -> float | None:
-        if contender.label not in self._lrs:
-            lr = self.results.best_lr(self.experiment, contender)
-            if lr is None:
-                return None
-            self._lrs[contender.label] = lr
-        return self._lrs[contender.label]
+    def _loss(self, cell: Cell) -> float | None:
+        if cell.file_name not in self._losses:
+            self.note(cell)
+        return self._losses.get(cell.file_name)
+
+    def _settle(self, contender: Contender, choice: Choice) -> None:
+        """Final runs that were made with something else than what is chosen now are kept, and count no more."""
+        if choice.has_diverged:
+            log.warning("%s: a run diverged at each of its rates; it has no final runs", contender.label)
+            return
+        for path, result in self.results.finals(contender.label):
+            if (result["lr"], result.get("variant")) != (choice.lr, choice.variant):
+                log.warning("%s: superseded, kept as %s", path, set_aside(path, result).name)
+            elif result.get("rate_at_edge") != choice.rate_at_edge:
+                write_result(path, {**result, "rate_at_edge": choice.rate_at_edge})
 
     def _require_same_settings(self, cell: Cell, result: Mapping[str, Any]) -> None:
-        wanted, revision = identity_of(self.experiment, cell), result.get("revision", 1)
-        if revision != wanted["revision"]:
+        wanted, path = identity_of(self.experiment, cell), self.results.path(cell)
+        differing = unlike(result, wanted)
+        if "revision" in differing:
             raise DataError(
-                f"{self.results.path(cell)}: expected a result of revision {wanted['revision']} of "
-                f"{cell.contender.method!r}, found one of revision {revision}: the same settings made another run "
-                "then. Delete the file to run it anew, or keep it under an experiment of another name"
+                f"{path}: expected a result of revision {wanted['revision']} of {cell.contender.method!r}, found one "
+                f"of revision {differing['revision']}: the same settings made another run then. Delete the file to run "
+                "it anew, or keep it under an experiment of another name"
             )
-        for key in ("task", "run", "common_config", "budget", "settings"):
-            if result.get(key, wanted[key]) != wanted[key]:
-                raise DataError(
-                    f"{self.results.path(cell)}: expected a result with the experiment's {key!r} ({wanted[key]}), "
-                    f"found one with {result[key]}; give the experiment another name, or delete the file to run it anew"
-                )
+        for key, value in differing.items():
+            raise DataError(
+                f"{path}: expected a result with the experiment's {key!r} ({wanted[key]}), found one with {value}; "
+                "give the experiment another name, or delete the file to run it anew"
+            )
 
     def _has_same_data(self) -> bool:
         """Whether results and runs are on the same data; if not, nothing is run."""

@@ -1,28 +1,46 @@
 """An experiment: tasks, methods with their grids, and seeds. Its result is a folder with one JSON file per run.
 
-Learning rates are chosen on validation data with seeds of their own; test data is looked at by final runs only,
-once each. Runs that are done are skipped, so that an experiment can be stopped and started again.
+Learning rates and variants are chosen on validation data with seeds of their own (see `tuning`); test data is looked
+at by final runs only, once each.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
-from typing import Any
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from rgft.bench.measures import Extra
 from rgft.bench.methods import method
-from rgft.bench.settings_file import read_settings
-from rgft.errors import ConfigError, DataError
-from rgft.telemetry.atomic_write import write_bytes
+from rgft.bench.settings_file import Group, Name, Rates, Seeds, Share, Shares, checked, read_json, read_settings
+from rgft.config.sections import Section
+from rgft.errors import ConfigError
+from rgft.run import Settings
+
+#: Where a rate lies among those that were tried.
+Edge = Literal["low", "high"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Contender:
-    """A method at one budget, with the learning rates it may choose from.
+def _known_method(name: str) -> str:
+    return method(name).name
+
+
+def _of_runs(settings: dict[str, Any]) -> dict[str, Any]:
+    known = sorted(set(Settings.__dataclass_fields__) - {"lr"})
+    if unknown := sorted(set(settings) - set(known)):
+        raise ConfigError(f"run: expected settings of a run ({', '.join(known)}), found {', '.join(unknown)}")
+    return settings
+
+
+def _extra(value: Any) -> Any:
+    return Extra.from_dict(value) if isinstance(value, Mapping) else value
+
+
+class Contender(Section):
+    """A method at one budget, with the learning rates and variants that it may choose from.
 
     Attributes:
         label: its row in tables.
@@ -31,33 +49,108 @@ class Contender:
         lrs: grid of learning rates.
         settings: of the method.
         seeds: seeds of the final runs; None: the experiment's.
+        variants: name → settings over its own, group by group, that are tried at the best rate.
     """
 
-    label: str
-    method: str
-    budget: float
-    lrs: tuple[float, ...]
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    seeds: tuple[int, ...] | None = None
+    label: Name
+    method: Annotated[str, AfterValidator(_known_method)]
+    budget: Share
+    lrs: Rates
+    settings: Group = Field(default_factory=dict)
+    seeds: Seeds | None = None
+    variants: dict[Name, Group] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check_variants(self) -> Self:
+        problems = [
+            f"variants.{name}: expected settings without lr, since rates are chosen before; found {settings['lr']!r}"
+            for name, settings in self.variants.items()
+            if "lr" in settings
+        ]
+        if problems:
+            raise ConfigError(problems)
+        return self
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether there is anything to choose."""
+        return len(self.lrs) > 1 or bool(self.variants)
+
+    @property
+    def has_grid(self) -> bool:
+        """Whether its rates go on beyond those that it names; not where runs find theirs themselves."""
+        return len(self.lrs) > 1 and self.settings.get("lr") is None
+
+    def rates_beyond(self, count: int) -> dict[Edge, list[float]]:
+        """The next rates on each side of the grid, as far apart as its last two there, to three digits."""
+        if not self.has_grid:
+            return {"low": [], "high": []}
+        grid = sorted(self.lrs)
+
+        def beyond(last: float, ratio: float) -> list[float]:
+            rates = [last]
+            for _ in range(count):
+                rates.append(float(f"{rates[-1] * ratio:.3g}"))
+            return rates[1:]
+
+        return {"low": beyond(grid[0], grid[0] / grid[1]), "high": beyond(grid[-1], grid[-1] / grid[-2])}
+
+    def settings_of(self, variant: str | None) -> dict[str, Any]:
+        """The method's settings in a variant; None: its own."""
+        return dict(self.settings) if variant is None else _laid_over(self.settings, self.variants[variant])
+
+
+def _laid_over(settings: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with others over them, group by group."""
+    over = {
+        key: _laid_over(settings[key], value)
+        for key, value in others.items()
+        if isinstance(value, Mapping) and isinstance(settings.get(key), Mapping)
+    }
+    return {**settings, **others, **over}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What a contender's runs are made with.
+
+    Attributes:
+        lr: learning rate.
+        variant: its name; None: the contender's own settings.
+        rate_at_edge: whether the rate is the lowest or highest that was tried.
+        has_diverged: whether a run diverged at this and at every other choice.
+    """
+
+    lr: float
+    variant: str | None = None
+    rate_at_edge: Edge | None = None
+    has_diverged: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One run: a contender at one learning rate with one seed."""
+    """One run: a contender at one learning rate, in one variant, with one seed. See `Choice`."""
 
     contender: Contender
     lr: float
     seed: int
     is_final: bool
+    variant: str | None = None
+    rate_at_edge: Edge | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of the method."""
+        return self.contender.settings_of(self.variant)
 
     @property
     def file_name(self) -> str:
         kind = "final" if self.is_final else "tuning"
-        return f"{self.contender.label}--{kind}--lr{self.lr:g}--seed{self.seed}.json"
+        variant = "" if self.variant is None else f"--{self.variant}"
+        return f"{self.contender.label}--{kind}{variant}--lr{self.lr:g}--seed{self.seed}.json"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Experiment:
+class Experiment(Section):
     """What is compared.
 
     Attributes:
@@ -68,16 +161,44 @@ class Experiment:
         contenders: what is compared.
         tuning_seeds, seeds: disjoint.
         evaluate: what is evaluated of final runs beside their test split (see `measures.Extra`): time, no budget.
+        max_extensions: how many rates a contender may try beyond its grid, while the best is at an edge.
     """
 
-    name: str
-    task: Mapping[str, Any]
-    run: Mapping[str, Any]
-    config: Mapping[str, Any]
+    name: Name
+    task: Group
+    run: Annotated[Group, AfterValidator(_of_runs)]
+    config: Group
     contenders: tuple[Contender, ...]
-    tuning_seeds: tuple[int, ...]
-    seeds: tuple[int, ...]
-    evaluate: Extra = field(default_factory=Extra)
+    tuning_seeds: Seeds
+    seeds: Seeds
+    evaluate: Annotated[Extra, BeforeValidator(_extra)] = Field(default_factory=Extra)
+    max_extensions: int = Field(default=3, ge=0)
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        problems = [
+            f"{whose}: expected to be disjoint with tuning_seeds, found {', '.join(map(str, sorted(both)))} in both"
+            for whose, seeds in [
+                ("seeds", self.seeds),
+                *((f"{c.label}: seeds", c.seeds or ()) for c in self.contenders),
+            ]
+            if (both := set(self.tuning_seeds) & set(seeds))
+        ]
+        labels = [contender.label for contender in self.contenders]
+        if twice := sorted({label for label in labels if labels.count(label) > 1}):
+            problems.append(f"contenders: expected labels of their own, found {', '.join(twice)} more than once")
+        if not self.tuning_seeds and any(contender.is_tuned for contender in self.contenders):
+            problems.append("expected tuning_seeds, since contenders have several rates or variants; found none")
+        try:
+            self.evaluate.check(
+                task=self.task.get("name", "rotten_tomatoes"),
+                searches_rate=any(c.settings.get("lr") not in (None, "auto") for c in self.contenders),
+            )
+        except ConfigError as error:
+            problems += error.problems
+        if problems:
+            raise ConfigError(problems)
+        return self
 
     @classmethod
     def load(cls, path: Path) -> Experiment:
@@ -89,138 +210,71 @@ class Experiment:
         Raises:
             ConfigError: the file cannot be used; all problems at once.
         """
-        known = sorted({*cls.__dataclass_fields__, "budgets"})
-        data = read_settings(path, "an experiment", known=known, needed=set(known) - {"evaluate", "budgets"})
-        if set(data["tuning_seeds"]) & set(data["seeds"]):
-            raise ConfigError(f"{path}: tuning_seeds and seeds must be disjoint")
-        contenders = _contenders(path, data["contenders"], data.pop("budgets", None))
-        if not data["tuning_seeds"] and any(len(contender.lrs) > 1 for contender in contenders):
-            raise ConfigError(
-                f"{path}: expected tuning_seeds, since contenders have several learning rates; found none"
-            )
-        for contender in contenders:
-            method(contender.method)
-        extra = Extra.from_dict(data.get("evaluate", {}))
-        extra.check(
-            task=data["task"].get("name", "rotten_tomatoes"),
-            searches_rate=any(c.settings.get("lr") not in (None, "auto") for c in contenders),
-        )
-        return cls(
-            **{
-                **data, "contenders": contenders, "tuning_seeds": tuple(data["tuning_seeds"]),
-                "seeds": tuple(data["seeds"]), "evaluate": extra,
-            }
-        )  # fmt: skip
+        data, problems = read_settings(path, "an experiment"), list[str]()
+        budgets: tuple[float | None, ...] = (None,)
+        if "budgets" in data:
+            spread = checked(_Budgets, {"budgets": data.pop("budgets")}, str(path), problems)
+            budgets = spread.budgets if spread else ()
+        if "contenders" in data:
+            data["contenders"] = tuple(_contenders(path, data["contenders"], budgets, problems))
+        experiment = checked(cls, data, str(path), problems)
+        if problems or experiment is None:
+            raise ConfigError(list(dict.fromkeys(problems)))  # a contender has the same ones at each budget
+        return experiment
 
-    def tuning_cells(self, contender: Contender) -> Iterator[Cell]:
-        """The runs that its learning rate is chosen by; none where there is nothing to choose."""
-        if len(contender.lrs) > 1:
-            for lr in contender.lrs:
-                for seed in self.tuning_seeds:
-                    yield Cell(contender=contender, lr=lr, seed=seed, is_final=False)
+    def tuning_cells(self, contender: Contender, choice: Choice) -> Iterator[Cell]:
+        """The runs that a choice is judged by."""
+        return self._cells(contender, choice, self.tuning_seeds, is_final=False)
 
-    def final_cells(self, contender: Contender, lr: float) -> Iterator[Cell]:
-        """Its final runs, at the learning rate that was chosen."""
-        for seed in self.seeds if contender.seeds is None else contender.seeds:
-            yield Cell(contender=contender, lr=lr, seed=seed, is_final=True)
+    def final_cells(self, contender: Contender, choice: Choice) -> Iterator[Cell]:
+        """A contender's final runs, with what was chosen."""
+        seeds = self.seeds if contender.seeds is None else contender.seeds
+        return self._cells(contender, choice, seeds, is_final=True)
 
     def all_cells(self) -> Iterator[Cell]:
-        """Every run that may have a result: final ones at each learning rate, whichever is chosen."""
+        """Every run that may have a result: tuning and final ones of each choice, whichever is made."""
         for contender in self.contenders:
-            yield from self.tuning_cells(contender)
-            for lr in contender.lrs:
-                yield from self.final_cells(contender, lr)
+            beyond = contender.rates_beyond(self.max_extensions)
+            for lr in (*contender.lrs, *beyond["low"], *beyond["high"]):
+                for variant in (None, *contender.variants):
+                    if contender.is_tuned:
+                        yield from self.tuning_cells(contender, Choice(lr=lr, variant=variant))
+                    yield from self.final_cells(contender, Choice(lr=lr, variant=variant))
+
+    @staticmethod
+    def _cells(contender: Contender, choice: Choice, seeds: Seeds, *, is_final: bool) -> Iterator[Cell]:
+        for seed in seeds:
+            yield Cell(
+                contender=contender, lr=choice.lr, seed=seed, is_final=is_final, variant=choice.variant,
+                rate_at_edge=choice.rate_at_edge,
+            )  # fmt: skip
 
 
-def _contenders(path: Path, given: Any, budgets: list[float] | None) -> tuple[Contender, ...]:
-    """The contenders of an experiment file, budget by budget where it has budgets."""
+class _Budgets(Section):
+    budgets: Shares
+
+
+def _contenders(
+    path: Path, given: Any, budgets: tuple[float | None, ...], problems: list[str]
+) -> Iterator[Contender]:  # fmt: skip
+    """The contenders of an experiment file, budget by budget; what is wrong with others is added to the problems."""
     if isinstance(given, str):
         path = path.parent / given
-        try:
-            given = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}: expected a list of contenders in JSON: {error}") from error
-    if not _is_list(given, dict):
-        raise ConfigError(f"{path}: expected a list of contenders, found {given!r:.60}")
-    if budgets is not None and not _is_list(budgets, (int, float)):
-        raise ConfigError(f"{path}: expected budgets to be a list of numbers, found {budgets!r:.60}")
-    fields = Contender.__dataclass_fields__
-    needed = {"label", "method", "lrs"} | ({"budget"} if budgets is None else set())
-    problems: list[str] = []
-    for place, item in enumerate(given):
-        label = item.get("label", f"contender {place + 1}")
-        problems += [f"{path}: {label}: unknown key {key!r}" for key in sorted(set(item) - set(fields))]
-        problems += [f"{path}: {label}: the key {key!r} is missing" for key in sorted(needed - set(item))]
-        if not _is_list(item.get("lrs", [1.0]), (int, float)):
-            problems.append(f"{path}: {label}: expected lrs to be a list of numbers, found {item['lrs']!r:.60}")
-        if budgets is not None and "budget" in item:
-            problems.append(f"{path}: {label}: expected no budget beside the experiment's budgets")
-    if problems:
-        raise ConfigError(problems)
-    spread = given if budgets is None else [
-        {**item, "label": f"{item['label']}-{budget:g}", "budget": budget} for budget in budgets for item in given
-    ]  # fmt: skip
-    contenders = tuple(
-        Contender(
-            **{
-                **item, "lrs": tuple(item["lrs"]),
-                "seeds": tuple(item["seeds"]) if item.get("seeds") is not None else None,
-            }
-        )
-        for item in spread
-    )  # fmt: skip
-    labels = [contender.label for contender in contenders]
-    if twice := sorted({label for label in labels if labels.count(label) > 1}):
-        raise ConfigError(f"{path}: expected labels of their own, found {', '.join(twice)} more than once")
-    return contenders
+        given = read_json(path, "a list of contenders")
+    if not isinstance(given, list) or not given or not all(isinstance(item, dict) for item in given):
+        problems.append(f"{path}: contenders: expected a list of contenders, found {given!r:.60}")
+        return
+    for budget in budgets:
+        for place, item in enumerate(given):
+            where = f"{path}: contenders.{place}" + (f" ({item['label']})" if "label" in item else "")
+            if budget is not None and "budget" in item:
+                problems.append(f"{where}: budget: expected none beside the experiment's budgets")
+            contender = checked(Contender, item if budget is None else _at(budget, item), where, problems)
+            if contender is not None:
+                yield contender
 
 
-def _is_list(value: Any, kinds: type | tuple[type, ...]) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, kinds) for item in value)
-
-
-class Results:
-    """The result files of an experiment."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def path(self, cell: Cell) -> Path:
-        return self.folder / cell.file_name
-
-    def read(self, cell: Cell) -> dict[str, Any] | None:
-        """A finished result, or None.
-
-        Raises:
-            DataError: the file is damaged.
-        """
-        path = self.path(cell)
-        if not path.exists():
-            return None
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataError(f"{path}: expected a result in JSON, found a damaged file; delete it") from error
-
-    def write(self, cell: Cell, result: Mapping[str, Any]) -> None:
-        """Writes aside, then renames: a result is whole or absent."""
-        text = json.dumps(result, indent=1, sort_keys=True, allow_nan=False)
-        write_bytes(self.path(cell), (text + "\n").encode())
-
-    def best_lr(self, experiment: Experiment, contender: Contender) -> float | None:
-        """The learning rate with the lowest mean validation loss over the tuning seeds.
-
-        None while runs are missing, and where one diverged at each of the rates.
-        """
-        if len(contender.lrs) == 1:
-            return contender.lrs[0]
-        losses: dict[float, list[float]] = {lr: [] for lr in contender.lrs}
-        for cell in experiment.tuning_cells(contender):
-            result = self.read(cell)
-            if result is None:
-                return None
-            losses[cell.lr].append(result["metrics"].get("validation", {}).get("loss", float("inf")))
-        means = {lr: mean(found) for lr, found in losses.items()}
-        best = min(means, key=lambda lr: means[lr])
-        return best if means[best] < float("inf") else None
+def _at(budget: float, item: Mapping[str, Any]) -> dict[str, Any]:
+    label = item.get("label")
+    named = {"label": f"{label}-{budget:g}"} if isinstance(label, str) else {}
+    return {**item, **named, "budget": budget}

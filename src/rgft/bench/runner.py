@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -13,7 +14,7 @@ import torch
 
 from rgft.batches import BatchStream
 from rgft.bench.earlier import earlier_result
-from rgft.bench.experiment import Cell, Contender, Experiment
+from rgft.bench.experiment import Cell, Experiment
 from rgft.bench.judging import judged
 from rgft.bench.measures import Extra, MeasuredRun
 from rgft.bench.measures.memory import forget_peak
@@ -59,32 +60,30 @@ def run_cell(experiment: Experiment, cell: Cell, conditions: Conditions = ALONE)
     Raises:
         TaskError: the task cannot be prepared.
     """
-    contender = cell.contender
-    chosen = method(contender.method)
+    contender, began = cell.contender, time.perf_counter()
+    chosen, own = method(contender.method), cell.settings
     try:
         task = bench_task(experiment.task, seed=cell.seed, allow_code_execution=conditions.allow_code_execution)
     except (DataError, ConfigError) as error:
         raise TaskError(str(error)) from error
     data = data_of(task)
     run_earlier = partial(run_cell, conditions=conditions)
-    earlier = None if chosen.follows is None else earlier_result(experiment, cell, run_earlier)
-    followed = None if chosen.follows is None or earlier is None else chosen.follows(earlier, contender.settings)
+    earlier = None if chosen.follows is None else earlier_result(experiment, cell, data, run_earlier)
+    followed = None if chosen.follows is None or earlier is None else chosen.follows(earlier, own)
     lr = cell.lr if followed is None else followed.lr_factor * cell.lr
-    settings = Settings(**{"device": conditions.device, **experiment.run, "lr": _of_its_own(contender) or lr})
+    settings = Settings(**{"device": conditions.device, **experiment.run, "lr": _of_its_own(own) or lr})
     config = chosen.configuration(
-        budget=contender.budget, seed=cell.seed, followed=followed, settings={**contender.settings, "config": {
-            **experiment.config, **contender.settings.get("config", {})}},
+        budget=contender.budget, seed=cell.seed, followed=followed, settings={**own, "config": {
+            **experiment.config, **own.get("config", {})}},
     )  # fmt: skip
     full_flops = full_fine_tuning_flops(task, settings, seed=cell.seed) if chosen.changes_model else None
     # Test data are not the only ones that a tuning run must not look at; and looking costs time.
     measured = MeasuredRun(experiment.evaluate if cell.is_final else Extra(), task)
     memory = forget_peak()
     torch.manual_seed(cell.seed)
-    task.model, task.loss = chosen.prepare(task.model, contender.settings), chosen.loss(task.loss)
+    task.model, task.loss = chosen.prepare(task.model, own), chosen.loss(task.loss)
     trainable = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
-    run = Run(
-        task, config, settings, full_flops=full_flops, optimizer=chosen.optimizer_of(settings, contender.settings)
-    )
+    run = Run(task, config, settings, full_flops=full_flops, optimizer=chosen.optimizer_of(settings, own))
     started = time.perf_counter()
     try:
         run.prepare()
@@ -122,6 +121,7 @@ def run_cell(experiment: Experiment, cell: Cell, conditions: Conditions = ALONE)
         "found_lr": found_lr,
         "search": None if run.search is None else run.search.to_dict(),
         "seconds": own_seconds,
+        "elapsed_seconds": time.perf_counter() - began,
         "median_step_seconds": median(result.step_seconds) if result.step_seconds else None,
         "trainable_parameters": trainable,
         "peak_memory": memory,
@@ -138,15 +138,16 @@ def identity_of(experiment: Experiment, cell: Cell) -> dict[str, Any]:
     contender = cell.contender
     return {
         "contender": contender.label, "method": contender.method, "revision": method(contender.method).revision,
-        "budget": contender.budget, "settings": dict(contender.settings), "lr": cell.lr, "seed": cell.seed,
+        "budget": contender.budget, "settings": cell.settings, "lr": cell.lr, "seed": cell.seed,
         "is_final": cell.is_final, "task": dict(experiment.task), "run": dict(experiment.run),
         "common_config": dict(experiment.config),
+        **({} if cell.variant is None else {"variant": cell.variant}),
     }  # fmt: skip
 
 
-def _of_its_own(contender: Contender) -> tuple[float, ...] | str | None:
-    """How the contender finds a learning rate by itself: among which, or by rule."""
-    rates = contender.settings.get("lr")
+def _of_its_own(settings: Mapping[str, Any]) -> tuple[float, ...] | str | None:
+    """How a contender with these settings finds a learning rate by itself: among which, or by rule."""
+    rates = settings.get("lr")
     return tuple(rates) if isinstance(rates, list) else rates
 
 

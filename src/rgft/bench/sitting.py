@@ -10,7 +10,6 @@ import logging
 import multiprocessing
 import os
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
@@ -21,7 +20,9 @@ from typing import Any, Literal
 import torch
 
 from rgft.bench.agenda import Agenda
-from rgft.bench.experiment import Cell, Experiment, Results
+from rgft.bench.durations import TimeLeft
+from rgft.bench.experiment import Cell, Experiment
+from rgft.bench.results import Results
 from rgft.bench.runner import ALONE, Conditions, TaskError, identity_of, run_cell
 from rgft.errors import ConfigError, NonFiniteError, RGFTError, RunFolderError
 from rgft.telemetry.environment import usable_cores
@@ -70,7 +71,8 @@ def run_experiments(
         experiments: each with a name of its own.
         folder: of all results; each experiment has one of its own in it.
         conditions: of the runs. With several jobs each is a process, and they share the cores.
-        stop_after_seconds: no new run is begun after this time.
+        stop_after_seconds: no run is begun after this time, nor, but for the first, one that is expected to end
+            after it.
 
     Raises:
         ConfigError: two experiments have one name, or there is no room for a job.
@@ -82,18 +84,19 @@ def run_experiments(
     names = [experiment.name for experiment in experiments]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"expected experiments with names of their own, found {', '.join(twice)} more than once")
-    started = time.perf_counter()
+    left = TimeLeft(stop_after_seconds)
     agendas = [Agenda(experiment, folder / experiment.name, conditions) for experiment in experiments]
     running: dict[Future[Failure | None], tuple[Agenda, Cell]] = {}
     executor = _executor(conditions.jobs)
     try:
         while True:
-            while len(running) < conditions.jobs:
-                is_late = stop_after_seconds is not None and time.perf_counter() - started > stop_after_seconds
-                taken = None if is_late else _next(agendas)
+            while len(running) < conditions.jobs and not left.is_over:
+                taken = _next(agendas)
                 if taken is None:
                     break
                 agenda, cell = taken
+                if not left.allows(agenda.expected_seconds(cell)):
+                    break
                 task = (make_run, agenda.experiment, cell, agenda.results.folder, conditions)
                 try:
                     future = executor.submit(*task)
@@ -126,6 +129,7 @@ def _next(agendas: Sequence[Agenda]) -> tuple[Agenda, Cell] | None:
 def _outcome(agenda: Agenda, cell: Cell, failure: Failure | None) -> Outcome:
     path = agenda.results.path(cell)
     if failure is None:
+        agenda.note(cell)
         return Outcome(path=path)
     if failure.trace:
         log.error("%s:\n%s", path.name, failure.trace)
@@ -143,17 +147,17 @@ def _of_pool(error: BaseException) -> Failure:
 
 def _result(experiment: Experiment, cell: Cell, conditions: Conditions) -> dict[str, Any]:
     try:
-        return run_cell(experiment, cell, conditions)
+        result = run_cell(experiment, cell, conditions)
     except NonFiniteError as error:
-        if cell.is_final:
-            raise
-        return {**identity_of(experiment, cell), "metrics": {}, "diverged": str(error)}
+        log.warning("%s: diverged: %s", cell.file_name, error)
+        result = {**identity_of(experiment, cell), "metrics": {}, "diverged": str(error)}
+    return {**result, "rate_at_edge": cell.rate_at_edge} if cell.is_final and cell.rate_at_edge else result
 
 
 def make_run(experiment: Experiment, cell: Cell, folder: Path, conditions: Conditions) -> Failure | None:
     """Makes a run and writes its result; says why there is none.
 
-    One that diverges at a rate on trial has a result that says so.
+    One that diverges has a result that says so.
     """
     try:
         Results(folder).write(cell, _result(experiment, cell, conditions))
@@ -161,7 +165,7 @@ def make_run(experiment: Experiment, cell: Cell, folder: Path, conditions: Condi
         reason = f"{type(error).__name__}: {error}"
         if isinstance(error, TaskError):
             return Failure(reason=reason, concerns="experiment")
-        if isinstance(error, (NonFiniteError, RunFolderError)):
+        if isinstance(error, RunFolderError):
             return Failure(reason=reason)
         if isinstance(error, RGFTError):
             return Failure(reason=reason, concerns="contender")

@@ -11,9 +11,11 @@ import pytest
 
 from rgft.bench.earlier import earlier_result
 from rgft.bench.experiment import Cell, Contender, Experiment
+from rgft.bench.methods import METHODS
 from rgft.bench.methods.after_rgft import last_plan, mean_rate
 from rgft.errors import ConfigError, DataError
 from rgft.plan import UpdatePlan
+from rgft.tasks.fingerprint import Data
 from tests.unit.bench.tiny_task import prepared, trained
 
 
@@ -21,6 +23,7 @@ def plan(step: int, **multipliers: float) -> dict[str, Any]:
     return UpdatePlan(step=step, multipliers=multipliers, cut=0).to_dict()
 
 
+DATA: Data = {"train": {"examples": 8, "sha256": "0"}}
 RESULT = {"plans": [plan(4, a=0.0, b=1.5), plan(6, a=0.5, b=0.5)], "steps": 10}
 
 
@@ -65,7 +68,8 @@ def test_rgft_runs_at_the_same_rate_and_seed_and_is_not_tested() -> None:
         seen.append(cell)
         return {"plans": []}
 
-    assert earlier_result(an_experiment(), a_cell(rgft={"config": {"ffn_blocks": 2}}), run_cell) == {"plans": []}
+    cell = a_cell(rgft={"config": {"ffn_blocks": 2}})
+    assert earlier_result(an_experiment(), cell, DATA, run_cell) == {"plans": []}
     (cell,) = seen
     assert (cell.contender.method, cell.contender.budget, cell.lr, cell.seed) == ("rgft", 0.3, 1e-3, 7)
     assert cell.contender.settings == {"config": {"ffn_blocks": 2}}
@@ -76,14 +80,28 @@ def test_a_stored_result_must_be_of_the_same_run(tmp_path: Path) -> None:
     def never(experiment: Experiment, cell: Cell) -> dict[str, Any]:
         raise AssertionError
 
-    experiment, cell = an_experiment(), a_cell(result=str(tmp_path / "rgft--seed{seed}.json"))
+    experiment, path = an_experiment(), tmp_path / "rgft--seed7.json"
+    cell = a_cell(result=str(tmp_path / "rgft--seed{seed}.json"))
     with pytest.raises(DataError, match="expected a result of RGFT"):
-        earlier_result(experiment, cell, never)
-    stored = {"method": "rgft", "task": experiment.task, "run": experiment.run, "seed": 7, "budget": 0.3, **RESULT}
-    (tmp_path / "rgft--seed7.json").write_text(json.dumps(stored))
-    assert earlier_result(experiment, cell, never) == stored
-    (tmp_path / "rgft--seed7.json").write_text(json.dumps({**stored, "method": "full", "budget": 0.1}))
+        earlier_result(experiment, cell, DATA, never)
+    revision = METHODS["rgft"].revision
+    stored = {
+        "method": "rgft", "task": experiment.task, "run": experiment.run, "seed": 7, "budget": 0.3,
+        "revision": revision, "common_config": {}, "data": DATA, **RESULT,
+    }  # fmt: skip
+    path.write_text(json.dumps(stored))
+    assert earlier_result(experiment, cell, DATA, never) == stored
+    path.write_text(json.dumps({**stored, "method": "full", "budget": 0.1}))
     with pytest.raises(DataError, match=r"expected method 'rgft', found 'full'[\s\S]*expected budget 0.3, found 0.1"):
-        earlier_result(experiment, cell, never)
+        earlier_result(experiment, cell, DATA, never)
+    path.write_text(json.dumps({**stored, "revision": revision + 1, "common_config": {"granularity": "head"}}))
+    with pytest.raises(DataError, match=r"revision \d+, found \d+[\s\S]*expected common_config {}, found {'gran"):
+        earlier_result(experiment, cell, DATA, never)
+    path.write_text(json.dumps({**stored, "data": {"train": {"examples": 9, "sha256": "1"}}}))
+    with pytest.raises(DataError, match=r"rgft--seed7.json: measured on other data than the run that follows it"):
+        earlier_result(experiment, cell, DATA, never)
+    path.write_text(json.dumps({**stored, "metrics": {}, "diverged": "step 3"}))
+    with pytest.raises(DataError, match="found one that diverged: step 3"):
+        earlier_result(experiment, cell, DATA, never)
     with pytest.raises(ConfigError, match="searched inside a run"):
-        earlier_result(experiment, replace(cell, contender=a_cell(lr="auto").contender), never)
+        earlier_result(experiment, replace(cell, contender=a_cell(lr="auto").contender), DATA, never)

@@ -1,17 +1,20 @@
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rgft.bench.experiment import Cell, Experiment, Results
+from rgft.bench.experiment import Cell, Experiment
 from rgft.bench.methods import METHODS, Followed, method
+from rgft.bench.results import Results
 from rgft.errors import ConfigError, DataError
 
 
 def description(**changes: Any) -> dict[str, Any]:
     return {
         "name": "x", "task": {}, "run": {}, "config": {}, "tuning_seeds": [100], "seeds": [0, 1],
+        "max_extensions": 0,
         "contenders": [
             {"label": "a", "method": "rgft", "budget": 0.3, "lrs": [1e-4, 2e-4]},
             {"label": "b", "method": "full", "budget": 1.0, "lrs": [1e-4], "seeds": [1]},
@@ -26,29 +29,6 @@ def loaded(tmp_path: Path, **changes: Any) -> Experiment:
     return Experiment.load(path)
 
 
-def result(loss: float) -> dict[str, Any]:
-    return {"metrics": {"validation": {"loss": loss}, "test": {"loss": -loss}}}
-
-
-def test_learning_rates_are_chosen_on_validation(tmp_path: Path) -> None:
-    experiment, results = loaded(tmp_path), Results(tmp_path / "results")
-    a, b = experiment.contenders
-    tuning = list(experiment.tuning_cells(a))
-    assert [(c.contender.label, c.lr, c.seed) for c in tuning] == [("a", 1e-4, 100), ("a", 2e-4, 100)]
-    assert list(experiment.tuning_cells(b)) == []
-    results.write(tuning[0], result(0.5))
-    assert results.best_lr(experiment, a) is None
-    results.write(tuning[1], result(0.4))
-    assert (results.best_lr(experiment, a), results.best_lr(experiment, b)) == (2e-4, 1e-4)
-    results.write(tuning[1], {"metrics": {}, "diverged": "step 3"})
-    assert results.best_lr(experiment, a) == 1e-4
-    results.write(tuning[0], {"metrics": {}, "diverged": "step 2"})
-    assert results.best_lr(experiment, a) is None
-    final = [(c.contender.label, c.lr, c.seed) for c in experiment.final_cells(a, 1e-4)]
-    assert final == [("a", 1e-4, 0), ("a", 1e-4, 1)]
-    assert [c.seed for c in experiment.final_cells(b, 1e-4)] == [1]
-
-
 def test_contenders_may_be_shared_and_spread_over_budgets(tmp_path: Path) -> None:
     shared = [{"label": "a", "method": "rgft", "lrs": [1e-4]}, {"label": "b", "method": "full", "lrs": [1e-4]}]
     (tmp_path / "methods.json").write_text(json.dumps(shared))
@@ -57,30 +37,78 @@ def test_contenders_may_be_shared_and_spread_over_budgets(tmp_path: Path) -> Non
     assert found == [("a-0.05", "rgft", 0.05), ("b-0.05", "full", 0.05), ("a-1", "rgft", 1.0), ("b-1", "full", 1.0)]
 
 
+def contender(**changes: Any) -> dict[str, Any]:
+    return {"label": "a", "method": "full", "budget": 1.0, "lrs": [1e-4], **changes}
+
+
+def problems_of(tmp_path: Path, **changes: Any) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        loaded(tmp_path, **changes)
+    return [problem.removeprefix(f"{tmp_path}/experiment.json: ") for problem in caught.value.problems]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"contenders": [{"label": "a", "method": "full", "lrs": [1e-4]}]}, "a: the key 'budget' is missing"),
-        ({"contenders": [{"label": "a", "method": "full", "lr": 1e-4, "budget": 1.0}]}, "a: unknown key 'lr'"),
-        ({"budgets": [0.1]}, "b: expected no budget beside the experiment's budgets"),
-        (
-            {"contenders": [{"label": "a", "method": "full", "budget": 1.0, "lrs": [1e-4]}] * 2},
-            "found a more than once",
-        ),
-        ({"contenders": "missing.json"}, "expected a list of contenders"),
-        ({"contenders": {"label": "a"}}, "expected a list of contenders, found"),
-        (
-            {"contenders": [{"label": "a", "method": "full", "budget": 1.0, "lrs": 1e-4}]},
-            "a: expected lrs to be a list",
-        ),
-        ({"budgets": []}, "expected budgets to be a list of numbers"),
-        ({"budgets": 0.3}, "expected budgets to be a list of numbers"),
-        ({"tuning_seeds": []}, "expected tuning_seeds"),
+        ({"label": "a/b"}, "label: expected a name of letters, digits and"),
+        ({"label": "a--b"}, "label: expected a name of letters, digits and"),
+        ({"method": "rgtf"}, "did you mean|nearest"),
+        ({"budget": None}, "budget: expected a valid number, found None"),
+        ({"budget": "0.3"}, "budget: expected a valid number, found '0.3'"),
+        ({"budget": True}, "budget: expected a valid number, found True"),
+        ({"budget": 0}, "budget: expected a number greater than 0, found 0"),
+        ({"budget": -1}, "budget: expected a number greater than 0, found -1"),
+        ({"budget": 1.5}, "budget: expected a number less than or equal to 1, found 1.5"),
+        ({"budget": float("nan")}, "budget: expected a finite number, found nan"),
+        ({"lr": 1e-4}, r"lr: there is no such setting \(found 0.0001\); did you mean 'lrs'"),
+        ({"lrs": 1e-4}, "lrs: expected a list, found 0.0001"),
+        ({"lrs": []}, "lrs: "),
+        ({"lrs": [-1e-4]}, "lrs.0: expected a number greater than 0"),
+        ({"lrs": [1e-4, 1e-4]}, "lrs: expected each value once"),
+        ({"seeds": [1, 1]}, "seeds: expected each value once"),
+        ({"seeds": [-1]}, "seeds.0: expected a number greater than or equal to 0"),
+        ({"seeds": "12"}, "seeds: expected a list, found '12'"),
+        ({"settings": [1]}, r"settings: expected a group of settings, found \[1\]"),
+        ({"variants": {"../b": {}}}, "variants.*expected a name of letters"),
+        ({"variants": {"b": 1}}, "variants.b: expected a group of settings, found 1"),
+        ({"variants": {"b": {"lr": "auto"}}}, "variants.b: expected settings without lr.*found 'auto'"),
     ],
 )
-def test_what_is_wrong_with_contenders_is_said(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        loaded(tmp_path, **changes)
+def test_what_is_wrong_with_a_contender_is_said(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    (problem,) = problems_of(tmp_path, contenders=[contender(**changes)])
+    assert problem.startswith(f"contenders.0 ({changes.get('label', 'a')}): ")
+    assert re.search(message, problem)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "../../evil"}, "name: expected a name of letters, digits and .*, found '../../evil'"),
+        ({"task": "bbc"}, "task: expected a group of settings, found 'bbc'"),
+        ({"run": {"epoch": 3}}, "run: expected settings of a run .*, found epoch"),
+        ({"run": {"lr": 3}}, "run: expected settings of a run .*, found lr"),
+        ({"tuning_seeds": 100}, "tuning_seeds: expected a list, found 100"),
+        ({"tuning_seeds": []}, "expected tuning_seeds, since contenders have several rates"),
+        (
+            {"tuning_seeds": [], "contenders": [contender(variants={"b": {}})]},
+            "expected tuning_seeds, since contenders",
+        ),
+        ({"seeds": [100]}, "seeds: expected to be disjoint with tuning_seeds, found 100 in both"),
+        ({"contenders": [contender(seeds=[7, 100])]}, "a: seeds: expected to be disjoint .* found 100 in both"),
+        ({"contenders": [contender()] * 2}, "expected labels of their own, found a more than once"),
+        ({"contenders": {"label": "a"}}, "contenders: expected a list of contenders, found"),
+        ({"contenders": []}, r"contenders: expected a list of contenders, found \[\]"),
+        ({"contenders": "missing.json"}, "missing.json: expected a list of contenders in JSON"),
+        ({"contenders": [contender()], "budgets": [0.1]}, "budget: expected none beside the experiment's budgets"),
+        ({"budgets": 0.3, "contenders": [{}]}, "budgets: expected a list, found 0.3"),
+        ({"budgets": [2], "contenders": [{}]}, "budgets.0: expected a number less than or equal to 1, found 2"),
+        ({"max_extensions": -1}, "max_extensions: expected a number greater than or equal to 0, found -1"),
+        ({"evaluate": {"each_epoch": 1}}, "evaluate.each_epoch: expected true or false, found 1"),
+    ],
+)
+def test_what_is_wrong_with_an_experiment_is_said(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    (problem,) = problems_of(tmp_path, **changes)
+    assert re.search(message, problem)
 
 
 def test_results_are_found_again_and_damaged_ones_are_not_used(tmp_path: Path) -> None:
@@ -95,24 +123,33 @@ def test_results_are_found_again_and_damaged_ones_are_not_used(tmp_path: Path) -
 
 
 def test_all_problems_of_an_experiment_file_at_once(tmp_path: Path) -> None:
+    without_label = {"method": "full", "budget": 0.0, "lrs": [1e-4]}
+    found = problems_of(tmp_path, sedes=[1], seeds=3, contenders=[without_label, contender(budget="1")])
+    assert [problem.partition(": expected")[0].partition(": there")[0] for problem in found] == [
+        "contenders.0: label", "contenders.0: budget", "contenders.1 (a): budget", "seeds", "sedes",
+    ]  # fmt: skip
+    unnamed = [{"method": "full", "lrs": [1e-4]}, {"label": 3, "method": "full", "lrs": []}]
+    found = problems_of(tmp_path, contenders=unnamed, budgets=[0.1, 0.2])
+    assert [problem.partition(": expected")[0] for problem in found] == [
+        "contenders.0: label", "contenders.1 (3): label", "contenders.1 (3): lrs",
+    ]  # fmt: skip
     path = tmp_path / "experiment.json"
-    broken = description(sedes=[1])
-    del broken["task"]
-    path.write_text(json.dumps(broken))
-    with pytest.raises(ConfigError) as caught:
+    path.write_text("[1, 2]")
+    with pytest.raises(ConfigError, match=r"experiment.json: expected an experiment, an object.*found \[1, 2\]"):
         Experiment.load(path)
-    assert len(caught.value.problems) == 2
-    with pytest.raises(ConfigError, match="disjoint"):
-        loaded(tmp_path, seeds=[100])
-    with pytest.raises(ConfigError, match="expected an experiment"):
+    with pytest.raises(ConfigError, match="expected an experiment in JSON"):
         Experiment.load(tmp_path / "missing.json")
 
 
-def test_unknown_method_names_the_nearest(tmp_path: Path) -> None:
+def test_every_experiment_of_the_bench_can_be_loaded() -> None:
+    paths = sorted(Path("benchmarks/experiments").glob("**/*.json"))
+    loadable = [Experiment.load(path).name for path in paths if path.parent.name != "contenders"]
+    assert len(loadable) == len(set(loadable)) > 10
+
+
+def test_unknown_method_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="lora"):
         method("lroa")
-    with pytest.raises(ConfigError, match="rgft"):
-        loaded(tmp_path, contenders=[{"label": "a", "method": "rgtf", "budget": 0.3, "lrs": [1e-4]}])
 
 
 @pytest.mark.parametrize("name", METHODS)

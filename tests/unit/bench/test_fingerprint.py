@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from rgft.bench import agenda, sitting
-from rgft.bench.experiment import Experiment, Results
 from rgft.bench.finals import Group, final_results
 from rgft.bench.fingerprint import DataCheck
-from rgft.bench.methods import method
+from rgft.bench.results import Results
+from rgft.bench.runner import identity_of
 from rgft.errors import DataError
 from rgft.tasks.fingerprint import data_of, fingerprint
 from tests.unit.bench.test_experiment import loaded
@@ -82,13 +82,6 @@ def test_a_result_on_other_data_is_refused() -> None:
         check.require_same({**good, "data": data_of(Prepared(ROWS))}, "there")  # type: ignore[arg-type]
 
 
-def result(experiment: Experiment, seed: int, **more: Any) -> dict[str, Any]:
-    return {
-        "task": dict(experiment.task), "run": dict(experiment.run), "seed": seed,
-        "metrics": {"validation": {"loss": 1.0}}, **more,
-    }  # fmt: skip
-
-
 def test_an_experiment_s_stored_results_are_checked_before_anything_is_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,17 +90,19 @@ def test_an_experiment_s_stored_results_are_checked_before_anything_is_run(
     monkeypatch.setattr(agenda, "bench_task", lambda settings, *, seed, allow_code_execution: Prepared(ROWS, [seed]))
     monkeypatch.setattr(sitting, "run_cell", lambda *_, **__: pytest.fail("nothing may be run"))
     cell = list(experiment.all_cells())[-1]
-    results.write(cell, result(experiment, 1, data=data_of(Prepared(ROWS, [2]))))  # type: ignore[arg-type]
+    good = {**identity_of(experiment, cell), "metrics": {"validation": {"loss": 1.0}}}
+    results.write(cell, {**good, "data": data_of(Prepared(ROWS, [2]))})  # type: ignore[arg-type]
     (outcome,) = sitting.run_experiments([experiment], tmp_path / "results")
     assert "b--final--lr0.0001--seed1.json: measured on other data" in outcome.failure
     assert outcome.failure.startswith("nothing of 'x' is run")
     for key, value in (
         ("run", {"epochs": 9}), ("common_config", {"granularity": "head"}), ("budget", 0.5), ("settings", {"rank": 2}),
+        ("method", "lora"), ("contender", "c"), ("lr", 2e-4), ("is_final", False),
     ):  # fmt: skip
-        results.write(cell, {**result(experiment, 1), key: value})
+        results.write(cell, {**good, key: value})
         with pytest.raises(DataError, match=f"expected a result with the experiment's '{key}'"):
             list(sitting.run_experiments([experiment], tmp_path / "results"))
-    results.write(cell, result(experiment, 1, revision=method(cell.contender.method).revision + 1))
+    results.write(cell, {**good, "revision": good["revision"] + 1})
     with pytest.raises(DataError, match=r"expected a result of revision \d of 'full', found one of revision \d"):
         list(sitting.run_experiments([experiment], tmp_path / "results"))
     results.path(cell).write_text('{"seed": 1, "da')

@@ -17,13 +17,14 @@ from typer.testing import CliRunner
 
 from rgft.bench import sitting
 from rgft.bench.agenda import Agenda
-from rgft.bench.experiment import Cell, Experiment, Results
-from rgft.bench.methods import method
-from rgft.bench.runner import Conditions, TaskError
+from rgft.bench.durations import Durations
+from rgft.bench.experiment import Cell, Choice, Experiment
+from rgft.bench.results import Results
+from rgft.bench.runner import Conditions, TaskError, identity_of
 from rgft.bench.sitting import run_experiments
 from rgft.cli.app import app
 from rgft.errors import BudgetError, ConfigError, DataError, NonFiniteError
-from tests.unit.bench.test_experiment import loaded
+from tests.unit.bench.test_experiment import contender, loaded
 from tests.unit.tasks.pictures import save_folder, save_model
 
 #: Of `description`: contender a is tuned first (two rates), and the second is better.
@@ -33,9 +34,9 @@ IN_ORDER = [
 ]  # fmt: skip
 
 
-def loss_of(cell: Cell) -> dict[str, Any]:
-    revision = method(cell.contender.method).revision
-    return {"seed": cell.seed, "revision": revision, "metrics": {"validation": {"loss": 1.0 - 1e3 * cell.lr}}}
+def result_of(experiment: Experiment, cell: Cell, **more: Any) -> dict[str, Any]:
+    """The lower the higher the rate."""
+    return {**identity_of(experiment, cell), "metrics": {"validation": {"loss": 1.0 - 1e3 * cell.lr}}, **more}
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
             error = failures.get(begun[-1].replace("--", "_").replace(".", "_"))
             if error is not None:
                 raise error
-            return loss_of(cell)
+            return result_of(experiment, cell)
 
         monkeypatch.setattr(sitting, "run_cell", run_cell)
         return begun
@@ -75,6 +76,40 @@ def test_no_run_begins_after_its_time(tmp_path: Path, runs: Callable[..., list[s
     begun = runs()
     assert list(run_experiments([loaded(tmp_path)], tmp_path, stop_after_seconds=-1.0)) == []
     assert begun == []
+
+
+def test_no_run_begins_that_would_end_after_its_time_but_the_first(
+    tmp_path: Path, runs: Callable[..., list[str]]
+) -> None:
+    begun, experiment = runs(), loaded(tmp_path)
+    first = next(experiment.all_cells())
+    store = Results(tmp_path / "x").write
+    store(first, result_of(experiment, first, seconds=10.0, elapsed_seconds=1000.0))
+    list(run_experiments([experiment], tmp_path, stop_after_seconds=900.0))
+    assert begun == IN_ORDER[1:2]
+    begun.clear()
+    list(run_experiments([experiment], tmp_path, stop_after_seconds=3000.0))
+    assert begun == IN_ORDER[2:]
+    begun.clear()
+    for path in (tmp_path / "x").glob("?--final*"):
+        path.unlink()
+    # What another device took says nothing.
+    store(first, result_of(experiment, first, elapsed_seconds=1000.0, device="cuda"))
+    list(run_experiments([experiment], tmp_path, stop_after_seconds=900.0))
+    assert begun == IN_ORDER[2:]
+
+
+def test_a_run_takes_as_long_as_its_contender_s_longest_or_the_mean_of_its_budget(tmp_path: Path) -> None:
+    budgets = {"a": 0.3, "b": 0.3, "c": 0.1}
+    a, b, c = loaded(
+        tmp_path, contenders=[contender(label=label, budget=budget) for label, budget in budgets.items()]
+    ).contenders  # fmt: skip
+    durations = Durations("cpu")
+    assert durations.expected(a) == 0.0
+    for seconds in (10.0, 40.0):
+        durations.note({"contender": "a", "budget": 0.3, "seconds": seconds})
+    durations.note({"contender": "a", "budget": 0.3, "diverged": "step 3"})
+    assert [durations.expected(one) for one in (a, b, c)] == [40.0, 25.0, 0.0]
 
 
 def test_a_run_that_fails_is_reported_and_others_go_on(tmp_path: Path, runs: Callable[..., list[str]]) -> None:
@@ -116,7 +151,7 @@ def test_one_experiment_s_data_do_not_stop_another(tmp_path: Path, runs: Callabl
     begun = runs()
     first, second = loaded(tmp_path), loaded(tmp_path, name="y", task={"name": "no_such_task"})
     stored = next(second.all_cells())
-    Results(tmp_path / "y").write(stored, {**loss_of(stored), "data": {}, "task": dict(second.task)})
+    Results(tmp_path / "y").write(stored, result_of(second, stored, data={}))
     outcomes = list(run_experiments([second, first], tmp_path))
     assert begun == IN_ORDER
     assert [outcome.path.name for outcome in outcomes if outcome.failure] == ["y"]
@@ -183,17 +218,18 @@ def test_jobs_end_with_a_sitting_that_is_killed(tmp_path: Path) -> None:
     assert not is_running(job)
 
 
-def test_a_rate_that_diverges_is_not_chosen_and_a_final_run_that_does_fails(
-    tmp_path: Path, runs: Callable[..., list[str]]
-) -> None:
+def test_a_run_that_diverges_has_a_result_that_says_so(tmp_path: Path, runs: Callable[..., list[str]]) -> None:
     error = NonFiniteError("step 3: loss is nan")
     begun = runs(a_tuning_lr0_0002_seed100=error, b_final_lr0_0001_seed1=error)
     experiment = loaded(tmp_path)
     outcomes = list(run_experiments([experiment], tmp_path))
     assert begun[2] == "a--final--lr0.0001--seed0"
-    assert outcomes[1].failure == ""
-    assert "step 3" in json.loads(outcomes[1].path.read_text())["diverged"]
-    assert outcomes[-1].failure == "NonFiniteError: step 3: loss is nan"
+    assert [outcome.failure for outcome in outcomes] == [""] * 5
+    for place, is_final in ((1, False), (4, True)):
+        stored = json.loads(outcomes[place].path.read_text())
+        assert (stored["diverged"], stored["metrics"], stored["is_final"]) == ("step 3: loss is nan", {}, is_final)
+    begun.clear()
+    assert list(run_experiments([experiment], tmp_path)) == begun == []
 
 
 def test_what_runs_elsewhere_is_not_offered_again(tmp_path: Path) -> None:
@@ -202,7 +238,7 @@ def test_what_runs_elsewhere_is_not_offered_again(tmp_path: Path) -> None:
     assert [cell and cell.file_name.removesuffix(".json") for cell in taken] == [*IN_ORDER[:2], IN_ORDER[4], None]
     for cell in taken[:2]:
         assert cell is not None
-        agenda.results.write(cell, loss_of(cell))
+        agenda.results.write(cell, result_of(agenda.experiment, cell))
     rest = [agenda.take() for _ in range(3)]
     assert [cell and cell.file_name.removesuffix(".json") for cell in rest] == [*IN_ORDER[2:4], None]
 
@@ -229,7 +265,7 @@ def test_runs_side_by_side_have_the_results_of_runs_alone(tmp_path: Path) -> Non
     for jobs in (1, 2):
         outcomes = list(run_experiments([experiment], tmp_path / str(jobs), Conditions(jobs=jobs)))
         assert [outcome.failure for outcome in outcomes] == ["", ""]
-    cells = list(experiment.final_cells(experiment.contenders[0], 1e-3))
+    cells = list(experiment.final_cells(experiment.contenders[0], Choice(lr=1e-3)))
     alone, beside = ([Results(tmp_path / str(jobs) / "x").read(cell) for cell in cells] for jobs in (1, 2))
     for one, other in zip(alone, beside, strict=True):
         assert one is not None

@@ -112,5 +112,9 @@ class MapStudy:
         """
         known = {item.name: item for item in fields(cls)}
         needed = {n for n, item in known.items() if item.default is MISSING and item.default_factory is MISSING}
-        data = read_settings(path, "a map study", known=known, needed=needed)
+        data = read_settings(path, "a map study")
+        problems = [f"{path}: unknown key {key!r}; known: {', '.join(known)}" for key in sorted(set(data) - set(known))]
+        problems += [f"{path}: the key {key!r} is missing" for key in sorted(needed - set(data))]
+        if problems:
+            raise ConfigError(problems)
         return cls(**{**data, "seeds": tuple(data["seeds"])})

@@ -1,0 +1,74 @@
+"""The result files of an experiment."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rgft.bench.experiment import Cell
+from rgft.errors import DataError
+from rgft.telemetry.atomic_write import write_bytes
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A stored result.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: expected a result in JSON, found a damaged file; delete it") from error
+
+
+def write_result(path: Path, result: Mapping[str, Any]) -> None:
+    """Writes aside, then renames: a result is whole or absent."""
+    text = json.dumps(result, indent=1, sort_keys=True, allow_nan=False)
+    write_bytes(path, (text + "\n").encode())
+
+
+def unlike(result: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """What a stored result has otherwise than is wanted: key → found.
+
+    Results from before these were kept have no `common_config`, which is not compared then, and no `revision`, which
+    was the first.
+    """
+    found = {"common_config": wanted["common_config"], "revision": 1, **result}
+    return {key: found.get(key) for key, value in wanted.items() if found.get(key) != value}
+
+
+class Results:
+    """The folder of an experiment's results, which is made where there is none."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def path(self, cell: Cell) -> Path:
+        return self.folder / cell.file_name
+
+    def read(self, cell: Cell) -> dict[str, Any] | None:
+        """A finished result, or None; see `read_result`."""
+        path = self.path(cell)
+        return read_result(path) if path.exists() else None
+
+    def write(self, cell: Cell, result: Mapping[str, Any]) -> None:
+        write_result(self.path(cell), result)
+
+    def finals(self, label: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """All final runs of a contender, whatever they were made with; see `read_result`."""
+        for path in sorted(self.folder.glob(f"{label}--final--*.json")):
+            yield path, read_result(path)
+
+
+def set_aside(path: Path, result: Mapping[str, Any]) -> Path:
+    """Keeps a final result that is out of date where no table counts it; gives its new path."""
+    aside = path.with_name(path.name.replace("--final--", "--superseded--", 1))
+    while aside.exists():
+        aside = aside.with_stem(f"{aside.stem}--again")
+    write_result(aside, {**result, "is_final": False})
+    path.unlink()
+    return aside

@@ -1,0 +1,78 @@
+"""How a contender's learning rate and variant are chosen: by mean validation loss over the tuning seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import replace
+from math import inf, isinf
+from statistics import mean
+from typing import Any
+
+from rgft.bench.experiment import Cell, Choice, Contender, Edge, Experiment
+
+
+class Tuning:
+    """A contender's tuning: its rates, then those beyond an edge at which the best one lies, then its variants there.
+
+    Args:
+        experiment: whose contender.
+        contender: what is tuned.
+        loss_of: the validation loss of a run, infinite where it diverged; None: it has no result yet.
+    """
+
+    def __init__(self, experiment: Experiment, contender: Contender, loss_of: Callable[[Cell], float | None]) -> None:
+        self._experiment, self._contender, self._loss_of = experiment, contender, loss_of
+        self._choice: Choice | None = None
+
+    def cells(self) -> Generator[Cell, None, Choice | None]:
+        """The runs that are known to be needed, done ones among them.
+
+        Returns:
+            What is chosen; None while a run has no result.
+        """
+        if self._choice is None:
+            self._choice = yield from self._choose()
+        return self._choice
+
+    def _choose(self) -> Generator[Cell, None, Choice | None]:
+        if not self._contender.is_tuned:
+            return Choice(lr=self._contender.lrs[0])
+        found = yield from self._best_rate()
+        if found is None or found.has_diverged:
+            return found
+        return (yield from self._best(replace(found, variant=name) for name in (None, *self._contender.variants)))
+
+    def _best_rate(self) -> Generator[Cell, None, Choice | None]:
+        """The best of the rates, one more of them as long as it is at an edge and the cap allows."""
+        left, tried = self._experiment.max_extensions, sorted(self._contender.lrs)
+        beyond = self._contender.rates_beyond(left)
+        while True:
+            best = yield from self._best([Choice(lr=lr) for lr in tried])
+            edge = None if best is None or not self._contender.has_grid else _edge(best.lr, tried)
+            if best is None or edge is None or not left:
+                return best and replace(best, rate_at_edge=edge)
+            left -= 1
+            tried = sorted([*tried, beyond[edge].pop(0)])
+
+    def _best(self, choices: Iterable[Choice]) -> Generator[Cell, None, Choice | None]:
+        """The choice with the lowest loss, the first (of rates the lowest) of equals; None while runs are missing."""
+        means: dict[Choice, float] = {}
+        is_complete = True
+        for choice in choices:
+            cells = list(self._experiment.tuning_cells(self._contender, choice))
+            yield from cells
+            losses = [loss for cell in cells if (loss := self._loss_of(cell)) is not None]
+            means[choice] = mean(losses) if losses else inf
+            is_complete = is_complete and len(losses) == len(cells)
+        best = min(means, key=lambda choice: means[choice])
+        return replace(best, has_diverged=isinf(means[best])) if is_complete else None
+
+
+def validation_loss(result: Mapping[str, Any]) -> float:
+    """Of a run; infinite where it diverged."""
+    return float(result["metrics"].get("validation", {}).get("loss", inf))
+
+
+def _edge(rate: float, tried: Sequence[float]) -> Edge | None:
+    """Where a rate lies among those that were tried, in order; None: inside."""
+    return "low" if rate == tried[0] else "high" if rate == tried[-1] else None

@@ -1,0 +1,138 @@
+"""Which rate and variant are chosen, and which runs that takes."""
+
+from __future__ import annotations
+
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rgft.bench.experiment import Cell, Choice, Experiment
+from rgft.bench.tuning import Tuning, validation_loss
+from tests.unit.bench.test_experiment import contender, loaded
+
+
+def tuned(experiment: Experiment, **losses: float) -> tuple[list[str], Choice | None]:
+    """The runs that a tuning asks for, each done at once, and what it chooses; losses are by rate or variant."""
+    made: dict[str, float] = {}
+
+    def loss_of(cell: Cell) -> float | None:
+        return made.get(cell.file_name)
+
+    tuning = Tuning(experiment, experiment.contenders[0], loss_of)
+    steps = tuning.cells()
+    try:
+        while True:
+            cell = next(steps)
+            loss = losses.get(cell.variant or f"lr{cell.lr:g}")
+            if loss is not None:
+                made[cell.file_name] = loss + 0.001 * (cell.seed - 100)
+    except StopIteration as stop:
+        return list(made), stop.value
+
+
+def of(tmp_path: Path, *, seeds: tuple[int, ...] = (100,), max_extensions: int = 3, **changes: Any) -> Experiment:
+    return loaded(
+        tmp_path, contenders=[contender(**changes)], tuning_seeds=list(seeds), max_extensions=max_extensions
+    )  # fmt: skip
+
+
+def rates(found: list[str]) -> list[str]:
+    return [name.split("--")[2] for name in found]
+
+
+def test_the_best_rate_has_the_lowest_mean_validation_loss(tmp_path: Path) -> None:
+    experiment = of(tmp_path, lrs=[1e-4, 2e-4, 4e-4], seeds=(100, 101))
+    found, choice = tuned(experiment, **{"lr0.0001": 0.5, "lr0.0002": 0.4, "lr0.0004": 0.6})
+    assert found[:2] == ["a--tuning--lr0.0001--seed100.json", "a--tuning--lr0.0001--seed101.json"]
+    assert len(found) == 6
+    assert choice == Choice(lr=2e-4)
+    found, choice = tuned(experiment, **{"lr0.0001": 0.5, "lr0.0004": 0.6})
+    assert choice is None
+    assert validation_loss({"metrics": {"validation": {"loss": 0.5}, "test": {"loss": 0.1}}}) == 0.5
+    assert validation_loss({"metrics": {}, "diverged": "step 3"}) == inf
+
+
+def test_a_best_rate_at_an_edge_asks_for_the_next_one_beyond(tmp_path: Path) -> None:
+    high = of(tmp_path, lrs=[1e-3, 2e-3, 3e-3])
+    losses = {"lr0.001": 0.5, "lr0.002": 0.4, "lr0.003": 0.3, "lr0.0045": 0.2, "lr0.00675": 0.1, "lr0.0101": 0.2}
+    found, choice = tuned(high, **losses)
+    assert rates(found) == ["lr0.001", "lr0.002", "lr0.003", "lr0.0045", "lr0.00675", "lr0.0101"]
+    assert choice == Choice(lr=6.75e-3)
+    low = of(tmp_path, lrs=[1e-3, 2e-3, 3e-3])
+    found, choice = tuned(low, **{"lr0.001": 0.3, "lr0.002": 0.4, "lr0.003": 0.5, "lr0.0005": 0.35})
+    assert (rates(found)[3:], choice) == (["lr0.0005"], Choice(lr=1e-3))
+
+
+def test_the_cap_ends_it_and_the_choice_says_so(tmp_path: Path) -> None:
+    losses = {"lr0.0001": 0.5, "lr0.0002": 0.4, "lr0.0004": 0.3, "lr0.0008": 0.2, "lr0.0016": 0.1}
+    for cap, rate in ((0, 2e-4), (1, 4e-4), (3, 1.6e-3)):
+        experiment = of(tmp_path, lrs=[1e-4, 2e-4], max_extensions=cap)
+        assert tuned(experiment, **losses)[1] == Choice(lr=rate, rate_at_edge="high")
+    lower = {"lr0.0001": 0.4, "lr0.0002": 0.5, "lr5e-05": 0.3}
+    assert tuned(of(tmp_path, lrs=[2e-4, 1e-4], max_extensions=1), **lower)[1] == Choice(lr=5e-5, rate_at_edge="low")
+
+
+def test_every_run_that_tuning_asks_for_is_known_before(tmp_path: Path) -> None:
+    experiment = of(tmp_path, lrs=[1e-3, 2e-3, 3e-3], variants={"b": {}, "c": {}})
+    known = {cell.file_name for cell in experiment.all_cells()}
+    falling = dict(
+        zip(("lr0.001", "lr0.002", "lr0.003", "lr0.0045", "lr0.00675", "lr0.0101"), range(9, 3, -1), strict=True)
+    )
+    rising = dict(
+        zip(("lr0.000125", "lr0.00025", "lr0.0005", "lr0.001", "lr0.002", "lr0.003"), range(1, 7), strict=True)
+    )
+    for losses in (falling, rising):
+        found, choice = tuned(experiment, **losses, b=0.5, c=0.4)
+        assert choice is not None
+        assert choice.variant == "c"
+        assert len(found) == 8
+        assert (
+            set(found) | {cell.file_name for cell in experiment.final_cells(experiment.contenders[0], choice)} <= known
+        )
+
+
+def test_rates_that_diverge_are_never_chosen(tmp_path: Path) -> None:
+    experiment = of(tmp_path, lrs=[1e-4, 2e-4, 4e-4], max_extensions=1)
+    assert tuned(experiment, **{"lr0.0001": 0.6, "lr0.0002": 0.5, "lr0.0004": inf})[1] == Choice(lr=2e-4)
+    everywhere = {"lr0.0001": inf, "lr0.0002": inf, "lr0.0004": inf}
+    assert tuned(experiment, **everywhere, **{"lr5e-05": 0.7})[1] == Choice(lr=5e-5, rate_at_edge="low")
+    hopeless = tuned(experiment, **everywhere, **{"lr5e-05": inf})[1]
+    assert hopeless is not None
+    assert hopeless.has_diverged
+
+
+@pytest.mark.parametrize("changes", [{"lrs": [1e-4]}, {"lrs": [1e-4, 2e-4], "settings": {"lr": "auto"}}])
+def test_without_a_grid_nothing_is_extended(tmp_path: Path, changes: dict[str, Any]) -> None:
+    found, choice = tuned(of(tmp_path, **changes), **{"lr0.0001": 0.5, "lr0.0002": 0.4})
+    assert len(found) == (0 if len(changes["lrs"]) == 1 else 2)
+    assert choice == Choice(lr=changes["lrs"][-1])
+
+
+def test_variants_are_tried_at_the_best_rate_alone(tmp_path: Path) -> None:
+    variants = {"two": {"config": {"mask": {"layers": 2}}}, "four": {"config": {"mask": {"layers": 4}}, "rank": 1}}
+    settings = {"config": {"mask": {"name": "last", "layers": 1}}, "rank": 8}
+    experiment = of(tmp_path, lrs=[1e-4, 2e-4, 4e-4], settings=settings, variants=variants, seeds=(100, 101))
+    losses = {"lr0.0001": 0.5, "lr0.0002": 0.4, "lr0.0004": 0.6}
+    found, choice = tuned(experiment, **losses, two=0.5, four=0.3)
+    assert found[6:] == [
+        f"a--tuning--{variant}--lr0.0002--seed{seed}.json" for variant in variants for seed in (100, 101)
+    ]
+    assert choice == Choice(lr=2e-4, variant="four")
+    assert tuned(experiment, **losses, two=0.5, four=0.45)[1] == Choice(lr=2e-4)
+    assert tuned(experiment, **losses, two=0.5)[1] is None
+    a = experiment.contenders[0]
+    assert a.settings_of("two") == {"config": {"mask": {"name": "last", "layers": 2}}, "rank": 8}
+    assert a.settings_of("four") == {"config": {"mask": {"name": "last", "layers": 4}}, "rank": 1}
+    assert a.settings_of(None) == settings
+    assert [cell.file_name for cell in experiment.final_cells(a, choice)] == [
+        f"a--final--four--lr0.0002--seed{seed}.json" for seed in (0, 1)
+    ]
+
+
+def test_one_rate_and_variants_are_tuned_too(tmp_path: Path) -> None:
+    experiment = of(tmp_path, lrs=[1e-4], variants={"two": {"rank": 2}})
+    found, choice = tuned(experiment, **{"lr0.0001": 0.4, "two": 0.5})
+    assert found == ["a--tuning--lr0.0001--seed100.json", "a--tuning--two--lr0.0001--seed100.json"]
+    assert choice == Choice(lr=1e-4)

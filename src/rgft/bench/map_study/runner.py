@@ -6,7 +6,7 @@ import json
 import logging
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from rgft.batches import BatchStream, Subset
+from rgft.bench.fingerprint import DataCheck
 from rgft.bench.map_study.maps import Maps
 from rgft.bench.map_study.settings import MapStudy
 from rgft.bench.map_study.worth import gain_of_training_alone, harm_of_undoing, is_classifier, weights_of
+from rgft.bench.results import read_result, write_result
 from rgft.bench.tasks import bench_task
 from rgft.errors import DataError
 from rgft.evaluation import evaluate
@@ -27,7 +29,7 @@ from rgft.execution.binding import Binding
 from rgft.execution.views import bind
 from rgft.partition import partition
 from rgft.tasks.base import PreparedTask
-from rgft.telemetry.atomic_write import write_bytes
+from rgft.tasks.fingerprint import data_of
 from rgft.telemetry.environment import environment
 
 log = logging.getLogger("rgft")
@@ -38,15 +40,39 @@ KEPT = {"reset": 0.0, "halved": 0.5}
 
 
 def run_study(study: MapStudy, folder: Path) -> Iterator[Path]:
-    """Runs the seeds that have no result yet; yields the path of each new one."""
+    """Runs the seeds that have no result yet; yields the path of each new one.
+
+    Raises:
+        DataError: a stored result is damaged, or of other settings or data than the study's; before anything is run.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for seed in study.seeds:
-        path = folder / f"map-study--seed{seed}.json"
-        if not path.exists():
-            result = run_seed(study, bench_task(study.task, seed=seed), seed=seed)
-            text = json.dumps(result, indent=1, sort_keys=True, allow_nan=False)
-            write_bytes(path, (text + "\n").encode())
+    paths = {seed: folder / f"map-study--seed{seed}.json" for seed in study.seeds}
+    stored = {path: read_result(path) for path in paths.values() if path.exists()}
+    for path, result in stored.items():
+        _require_same_settings(study, result, path)
+    if len(stored) == len(paths):
+        return
+    check = DataCheck(lambda seed: bench_task(study.task, seed=seed))
+    for path, result in stored.items():
+        check.require_same(result, str(path))
+    if check.unknown:
+        log.info("%s: %d results are from before data had fingerprints", folder, check.unknown)
+    for seed, path in paths.items():
+        if path not in stored:
+            write_result(path, run_seed(study, bench_task(study.task, seed=seed), seed=seed))
             yield path
+
+
+def _require_same_settings(study: MapStudy, result: Mapping[str, Any], path: Path) -> None:
+    """Raises DataError where a stored result is of other settings; other seeds may have come or gone."""
+    wanted, found = json.loads(json.dumps(asdict(study))), result["settings"]
+    differing = [
+        f"{path}: expected a result with the study's {key!r} ({wanted.get(key)}), found one with {found.get(key)}"
+        for key in sorted({*wanted, *found} - {"seeds"})
+        if wanted.get(key) != found.get(key)
+    ]
+    if differing:
+        raise DataError("\n".join([*differing, "Give the study another name, or delete the files to run it anew"]))
 
 
 def run_seed(study: MapStudy, task: PreparedTask, *, seed: int) -> dict[str, Any]:
@@ -100,7 +126,8 @@ def run_seed(study: MapStudy, task: PreparedTask, *, seed: int) -> dict[str, Any
     seconds = time.perf_counter() - started
     log.info("%s, seed %d: loss %.3f before, %.3f after, in %.0f s", study.name, seed, before, after, seconds)
     return {
-        "schema": SCHEMA, "study": study.name, "seed": seed, "settings": asdict(study), "components": components,
+        "schema": SCHEMA, "study": study.name, "seed": seed, "settings": asdict(study),
+        "data": data_of(task), "components": components,
         "loss": {"before": before, "after": after}, "maps": maps.history, "error_maps": maps.error_maps, "harm": harm,
         "gain_alone": gain, "seconds": seconds, "environment": environment(),
     }  # fmt: skip

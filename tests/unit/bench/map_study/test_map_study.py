@@ -123,12 +123,36 @@ def test_results_are_summarised_and_not_run_again(tmp_path: Path, monkeypatch: p
     json.dumps(summary.to_dict())
 
 
+def test_stored_results_of_other_settings_or_data_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "bench_task", in_place_of_bench_task([]))
+    study = replace(STUDY, alone_steps=0)
+    (path,) = runner.run_study(study, tmp_path)
+    monkeypatch.setattr(runner, "run_seed", lambda study, task, *, seed: {"seed": seed})
+    with pytest.raises(
+        DataError, match=r"seed0.json: .* 'lr' \(0.01\), found one with 0.001\n.* 'steps' \(9\), found one"
+    ):
+        list(runner.run_study(replace(study, lr=1e-2, steps=9), tmp_path))
+    more = replace(study, seeds=(0, 1))
+    stored = json.loads(path.read_text())
+    path.write_text(json.dumps({**stored, "data": {**stored["data"], "train": {"examples": 1, "sha256": "0"}}}))
+    with pytest.raises(DataError, match=r"seed0.json: measured on other data than the data of now \(train: 1 examples"):
+        list(runner.run_study(more, tmp_path))
+    path.write_text(json.dumps({key: value for key, value in stored.items() if key != "data"}))  # as it was before
+    assert [new.name for new in runner.run_study(more, tmp_path)] == ["map-study--seed1.json"]
+    path.write_text('{"seed": 0, "da')
+    with pytest.raises(DataError, match="found a damaged file"):
+        list(runner.run_study(study, tmp_path))
+
+
 def test_all_problems_of_a_study_at_once(tmp_path: Path) -> None:
     path = tmp_path / "study.json"
     path.write_text(json.dumps({"name": "x", "tsak": {}, "seeds": [0]}))
     with pytest.raises(ConfigError) as caught:
         MapStudy.load(path)
     assert len(caught.value.problems) == 2
+    path.write_text("[]")
+    with pytest.raises(ConfigError, match=r"study.json: expected a map study, an object"):
+        MapStudy.load(path)
     path.write_text(
         json.dumps({"name": "x", "task": {}, "seeds": [0, 0], "looks": 1, "signals": {"a": {"name": "nor"}}})
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from rgft.bench.fingerprint import require_equal
 from rgft.bench.methods import METHODS
 from rgft.bench.tasks import TASKS
 from rgft.errors import DataError
+
+log = logging.getLogger("rgft")
 
 #: Metrics of which less is better.
 LOWER_IS_BETTER = frozenset({"loss", "calibration_error", "perplexity", "mse", "top1_error"})
@@ -71,6 +74,7 @@ class Finals:
         is_plain: whether the method ran with its own settings.
         is_current: whether it is of the method's revision of now; the label of another says which.
         by_seed: results.
+        diverged: seeds whose runs did, and have no figures.
     """
 
     label: str
@@ -79,6 +83,13 @@ class Finals:
     is_plain: bool
     is_current: bool
     by_seed: Mapping[int, Mapping[str, Any]]
+    diverged: tuple[int, ...] = ()
+
+    @property
+    def seeds(self) -> str:
+        """How many there are, or how many of them diverged."""
+        count = len(self.by_seed) + len(self.diverged)
+        return f"{len(self.diverged)} of {count} seeds diverged" if self.diverged else f"{count} seeds"
 
     def metric(self, name: str) -> dict[int, float]:
         """Seed → value on the test split.
@@ -153,11 +164,15 @@ def _finals(contender: str, revision: int, results: Mapping[int, Mapping[str, An
     known = METHODS.get(first["method"])
     is_current = known is not None and known.revision == revision
     label = contender.removesuffix(f"-{first['budget']:g}")
-    return Finals(
+    finals = Finals(
         label=label if is_current else f"{label}, revision {revision}", method=first["method"], budget=first["budget"],
-        is_plain=not first.get("settings"), by_seed=results,
-        is_current=is_current,
+        is_plain=not first.get("settings"), is_current=is_current,
+        by_seed={seed: result for seed, result in results.items() if "diverged" not in result},
+        diverged=tuple(seed for seed, result in results.items() if "diverged" in result),
     )  # fmt: skip
+    if finals.diverged:
+        log.warning("%s: %s, and are in no mean", contender, finals.seeds)
+    return finals
 
 
 def _beside(cuts: Group, groups: Mapping[Group, list[Finals]]) -> list[Finals]:

@@ -51,7 +51,7 @@ def frontiers(folder: Path, *, metric: str, against: Cost = "flops") -> dict[Gro
         DataError: there are no results, or the metric was not measured.
     """
     return {
-        group: _points(contenders, metric, against)
+        group: _points([finals for finals in contenders if finals.by_seed], metric, against)
         for group, contenders in final_results(folder).items()
         if not group.fixes_cuts
     }

@@ -50,14 +50,17 @@ def _table(group: Group, budget: float, rows: list[Finals], contenders: list[Fin
 
 
 def _reference(contenders: list[Finals], budget: float) -> Finals | None:
-    plain = [finals for finals in contenders if finals.method == "rgft" and finals.is_plain]
+    plain = [finals for finals in contenders if finals.method == "rgft" and finals.is_plain and finals.by_seed]
     affordable = (finals for finals in plain if finals.budget <= budget)
     return max(affordable, key=lambda row: (row.budget, row.is_current), default=None)
 
 
 def _row(finals: Finals, reference: Finals | None, metric: str) -> str:
+    title = f"{finals.label} ({finals.seeds})"
+    if not finals.by_seed:
+        return "| " + " | ".join([title, *[""] * 8]) + " |"
     cells = [
-        f"{finals.label} ({len(finals.by_seed)} seeds)", finals.rates, f"{finals.flops:.2f}",
+        title, finals.rates, f"{finals.flops:.2f}",
         f"{finals.steps:.0f}", _spread(list(finals.metric(metric).values())),
         _spread(list(finals.metric("loss").values())),
     ]  # fmt: skip

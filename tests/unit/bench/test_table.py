@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from rgft.bench.finals import final_results
+from rgft.bench.frontier import frontiers
 from rgft.bench.methods import METHODS
 from rgft.bench.table import END, START, markdown, update
 from rgft.errors import DataError
@@ -34,6 +35,25 @@ def test_table_compares_seed_by_seed_and_ignores_tuning_runs(tmp_path: Path) -> 
     assert rgft.startswith("| rgft (3 seeds) | 0.0001 | 0.30 | 25 | 0.600 ± 0.100 | 0.400 ± 0.100 |")
     assert full.count("+0.050 [+0.025, +0.075]") == 2
     assert full.endswith("| better |")
+
+
+def test_seeds_that_diverged_are_counted_and_in_no_mean(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for seed in range(3):
+        write(tmp_path, "rgft", seed, 0.4)
+        write(tmp_path, "full", seed, 0.5)
+        write(tmp_path, "lora", seed, 0.5)
+    for path in (tmp_path / "full--final--lr0.0001--seed1.json", *tmp_path.glob("lora--*.json")):
+        result = json.loads(path.read_text())
+        diverged = {key: result[key] for key in result if key not in ("steps", "seconds", "ledger")}
+        path.write_text(json.dumps({**diverged, "metrics": {}, "diverged": "step 3: loss is nan"}))
+    rows = markdown(tmp_path).splitlines()
+    (full,) = (row for row in rows if row.startswith("| full (1 of 3 seeds diverged) | 0.0001 | 0.30 | 10 | 0.500 "))
+    (lora,) = (row for row in rows if row.startswith("| lora (3 of 3 seeds diverged) |"))
+    assert full.count("+0.100 [+0.100, +0.100]") == 2
+    assert full.count("|") == lora.count("|")
+    assert "lora: 3 of 3 seeds diverged" in caplog.text
+    (points,) = frontiers(tmp_path, metric="loss").values()
+    assert [(point.label, point.seeds) for point in points] == [("full", 2), ("rgft", 3)]
 
 
 def test_rows_of_an_earlier_revision_say_so(tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from rgft.bench import settings_file
 from rgft.bench.measures import Extra
-from rgft.bench.methods import method
-from rgft.bench.settings_file import Group, Name, Rates, Seeds, Share, Shares, checked, read_json, read_settings
+from rgft.bench.methods import Followed, method
+from rgft.bench.settings_file import Group, MethodSettings, Name, Rates, Seeds, Share, Shares
 from rgft.config.sections import Section
 from rgft.errors import ConfigError
 from rgft.run import Settings
@@ -56,9 +57,9 @@ class Contender(Section):
     method: Annotated[str, AfterValidator(_known_method)]
     budget: Share
     lrs: Rates
-    settings: Group = Field(default_factory=dict)
+    settings: MethodSettings = Field(default_factory=dict)
     seeds: Seeds | None = None
-    variants: dict[Name, Group] = Field(default_factory=dict)
+    variants: dict[Name, MethodSettings] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check_variants(self) -> Self:
@@ -196,9 +197,25 @@ class Experiment(Section):
             )
         except ConfigError as error:
             problems += error.problems
+        problems += [problem for contender in self.contenders for problem in self._wrong_settings(contender)]
         if problems:
             raise ConfigError(problems)
         return self
+
+    def _wrong_settings(self, contender: Contender) -> Iterator[str]:
+        for variant in (None, *contender.variants):
+            settings = self.with_common(contender.settings_of(variant))
+            where = contender.label if variant is None else f"{contender.label}: variants.{variant}"
+            try:
+                method(contender.method).configuration(
+                    budget=contender.budget, seed=0, settings=settings, followed=Followed()
+                )
+            except ConfigError as error:
+                yield from (f"{where}: config.{problem}" for problem in error.problems)
+
+    def with_common(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """A method's settings, with those of RGFT that all contenders share where it has none of its own."""
+        return {**settings, "config": {**self.config, **settings.get("config", {})}}
 
     @classmethod
     def load(cls, path: Path) -> Experiment:
@@ -210,14 +227,14 @@ class Experiment(Section):
         Raises:
             ConfigError: the file cannot be used; all problems at once.
         """
-        data, problems = read_settings(path, "an experiment"), list[str]()
+        data, problems = settings_file.read_settings(path, "an experiment"), list[str]()
         budgets: tuple[float | None, ...] = (None,)
         if "budgets" in data:
-            spread = checked(_Budgets, {"budgets": data.pop("budgets")}, str(path), problems)
+            spread = settings_file.checked(_Budgets, {"budgets": data.pop("budgets")}, str(path), problems)
             budgets = spread.budgets if spread else ()
         if "contenders" in data:
             data["contenders"] = tuple(_contenders(path, data["contenders"], budgets, problems))
-        experiment = checked(cls, data, str(path), problems)
+        experiment = settings_file.checked(cls, data, str(path), problems)
         if problems or experiment is None:
             raise ConfigError(list(dict.fromkeys(problems)))  # a contender has the same ones at each budget
         return experiment
@@ -260,7 +277,7 @@ def _contenders(
     """The contenders of an experiment file, budget by budget; what is wrong with others is added to the problems."""
     if isinstance(given, str):
         path = path.parent / given
-        given = read_json(path, "a list of contenders")
+        given = settings_file.read_json(path, "a list of contenders")
     if not isinstance(given, list) or not given or not all(isinstance(item, dict) for item in given):
         problems.append(f"{path}: contenders: expected a list of contenders, found {given!r:.60}")
         return
@@ -269,7 +286,7 @@ def _contenders(
             where = f"{path}: contenders.{place}" + (f" ({item['label']})" if "label" in item else "")
             if budget is not None and "budget" in item:
                 problems.append(f"{where}: budget: expected none beside the experiment's budgets")
-            contender = checked(Contender, item if budget is None else _at(budget, item), where, problems)
+            contender = settings_file.checked(Contender, item if budget is None else _at(budget, item), where, problems)
             if contender is not None:
                 yield contender
 

@@ -73,8 +73,7 @@ def run_cell(experiment: Experiment, cell: Cell, conditions: Conditions = ALONE)
     lr = cell.lr if followed is None else followed.lr_factor * cell.lr
     settings = Settings(**{"device": conditions.device, **experiment.run, "lr": _of_its_own(own) or lr})
     config = chosen.configuration(
-        budget=contender.budget, seed=cell.seed, followed=followed, settings={**own, "config": {
-            **experiment.config, **own.get("config", {})}},
+        budget=contender.budget, seed=cell.seed, followed=followed, settings=experiment.with_common(own),
     )  # fmt: skip
     full_flops = full_fine_tuning_flops(task, settings, seed=cell.seed) if chosen.changes_model else None
     # Test data are not the only ones that a tuning run must not look at; and looking costs time.

@@ -73,6 +73,11 @@ def _group(value: Any) -> Any:
     raise ValueError("expected a group of settings")
 
 
+def _with_config(settings: dict[str, Any]) -> dict[str, Any]:
+    _group(settings.get("config", {}))
+    return settings
+
+
 def _each_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if len(set(values)) < len(values):
         raise ValueError("expected each value once")
@@ -90,3 +95,5 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Seeds = Annotated[tuple[Seed, ...], BeforeValidator(_list), AfterValidator(_each_once)]
 #: Settings by name, of what checks them itself.
 Group = Annotated[dict[str, Any], BeforeValidator(_group)]
+#: Those of a method, with RGFT's under `config`.
+MethodSettings = Annotated[Group, AfterValidator(_with_config)]

@@ -77,28 +77,23 @@ def test_the_cap_ends_it_and_the_choice_says_so(tmp_path: Path) -> None:
 def test_every_run_that_tuning_asks_for_is_known_before(tmp_path: Path) -> None:
     experiment = of(tmp_path, lrs=[1e-3, 2e-3, 3e-3], variants={"b": {}, "c": {}})
     known = {cell.file_name for cell in experiment.all_cells()}
-    falling = dict(
-        zip(("lr0.001", "lr0.002", "lr0.003", "lr0.0045", "lr0.00675", "lr0.0101"), range(9, 3, -1), strict=True)
-    )
-    rising = dict(
-        zip(("lr0.000125", "lr0.00025", "lr0.0005", "lr0.001", "lr0.002", "lr0.003"), range(1, 7), strict=True)
-    )
+    falling = {"lr0.001": 9.0, "lr0.002": 8.0, "lr0.003": 7.0, "lr0.0045": 6.0, "lr0.00675": 5.0, "lr0.0101": 4.0}
+    rising = {"lr0.001": 7.0, "lr0.002": 8.0, "lr0.003": 9.0, "lr0.0005": 6.0, "lr0.00025": 5.0, "lr0.000125": 4.0}
     for losses in (falling, rising):
         found, choice = tuned(experiment, **losses, b=0.5, c=0.4)
         assert choice is not None
         assert choice.variant == "c"
         assert len(found) == 8
-        assert (
-            set(found) | {cell.file_name for cell in experiment.final_cells(experiment.contenders[0], choice)} <= known
-        )
+        final = experiment.final_cells(experiment.contenders[0], choice)
+        assert {*found, *(cell.file_name for cell in final)} <= known
 
 
 def test_rates_that_diverge_are_never_chosen(tmp_path: Path) -> None:
     experiment = of(tmp_path, lrs=[1e-4, 2e-4, 4e-4], max_extensions=1)
     assert tuned(experiment, **{"lr0.0001": 0.6, "lr0.0002": 0.5, "lr0.0004": inf})[1] == Choice(lr=2e-4)
     everywhere = {"lr0.0001": inf, "lr0.0002": inf, "lr0.0004": inf}
-    assert tuned(experiment, **everywhere, **{"lr5e-05": 0.7})[1] == Choice(lr=5e-5, rate_at_edge="low")
-    hopeless = tuned(experiment, **everywhere, **{"lr5e-05": inf})[1]
+    assert tuned(experiment, **{**everywhere, "lr5e-05": 0.7})[1] == Choice(lr=5e-5, rate_at_edge="low")
+    hopeless = tuned(experiment, **{**everywhere, "lr5e-05": inf})[1]
     assert hopeless is not None
     assert hopeless.has_diverged
 
@@ -111,9 +106,11 @@ def test_without_a_grid_nothing_is_extended(tmp_path: Path, changes: dict[str, A
 
 
 def test_variants_are_tried_at_the_best_rate_alone(tmp_path: Path) -> None:
-    variants = {"two": {"config": {"mask": {"layers": 2}}}, "four": {"config": {"mask": {"layers": 4}}, "rank": 1}}
-    settings = {"config": {"mask": {"name": "last", "layers": 1}}, "rank": 8}
-    experiment = of(tmp_path, lrs=[1e-4, 2e-4, 4e-4], settings=settings, variants=variants, seeds=(100, 101))
+    variants = {"two": {"config": {"policy": {"layers": 2}}}, "four": {"config": {"policy": {"layers": 4}}, "rank": 1}}
+    settings = {"config": {"policy": {"name": "last_n", "layers": 1}}, "rank": 8}
+    experiment = of(
+        tmp_path, method="last_n", lrs=[1e-4, 2e-4, 4e-4], settings=settings, variants=variants, seeds=(100, 101)
+    )  # fmt: skip
     losses = {"lr0.0001": 0.5, "lr0.0002": 0.4, "lr0.0004": 0.6}
     found, choice = tuned(experiment, **losses, two=0.5, four=0.3)
     assert found[6:] == [
@@ -123,9 +120,10 @@ def test_variants_are_tried_at_the_best_rate_alone(tmp_path: Path) -> None:
     assert tuned(experiment, **losses, two=0.5, four=0.45)[1] == Choice(lr=2e-4)
     assert tuned(experiment, **losses, two=0.5)[1] is None
     a = experiment.contenders[0]
-    assert a.settings_of("two") == {"config": {"mask": {"name": "last", "layers": 2}}, "rank": 8}
-    assert a.settings_of("four") == {"config": {"mask": {"name": "last", "layers": 4}}, "rank": 1}
+    assert a.settings_of("two") == {"config": {"policy": {"name": "last_n", "layers": 2}}, "rank": 8}
+    assert a.settings_of("four") == {"config": {"policy": {"name": "last_n", "layers": 4}}, "rank": 1}
     assert a.settings_of(None) == settings
+    assert choice is not None
     assert [cell.file_name for cell in experiment.final_cells(a, choice)] == [
         f"a--final--four--lr0.0002--seed{seed}.json" for seed in (0, 1)
     ]

@@ -273,6 +273,7 @@ def test_runs_side_by_side_have_the_results_of_runs_alone(tmp_path: Path) -> Non
         assert (one["jobs"], other["jobs"], other["device"]) == (1, 2, "cpu")
         assert one["metrics"]["test"]["loss"] == pytest.approx(other["metrics"]["test"]["loss"], abs=1e-5)
         assert one["ledger"]["flops"] == other["ledger"]["flops"]
+        assert one["elapsed_seconds"] > one["seconds"] > 0
     assert beside[0] is not None
     assert beside[0]["environment"]["torch"]["threads"] == max(1, len(os.sched_getaffinity(0)) // 2)
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
+from rgft.bench.acting import acted
 from rgft.bench.fingerprint import require_equal
+from rgft.bench.group import Group, canonical, told_apart
 from rgft.bench.methods import METHODS
-from rgft.bench.tasks import TASKS
 from rgft.errors import DataError
 
 log = logging.getLogger("rgft")
@@ -20,47 +22,22 @@ log = logging.getLogger("rgft")
 #: Metrics of which less is better.
 LOWER_IS_BETTER = frozenset({"loss", "calibration_error", "perplexity", "mse", "top1_error"})
 
+#: In a metric's place: the one that each task's tables show.
+SCORE = "score"
 
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """A comparison: runs on one task, data and length.
+
+class Kind(NamedTuple):
+    """What makes two contenders the same, on whichever task: their labels do not.
 
     Attributes:
-        task: its name.
-        title: in words.
-        fixes_cuts: whether these are cuts fixed by hand, beside RGFT's own.
-        variant: which of the task's tasks it is, where it has several.
+        method: name in `methods.METHODS`.
+        settings: its own, as a text.
+        revision: of the method.
     """
 
-    task: str
-    title: str
-    fixes_cuts: bool
-    variant: str = ""
-
-    @property
-    def source(self) -> str:
-        """Where the examples come from: tasks with one source are not independent."""
-        source = TASKS[self.task].source
-        return f"{source}: {self.variant}" if self.variant else source
-
-    @property
-    def metric(self) -> str:
-        """What tables show beside the loss."""
-        return TASKS[self.task].metric
-
-    @classmethod
-    def of(cls, result: Mapping[str, Any]) -> Group:
-        task, run = result["task"], result["run"]
-        name = task.get("name", "rotten_tomatoes")
-        epochs = "one epoch" if run["epochs"] == 1 else f"{run['epochs']:g} epochs"
-        variant = TASKS[name].variant(task)
-        title = f"{TASKS[name].title} ({variant})" if variant else TASKS[name].title
-        size = f"{task['train_size']:,}" if task.get("train_size") is not None else "all"
-        cut = f" of {task['tokens']} tokens" if "tokens" in task else ""
-        return cls(
-            task=name, title=f"{title}, {size} examples{cut}, {epochs}", fixes_cuts=result["method"] == "cut",
-            variant=variant,
-        )  # fmt: skip
+    method: str
+    settings: str
+    revision: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,22 +45,20 @@ class Finals:
     """A contender's final runs.
 
     Attributes:
-        label: its row in tables, without its budget; the contender's, and of an earlier revision that.
-        method: name in `methods.METHODS`.
+        label: its row in tables, without its budget; of a row of an earlier revision it says so.
+        kind: what it is, whatever its label.
         budget: share of full fine-tuning's FLOPs that it was given.
-        is_plain: whether the method ran with its own settings.
-        is_current: whether it is of the method's revision of now; the label of another says which.
         by_seed: results.
         diverged: seeds whose runs did, and have no figures.
+        tuning: FLOPs of the runs that its learning rate was chosen by, as multiples of one full fine-tuning; 0: none.
     """
 
     label: str
-    method: str
+    kind: Kind
     budget: float
-    is_plain: bool
-    is_current: bool
     by_seed: Mapping[int, Mapping[str, Any]]
     diverged: tuple[int, ...] = ()
+    tuning: float = 0.0
 
     @property
     def seeds(self) -> str:
@@ -91,27 +66,53 @@ class Finals:
         count = len(self.by_seed) + len(self.diverged)
         return f"{len(self.diverged)} of {count} seeds diverged" if self.diverged else f"{count} seeds"
 
-    def metric(self, name: str) -> dict[int, float]:
-        """Seed → value on the test split.
+    @property
+    def method(self) -> str:
+        return self.kind.method
 
-        Raises:
-            DataError: it was not measured.
+    @property
+    def is_plain(self) -> bool:
+        """Whether the method ran with its own settings."""
+        return self.kind.settings == "{}"
+
+    @property
+    def is_current(self) -> bool:
+        """Whether it is of the method's revision of now."""
+        return is_current(self.kind)
+
+    @cached_property
+    def acted(self) -> bool:
+        """Whether it was anything but full fine-tuning under another name, in any run."""
+        return any(acted(result) for result in self.by_seed.values())
+
+    def metric(self, name: str) -> dict[int, float]:
+        """Seed → value on the test split, of the runs in which it is defined."""
+        tested = {seed: result["metrics"].get("test", {}) for seed, result in self.by_seed.items()}
+        return {seed: float(values[name]) for seed, values in tested.items() if name in values}
+
+    def lacks(self, name: str) -> str:
+        """Why a metric of it cannot be shown, in words; empty: it can.
+
+        It is undefined in runs that end badly (`measures.undefined`): the mean of the others would flatter.
         """
-        try:
-            return {seed: float(result["metrics"]["test"][name]) for seed, result in self.by_seed.items()}
-        except KeyError as error:
-            known = sorted({key for result in self.by_seed.values() for key in result["metrics"]["test"]})
-            raise DataError(f"{self.label}: expected the metric {name!r} in its results, found {known}") from error
+        values, seeds = self.metric(name), len(self.by_seed)
+        if not seeds:
+            return "diverged"
+        if len(values) == seeds:
+            return ""
+        said = any(name in result.get("undefined_metrics", {}).get("test", {}) for result in self.by_seed.values())
+        return f"undefined ({seeds - len(values)} of {seeds} seeds)" if values or said else "not measured"
+
+    @property
+    def test_examples(self) -> int | None:
+        """How many it was tested on; None: an early result, which does not say."""
+        data = (result.get("data") or {} for result in self.by_seed.values())
+        return next((test["examples"] for of_run in data if (test := of_run.get("test"))), None)
 
     @property
     def flops(self) -> float:
         """What it spent, as a share of full fine-tuning, in the mean."""
         return mean(float(result["ledger"]["flops"]["fraction_of_full"]) for result in self.by_seed.values())
-
-    @property
-    def seconds(self) -> float:
-        """Of training, in the mean."""
-        return mean(float(result["seconds"]) for result in self.by_seed.values())
 
     @property
     def steps(self) -> float:
@@ -124,6 +125,30 @@ class Finals:
         return f"{rates[0]:g}" if len(rates) == 1 else f"{rates[0]:g} to {rates[-1]:g}"
 
 
+class _Key(NamedTuple):
+    """What runs of one contender have in common."""
+
+    label: str
+    kind: Kind
+    budget: float
+
+    @property
+    def but_for_settings(self) -> tuple[str, str, int, float]:
+        """What its tuning runs have in common with it, whichever of its variants they tried."""
+        return self.label, self.kind.method, self.kind.revision, self.budget
+
+
+def is_current(kind: Kind) -> bool:
+    """Whether a contender is of its method's revision of now."""
+    known = METHODS.get(kind.method)
+    return known is not None and known.revision == kind.revision
+
+
+def metric_of(group: Group, metric: str) -> str:
+    """The metric of a task that is meant: `SCORE` is each task's own."""
+    return group.metric if metric == SCORE else metric
+
+
 def final_results(folder: Path) -> dict[Group, list[Finals]]:
     """All final runs below `folder`.
 
@@ -131,18 +156,13 @@ def final_results(folder: Path) -> dict[Group, list[Finals]]:
         DataError: there are none, a file is damaged, a contender has two with one seed, or runs that are compared were
             measured on different data.
     """
-    found: dict[Group, dict[tuple[str, int], dict[int, Any]]] = {}
+    found: dict[Group, dict[_Key, dict[int, Any]]] = {}
     first: dict[tuple[Group, int], tuple[Path, Any]] = {}
-    for path in sorted(folder.glob("**/*--final--*.json")):
-        try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataError(f"{path}: expected a result in JSON, found a damaged file; delete it") from error
-        group = Group.of(result)
+    for path, group, key, result in _results(folder, "final"):
         if "data" in result:
             other, data = first.setdefault((group, result["seed"]), (path, result["data"]))
             require_equal(result["data"], data, str(path), f"{other}, beside which it would stand")
-        of_contender = found.setdefault(group, {}).setdefault((result["contender"], result.get("revision", 1)), {})
+        of_contender = found.setdefault(group, {}).setdefault(key, {})
         if result["seed"] in of_contender:
             rate = of_contender[result["seed"]]["lr"]
             raise DataError(
@@ -152,27 +172,85 @@ def final_results(folder: Path) -> dict[Group, list[Finals]]:
         of_contender[result["seed"]] = result
     if not found:
         raise DataError(f"{folder}: expected results of final runs, found none; run the experiment first")
+    spent = _tuning_flops(folder)
+    titled = told_apart(found)
     groups = {
-        group: [_finals(label, revision, results) for (label, revision), results in contenders.items()]
-        for group, contenders in sorted(found.items(), key=lambda item: (item[0].title, item[0].fixes_cuts))
+        group: [
+            _finals(label, key, found[group][key], tuning=spent.get((group, key.but_for_settings), 0.0))
+            for key, label in _labels(list(found[group])).items()
+        ]
+        for group in sorted(found, key=lambda group: (titled[group].title, group.fixes_cuts))
+    }  # fmt: skip
+    return {
+        titled[group]: finals + (_beside(group, groups) if group.fixes_cuts else []) for group, finals in groups.items()
     }
-    return {group: finals + (_beside(group, groups) if group.fixes_cuts else []) for group, finals in groups.items()}
 
 
-def _finals(contender: str, revision: int, results: Mapping[int, Mapping[str, Any]]) -> Finals:
-    first = next(iter(results.values()))
-    known = METHODS.get(first["method"])
-    is_current = known is not None and known.revision == revision
-    label = contender.removesuffix(f"-{first['budget']:g}")
+def _finals(label: str, key: _Key, results: Mapping[int, Mapping[str, Any]], *, tuning: float) -> Finals:
     finals = Finals(
-        label=label if is_current else f"{label}, revision {revision}", method=first["method"], budget=first["budget"],
-        is_plain=not first.get("settings"), is_current=is_current,
+        label=label, kind=key.kind, budget=key.budget, tuning=tuning,
         by_seed={seed: result for seed, result in results.items() if "diverged" not in result},
         diverged=tuple(seed for seed, result in results.items() if "diverged" in result),
     )  # fmt: skip
     if finals.diverged:
-        log.warning("%s: %s, and are in no mean", contender, finals.seeds)
+        log.warning("%s at %g: %s, and are in no mean", label, key.budget, finals.seeds)
     return finals
+
+
+def _results(folder: Path, kind: str) -> list[tuple[Path, Group, _Key, dict[str, Any]]]:
+    found: list[tuple[Path, Group, _Key, dict[str, Any]]] = []
+    for path in sorted(folder.glob(f"**/*--{kind}--*.json")):
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(f"{path}: expected a result in JSON, found a damaged file; delete it") from error
+        try:
+            group = Group.of(result)
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
+        found.append((path, group, _key(result), result))
+    return found
+
+
+def _key(result: Mapping[str, Any]) -> _Key:
+    # Which file of RGFT's a method follows is another on each task.
+    settings = {key: value for key, value in (result.get("settings") or {}).items() if key != "result"}
+    kind = Kind(result["method"], canonical(settings), result.get("revision", 1))
+    return _Key(_without_budget(result["contender"], result["budget"]), kind, float(result["budget"]))
+
+
+def _without_budget(label: str, budget: float) -> str:
+    """A label without its budget at the end, however that is written: 0.1, 1 or 1.0."""
+    name, _, end = label.rpartition("-")
+    try:
+        return name if name and float(end) == budget else label
+    except ValueError:
+        return label
+
+
+def _labels(keys: Sequence[_Key]) -> dict[_Key, str]:
+    """Rows of tables: a label of its own for each contender at a budget."""
+    labels = {key: key.label for key in keys}
+    for key in keys:
+        same = [other.kind for other in keys if (other.label, other.budget) == (key.label, key.budget)]
+        if len({kind.settings for kind in same}) > 1:
+            labels[key] += f" {key.kind.settings}"
+        if not is_current(key.kind):
+            labels[key] += f", revision {key.kind.revision}"
+    return labels
+
+
+def _tuning_flops(folder: Path) -> dict[tuple[Group, tuple[str, str, int, float]], float]:
+    """What choosing rates and variants took: of each contender, by its label, as multiples of one full fine-tuning.
+
+    A run that diverged has no ledger, and was stopped early: it is left out.
+    """
+    spent: dict[tuple[Group, tuple[str, str, int, float]], float] = {}
+    for _, group, key, result in _results(folder, "tuning"):
+        if "ledger" in result:
+            flops = float(result["ledger"]["flops"]["fraction_of_full"])
+            spent[group, key.but_for_settings] = spent.get((group, key.but_for_settings), 0.0) + flops
+    return spent
 
 
 def _beside(cuts: Group, groups: Mapping[Group, list[Finals]]) -> list[Finals]:
@@ -180,6 +258,6 @@ def _beside(cuts: Group, groups: Mapping[Group, list[Finals]]) -> list[Finals]:
     budgets = {finals.budget for finals in groups[cuts]}
     return [
         finals
-        for group, others in groups.items() if group.title == cuts.title and not group.fixes_cuts
-        for finals in others if finals.method == "rgft" and finals.is_plain and finals.budget in budgets
-    ]  # fmt: skip
+        for finals in groups.get(replace(cuts, fixes_cuts=False), [])
+        if finals.method == "rgft" and finals.is_plain and finals.budget in budgets
+    ]

@@ -1,21 +1,21 @@
-"""The frontier: which methods nothing beats at their cost, and a picture of quality against cost."""
+"""The frontier: which methods nothing beats at their cost."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
-from typing import IO, Any, Literal, cast
+from typing import Any, Literal
 
-from rgft.bench.finals import LOWER_IS_BETTER, Finals, Group, final_results
+from rgft.bench.finals import LOWER_IS_BETTER, Finals, Kind, final_results, metric_of
+from rgft.bench.group import Group, canonical
 from rgft.errors import DataError
-from rgft.telemetry.atomic_write import atomic_file
 
 Cost = Literal["flops", "seconds"]
 #: Runs end within a step of their budget: costs that differ by less are the same.
 TOLERANCE = 0.02
-_COSTS = {"flops": "share of full fine-tuning's FLOPs", "seconds": "seconds of training"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,7 @@ class Point:
 
     Attributes:
         label: of the contender.
+        kind: what it is, whatever its label and budget.
         cost: FLOPs as a share of full fine-tuning's, or seconds.
         quality: the metric's mean.
         error: its standard error; None with one seed.
@@ -32,6 +33,7 @@ class Point:
     """
 
     label: str
+    kind: Kind
     cost: float
     quality: float
     error: float | None
@@ -39,28 +41,98 @@ class Point:
     is_on_frontier: bool
 
 
-def frontiers(folder: Path, *, metric: str, against: Cost = "flops") -> dict[Group, list[Point]]:
-    """All contenders of each task, the cheapest first; fixed cuts are left out.
+@dataclass(frozen=True, kw_only=True)
+class Frontier:
+    """A task's contenders.
+
+    Attributes:
+        metric: what `quality` is.
+        points: the cheapest first.
+        left_out: contenders that are not among them, by label and budget, and why.
+    """
+
+    metric: str
+    points: Sequence[Point]
+    left_out: Mapping[str, str]
+
+
+def frontiers(folder: Path, *, metric: str, against: Cost = "flops") -> dict[Group, Frontier]:
+    """All contenders of each task; fixed cuts are left out.
 
     Args:
         folder: of result files.
-        metric: of the test split.
-        against: what they cost.
+        metric: of the test split; `SCORE`: each task's own.
+        against: what they cost. Seconds are compared of runs with nothing else beside them, on one machine: of several
+            that on which most contenders of a task were run.
 
     Raises:
-        DataError: there are no results, or the metric was not measured.
+        DataError: there are no results, or the metric was measured on no task.
     """
-    return {
-        group: _points([finals for finals in contenders if finals.by_seed], metric, against)
+    found = {
+        group: _frontier(contenders, metric_of(group, metric), against)
         for group, contenders in final_results(folder).items()
         if not group.fixes_cuts
     }
+    if not any(frontier.points for frontier in found.values()):
+        raise DataError(
+            f"{folder}: expected results with the metric {metric!r}, to be held against {against}; found none"
+        )
+    return found
+
+
+def _frontier(contenders: Sequence[Finals], metric: str, against: Cost) -> Frontier:
+    left_out = {_name(finals): f"{metric} {lack}" for finals in contenders if (lack := finals.lacks(metric))}
+    kept = [finals for finals in contenders if _name(finals) not in left_out]
+    if against == "seconds":
+        kept, missing = _on_one_machine(kept)
+        left_out |= missing
+    return Frontier(metric=metric, points=_points(kept, metric, against), left_out=left_out)
+
+
+def _name(finals: Finals) -> str:
+    return f"{finals.label} at {finals.budget:g}"
+
+
+def _on_one_machine(contenders: Sequence[Finals]) -> tuple[list[Finals], dict[str, str]]:
+    """Contenders whose seconds can be compared, by the runs that were made alone and on the usual machine."""
+    counted = Counter(m for finals in contenders for m in {_machine(r) for r in finals.by_seed.values() if _alone(r)})
+    machine = max(counted, key=lambda name: (counted[name], name), default="")
+    kept: list[Finals] = []
+    left_out: dict[str, str] = {}
+    for finals in contenders:
+        alone = {seed: result for seed, result in finals.by_seed.items() if _alone(result)}
+        there = {seed: result for seed, result in alone.items() if _machine(result) == machine}
+        if there:
+            kept.append(replace(finals, by_seed=there))
+        else:
+            left_out[_name(finals)] = "run on another machine" if alone else "run with others beside it"
+    return kept, left_out
+
+
+def _alone(result: Mapping[str, Any]) -> bool:
+    """Whether nothing ran beside; the bench made one run at a time before its results said how many."""
+    return result.get("jobs", 1) == 1
+
+
+def _machine(result: Mapping[str, Any]) -> str:
+    """What computed, as far as a result says."""
+    environment = result.get("environment", {})
+    torch = environment.get("torch", {})
+    return canonical(
+        [result.get("device", "cpu"), environment.get("cpu"), environment.get("accelerators"), torch.get("threads")]
+    )
+
+
+def _cost(finals: Finals, against: Cost) -> float:
+    if against == "flops":
+        return finals.flops
+    return mean(float(result["seconds"]) for result in finals.by_seed.values())
 
 
 def _points(contenders: Sequence[Finals], metric: str, against: Cost) -> list[Point]:
     sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
     values = [list(finals.metric(metric).values()) for finals in contenders]
-    costs = [finals.flops if against == "flops" else finals.seconds for finals in contenders]
+    costs = [_cost(finals, against) for finals in contenders]
     qualities = [mean(of_seeds) for of_seeds in values]
 
     def is_beaten(index: int) -> bool:
@@ -71,57 +143,10 @@ def _points(contenders: Sequence[Finals], metric: str, against: Cost) -> list[Po
 
     points = [
         Point(
-            label=finals.label, cost=costs[index], quality=qualities[index],
+            label=finals.label, kind=finals.kind, cost=costs[index], quality=qualities[index],
             error=stdev(values[index]) / len(values[index]) ** 0.5 if len(values[index]) > 1 else None,
             seeds=len(values[index]), is_on_frontier=not is_beaten(index),
         )
         for index, finals in enumerate(contenders)
     ]  # fmt: skip
     return sorted(points, key=lambda point: (point.cost, point.label))
-
-
-def draw(found: dict[Group, list[Point]], path: Path, *, metric: str, against: Cost) -> Path:
-    """A picture with one panel a task, as SVG or PNG by the path's ending (written aside, then renamed).
-
-    Raises:
-        DataError: another ending, or matplotlib (the extra `report`) is missing.
-    """
-    ending = path.suffix.removeprefix(".")
-    if ending not in ("svg", "png"):
-        raise DataError(f"{path}: expected a file name that ends in .svg or .png")
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise DataError("pictures need matplotlib; install rgft[report]") from error
-    figure = Figure(figsize=(5.2 * len(found), 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    labels = sorted({point.label for points in found.values() for point in points}, key=lambda x: (x != "rgft", x))
-    for axes, (group, points) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
-        for place, label in enumerate(labels):
-            own = [point for point in points if point.label == label]
-            if own:
-                axes.errorbar(
-                    [point.cost for point in own], [point.quality for point in own],
-                    yerr=[point.error or 0.0 for point in own], label=label, color=f"C{place % 10}",
-                    marker="osD^v<>*PX"[place % 10], linewidth=2.0 if label == "rgft" else 0.8, capsize=2.0,
-                )  # fmt: skip
-        best = [point for point in points if point.is_on_frontier]
-        axes.step([p.cost for p in best], [p.quality for p in best], where="post", color="0.7", zorder=0, linewidth=4.0)
-        axes.set_xscale("log")
-        if against == "flops":
-            axes.set_xlim(0.04, 1.2)
-            axes.set_xticks([0.05, 0.1, 0.2, 0.3, 0.5, 1.0], ["0.05", "0.1", "0.2", "0.3", "0.5", "1"])
-            axes.set_xticks([], minor=True)
-        axes.set_xlabel(_COSTS[against])
-        axes.set_ylabel(f"test {metric}")
-        axes.set_title(group.title, fontsize=9)
-    handles: dict[str, Any] = {}
-    for axes in figure.axes:
-        drawn, names = axes.get_legend_handles_labels()
-        handles |= dict(zip(names, drawn, strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as file:
-        figure.savefig(cast("IO[bytes]", file), format=ending, dpi=150)
-    return path

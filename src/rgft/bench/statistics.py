@@ -3,12 +3,17 @@
 Two methods that ran with the same seeds (same data order, same initial classifier) are compared seed by seed. The
 interval is Student's t on the paired differences, the right small-sample choice for 3 to 10 seeds (a percentile
 bootstrap of five numbers is too narrow: it covers about 83 % where 95 % is claimed).
+
+Few seeds may agree by chance, and an accuracy moves by whole examples. So two or fewer pairs decide nothing, nor does
+a spread of zero; and differences of a metric that goes by single examples of n are taken to spread by no less than
+their test set alone would make them: a difference d means that at least |d|·n examples fell out differently, which
+has the variance |d|/n (McNemar's, with the fewest such examples); at least one example's, where d is less.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import mean, stdev
 from typing import Any, Literal
@@ -18,6 +23,9 @@ from scipy.stats import t as student_t
 from rgft.errors import DataError
 
 Verdict = Literal["better", "non-inferior", "worse", "undecided"]
+
+#: Pairs below which nothing is decided, and below which nothing is with a margin.
+MIN_PAIRS, MIN_PAIRS_WITH_MARGIN = 3, 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +39,8 @@ class Comparison:
         standard_error: of the difference.
         margin: of non-inferiority, in the metric's unit.
         verdict: "better": interval above 0. "non-inferior": interval above −margin. "worse": interval below 0.
-            "undecided": none of these.
+            "undecided": none of these, or there is not enough to decide by.
+        why: what there is not enough of; empty: there is.
     """
 
     difference: float
@@ -41,20 +50,28 @@ class Comparison:
     standard_error: float
     margin: float
     verdict: Verdict
+    why: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
+def min_pairs(margin: float) -> int:
+    """How many pairs it takes to decide."""
+    return MIN_PAIRS_WITH_MARGIN if margin > 0.0 else MIN_PAIRS
+
+
 def compare(
-    method: Mapping[int, float], baseline: Mapping[int, float], *, higher_is_better: bool, margin: float = 0.0
-) -> Comparison:
+    method: Mapping[int, float], baseline: Mapping[int, float], *, higher_is_better: bool, margin: float = 0.0,
+    examples: int | None = None,
+) -> Comparison:  # fmt: skip
     """Compares two methods by seed.
 
     Args:
         method, baseline: seed → value; only seeds that both have are used.
         higher_is_better: False for losses.
         margin: how much worse still counts as non-inferior, in the metric's unit.
+        examples: that were tested, of a metric that goes by single ones; None: it does not, or nobody knows.
 
     Raises:
         DataError: fewer than two common seeds.
@@ -65,50 +82,69 @@ def compare(
     sign = 1.0 if higher_is_better else -1.0
     differences = [sign * (method[seed] - baseline[seed]) for seed in common]
     centre = mean(differences)
-    error = stdev(differences) / len(differences) ** 0.5
+    least = 0.0 if examples is None else math.sqrt(max(abs(centre), 1.0 / examples) / examples)
+    # What is equal but for rounding does not spread.
+    spread = stdev(differences) if max(differences) - min(differences) > 1e-12 else 0.0
+    error = max(spread, least) / len(differences) ** 0.5
     return _comparison(centre, error, freedom=len(differences) - 1, seeds=len(common), margin=margin)
 
 
-def over_tasks(comparisons: Sequence[tuple[str, Comparison]], *, margin: float = 0.0) -> Comparison | None:
+def over_tasks(comparisons: Sequence[tuple[Collection[str], Comparison]]) -> Comparison | None:
     """The mean difference over tasks, each counting once; its interval by Welch and Satterthwaite.
 
-    Tasks of one source are not independent: they count as one, whose standard error is the mean of theirs, as if they
-    told the same.
+    Tasks with a corpus in common are not independent: they count as one, whose standard error is the mean of theirs, as
+    if they told the same. Tasks that have too few pairs to decide anything, or no spread, do not count.
 
     Args:
-        comparisons: (source, comparison) of each task.
-        margin: of non-inferiority.
+        comparisons: (corpora, comparison) of each task, all with one margin.
 
     Returns:
-        None with fewer than two sources.
+        None with fewer than two that are independent.
     """
-    sources: dict[str, list[Comparison]] = {}
-    for source, comparison in comparisons:
-        sources.setdefault(source, []).append(comparison)
-    if len(sources) < 2:
+    together = _dependent([item for item in comparisons if counts(item[1])])
+    if len(together) < 2:
         return None
-    centre = mean(mean(c.difference for c in same) for same in sources.values())
-    errors = [(mean(c.standard_error for c in same), min(c.seeds for c in same) - 1) for same in sources.values()]
+    centre = mean(mean(c.difference for c in same) for same in together)
+    errors = [(mean(c.standard_error for c in same), min(c.seeds for c in same) - 1) for same in together]
     variance = sum(error**2 for error, _ in errors)
     quartic = sum(error**4 / freedom for error, freedom in errors)
     return _comparison(
         centre, math.sqrt(variance) / len(errors), freedom=variance**2 / quartic if quartic else math.inf,
-        seeds=min(freedom for _, freedom in errors) + 1, margin=margin,
+        seeds=min(freedom for _, freedom in errors) + 1, margin=together[0][0].margin,
     )  # fmt: skip
+
+
+def counts(comparison: Comparison) -> bool:
+    """Whether a task's comparison says enough to stand among others: runs that are equal do."""
+    is_equal = comparison.difference == 0.0
+    return comparison.seeds >= min_pairs(comparison.margin) and (comparison.standard_error > 0.0 or is_equal)
+
+
+def _dependent(comparisons: Sequence[tuple[Collection[str], Comparison]]) -> list[list[Comparison]]:
+    """Comparisons in parts that have no corpus in common."""
+    parts: list[tuple[set[str], list[Comparison]]] = []
+    for corpora, comparison in comparisons:
+        joined, own = set(corpora), [comparison]
+        for part in [part for part in parts if part[0] & set(corpora)]:
+            parts.remove(part)
+            joined, own = joined | part[0], [*part[1], *own]
+        parts.append((joined, own))
+    return [own for _, own in parts]
 
 
 def _comparison(centre: float, error: float, *, freedom: float, seeds: int, margin: float) -> Comparison:
     half = error * float(student_t.ppf(0.975, freedom)) if error else 0.0
     low, high = centre - half, centre + half
+    why = f"fewer than {min_pairs(margin)} pairs" if seeds < min_pairs(margin) else "" if error else "no spread"
     return Comparison(
         difference=centre, low=low, high=high, seeds=seeds, standard_error=error, margin=margin,
-        verdict=_verdict(low, high, margin),
+        verdict="undecided" if why else _verdict(low, high, margin), why=why,
     )  # fmt: skip
 
 
 def _verdict(low: float, high: float, margin: float) -> Verdict:
     if low > 0.0:
         return "better"
-    if high < 0.0:
-        return "worse"
-    return "non-inferior" if margin > 0.0 and low > -margin else "undecided"
+    if low > -margin:
+        return "non-inferior"
+    return "worse" if high < 0.0 else "undecided"

@@ -2,46 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean, stdev
 
-from rgft.bench.finals import LOWER_IS_BETTER, Finals, Group, final_results
-from rgft.bench.statistics import Comparison, compare
+from rgft.bench.finals import Finals, final_results
+from rgft.bench.group import Group
+from rgft.bench.paired import difference, is_target, lacking, said, target_margin
+from rgft.bench.statistics import Comparison
 from rgft.errors import DataError
 from rgft.telemetry.atomic_write import write_bytes
 
 START, END = "<!-- results -->", "<!-- /results -->"
 
+_NOTE = (
+    "Test split, mean ± standard deviation over seeds; learning rates chosen on validation data with other seeds, of "
+    "contenders named -auto by rule, untuned. Tuning: FLOPs of the runs that the rate was chosen by, as multiples of "
+    "one full fine-tuning. Differences with 95 % intervals, paired by seed; their number is there where it is not that "
+    "of the row's seeds, and fewer than three decide nothing. Non-inferior: five pairs or more, the interval above "
+    "minus the margin, and the held-out loss not worse. Seconds are in the result files; they are comparable only "
+    "where nothing else ran beside."
+)
+
 
 def markdown(folder: Path) -> str:
     """The comparisons as Markdown tables: one for each task and budget, all contenders against RGFT, seed by seed.
 
-    Where RGFT has no runs at a budget (full fine-tuning at 1.0), its runs at the highest lower one are compared.
+    Where RGFT has no runs at a budget (full fine-tuning at 1.0), its runs at the highest lower one are compared. Beside
+    full fine-tuning at a higher budget, RGFT's runs at each lower one are held against the target.
     """
-    tables: list[str] = []
+    parts: list[str] = []
     for group, contenders in final_results(folder).items():
-        tables += [
-            _table(group, budget, [finals for finals in contenders if finals.budget == budget], contenders)
-            for budget in sorted({finals.budget for finals in contenders})
-        ]
-    note = (
-        "Test split, mean ± standard deviation over seeds; learning rates chosen on validation data with other seeds, "
-        "of contenders named -auto by rule, untuned; differences with 95 % intervals, paired by seed. Seconds are in "
-        "the result files; they are comparable only where nothing else ran beside."
-    )
-    return "\n\n".join([*tables, note])
+        parts += [_table(group, budget, contenders) for budget in sorted({finals.budget for finals in contenders})]
+        if targets := _targets(group, contenders):
+            parts.append(targets)
+    return "\n\n".join([*parts, _NOTE])
 
 
-def _table(group: Group, budget: float, rows: list[Finals], contenders: list[Finals]) -> str:
+def _table(group: Group, budget: float, contenders: list[Finals]) -> str:
     reference = _reference(contenders, budget)
     name = group.metric.replace("_", " ")
     cuts = ", the cut fixed by hand" if group.fixes_cuts else ""
+    whose = "RGFT's" if reference is None or reference.budget == budget else f"RGFT's at {reference.budget:g}:"
+    headings = [
+        "", "lr", "tuning", "FLOPs", "steps", name, "held-out loss", f"{whose} {name} higher by",
+        f"{whose} loss lower by", "",
+    ]  # fmt: skip
     lines = [
-        f"**{group.title}{cuts}, {budget:g} of full fine-tuning's FLOPs**",
-        "",
-        f"| | lr | FLOPs | steps | {name} | held-out loss | RGFT's {name} higher by | RGFT's loss lower by | |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+        f"**{group.title}{cuts}, {budget:g} of full fine-tuning's FLOPs**", "", _line(headings),
+        "|" + "---|" * len(headings),
+    ]  # fmt: skip
+    rows = (finals for finals in contenders if finals.budget == budget)
     lines += [
         _row(finals, reference, group.metric)
         for finals in sorted(rows, key=lambda row: (row is not reference, row.label))
@@ -56,31 +67,66 @@ def _reference(contenders: list[Finals], budget: float) -> Finals | None:
 
 
 def _row(finals: Finals, reference: Finals | None, metric: str) -> str:
-    title = f"{finals.label} ({finals.seeds})"
+    idle = "" if finals.acted else "; did not act in so short a run"
+    title = f"{finals.label} ({finals.seeds}{idle})"
     if not finals.by_seed:
-        return "| " + " | ".join([title, *[""] * 8]) + " |"
+        return _line([title, *[""] * 9])
     cells = [
-        title, finals.rates, f"{finals.flops:.2f}",
-        f"{finals.steps:.0f}", _spread(list(finals.metric(metric).values())),
-        _spread(list(finals.metric("loss").values())),
+        title, finals.rates, f"{finals.tuning:.1f}",
+        f"{finals.flops:.2f}", f"{finals.steps:.0f}", _spread(finals, metric), _spread(finals, "loss"),
     ]  # fmt: skip
-    if reference is None or finals is reference or len(set(reference.by_seed) & set(finals.by_seed)) < 2:
-        return "| " + " | ".join([*cells, "", "", ""]) + " |"
-    comparisons = [difference(reference, finals, name) for name in (metric, "loss")]
-    cells += [f"{c.difference:+.3f} [{c.low:+.3f}, {c.high:+.3f}]" for c in comparisons]
-    cells.append(", ".join(dict.fromkeys(c.verdict for c in comparisons)))
-    return "| " + " | ".join(cells) + " |"
+    if reference is None or finals is reference:
+        return _line([*cells, "", "", ""])
+    compared = {name: _compared(reference, finals, name) for name in (metric, "loss")}
+    cells += [_interval(comparison, of=finals) for comparison in compared.values()]
+    # The loss is what a verdict with a margin has heard already.
+    told = [comparison for comparison in compared.values() if comparison is not None]
+    told = told[:1] if told and told[0].margin > 0.0 else told
+    return _line([*cells, ", ".join(dict.fromkeys(_short(comparison) for comparison in told))])
 
 
-def difference(method: Finals, baseline: Finals, metric: str, *, margin: float = 0.0) -> Comparison:
-    """How much better a contender is than another, seed by seed; see `compare`."""
-    return compare(
-        method.metric(metric), baseline.metric(metric), higher_is_better=metric not in LOWER_IS_BETTER, margin=margin
-    )
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
-def _spread(values: list[float]) -> str:
+def _compared(method: Finals, baseline: Finals, metric: str) -> Comparison | None:
+    if lacking(method, baseline, metric):
+        return None
+    return difference(method, baseline, metric, margin=target_margin(method, baseline, metric))
+
+
+def _interval(comparison: Comparison | None, *, of: Finals | None = None) -> str:
+    """A difference, and of how many pairs it is where these are not a row's seeds."""
+    if comparison is None:
+        return ""
+    pairs = f" ({comparison.seeds} pairs)" if of is None or comparison.seeds != len(of.by_seed) else ""
+    return f"{comparison.difference:+.3f} [{comparison.low:+.3f}, {comparison.high:+.3f}]{pairs}"
+
+
+def _short(comparison: Comparison) -> str:
+    return said(comparison) if comparison.margin > 0.0 else comparison.verdict
+
+
+def _spread(finals: Finals, metric: str) -> str:
+    if lack := finals.lacks(metric):
+        return lack
+    values = list(finals.metric(metric).values())
     return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def _targets(group: Group, contenders: list[Finals]) -> str:
+    """RGFT's runs beside full fine-tuning at the highest budget that it has: whether its score is kept."""
+    fulls = [finals for finals in contenders if finals.method == "full" and finals.is_plain]
+    full = max(fulls, key=lambda row: (row.budget, bool(row.tuning), len(row.by_seed)), default=None)
+    if full is None or group.fixes_cuts:
+        return ""
+    lines = [
+        f"- {finals.label} at {finals.budget:g} beside {full.label} at {full.budget:g}: "
+        f"{group.metric.replace('_', ' ')} {_interval(comparison)}: {said(comparison)}"
+        for finals in sorted(contenders, key=lambda row: (row.label, row.budget))
+        if is_target(finals, full) and (comparison := _compared(finals, full, group.metric)) is not None
+    ]
+    return "\n".join(lines)
 
 
 def update(document: Path, table: str) -> None:

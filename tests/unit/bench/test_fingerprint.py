@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rgft.bench import agenda, sitting
-from rgft.bench.finals import Group, final_results
+from rgft.bench.finals import final_results
 from rgft.bench.fingerprint import DataCheck
 from rgft.bench.results import Results
 from rgft.bench.runner import identity_of
@@ -118,28 +118,6 @@ def test_a_half_written_result_is_never_read(tmp_path: Path, monkeypatch: pytest
         results.write(cell, {"x": 1})
     assert results.read(cell) is None
     assert list((tmp_path / "results").iterdir()) == []
-
-
-def test_tasks_of_one_kind_are_told_apart() -> None:
-    run = {"run": {"epochs": 1.0}, "method": "full"}
-    python, news, all_images = (
-        Group.of({**run, "task": task})
-        for task in (
-            {"name": "language", "train_size": 8},
-            {"name": "language", "train_size": 8, "corpus": "bbc"},
-            {"name": "images", "data": "flowers", "model": "x"},
-        )
-    )
-    short, shorter = (
-        Group.of({**run, "task": {"name": "bbc", "train_size": 8, "tokens": tokens}}) for tokens in (64, 32)
-    )  # fmt: skip
-    assert (short.title, short.source) == ("BBC news, 8 examples of 64 tokens, one epoch", "BBC")
-    assert short != shorter
-    assert short.source == shorter.source
-    assert python.title == "language modelling (python), 8 examples, one epoch"
-    assert (news.title, news.source) == ("language modelling (bbc), 8 examples, one epoch", "texts: bbc")
-    assert all_images.title == "images (flowers), all examples, one epoch"
-    assert Group.of({**run, "task": {"train_size": 8}}).source == "movie reviews"
 
 
 def test_runs_on_different_data_are_not_compared(tmp_path: Path) -> None:

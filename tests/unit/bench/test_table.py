@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,8 +13,9 @@ from rgft.errors import DataError
 
 def write(
     folder: Path, label: str, seed: int, loss: float, *, kind: str = "final", task: str = "sst2", method: str = "",
-    budget: float = 0.3,
+    budget: float = 0.3, **more: Any,
 ) -> None:  # fmt: skip
+    """A result; `more` is laid over it."""
     folder.mkdir(exist_ok=True, parents=True)
     known = METHODS.get(method or label)
     result = {
@@ -21,18 +23,24 @@ def write(
         "task": {"name": task, "train_size": 2000}, "run": {"epochs": 3.0}, "lr": 1e-4, "budget": budget,
         "steps": 10 if label == "full" else 25, "seconds": 100 * budget, "settings": {},
         "metrics": {"test": {"loss": loss, "accuracy": 1 - loss}}, "ledger": {"flops": {"fraction_of_full": budget}},
+        **more,
     }  # fmt: skip
-    (folder / f"{label}--{kind}--lr0.0001--seed{seed}.json").write_text(json.dumps(result))
+    (folder / f"{label}--{kind}--lr{result['lr']:g}--seed{seed}.json").write_text(json.dumps(result))
 
 
 def test_table_compares_seed_by_seed_and_ignores_tuning_runs(tmp_path: Path) -> None:
     for seed, (rgft, full) in enumerate([(0.40, 0.45), (0.50, 0.56), (0.30, 0.34)]):
         write(tmp_path, "rgft", seed, rgft)
         write(tmp_path, "full", seed, full)
-    write(tmp_path, "rgft", 100, 9.0, kind="tuning")
+    for number in range(8):
+        write(tmp_path, "rgft", 100 + number, 9.0, kind="tuning")
+    write(tmp_path, "rgft", 200, 9.0, kind="tuning", metrics={}, diverged="too high")
+    diverged = tmp_path / "rgft--tuning--lr0.0001--seed200.json"
+    without = {key: value for key, value in json.loads(diverged.read_text()).items() if key != "ledger"}
+    diverged.write_text(json.dumps(without))
     table = markdown(tmp_path)
     rgft, full = (line for line in table.splitlines() if "3 seeds" in line)
-    assert rgft.startswith("| rgft (3 seeds) | 0.0001 | 0.30 | 25 | 0.600 ± 0.100 | 0.400 ± 0.100 |")
+    assert rgft.startswith("| rgft (3 seeds) | 0.0001 | 2.4 | 0.30 | 25 | 0.600 ± 0.100 | 0.400 ± 0.100 |")
     assert full.count("+0.050 [+0.025, +0.075]") == 2
     assert full.endswith("| better |")
 
@@ -66,11 +74,12 @@ def test_rows_of_an_earlier_revision_say_so(tmp_path: Path) -> None:
     assert METHODS["rgft"].revision > 1
     write(tmp_path / "anew", "rgft", 0, 0.3)  # beside it, and what others are compared with
     write(tmp_path / "anew", "rgft", 1, 0.3)
-    write(tmp_path, "full", 1, 0.4)
+    write(tmp_path, "full", 1, 0.41)
     assert "| rgft, revision 1 (1 seeds) |" in markdown(tmp_path)
     assert "| rgft (2 seeds) |" in markdown(tmp_path)
     full = next(line for line in markdown(tmp_path).splitlines() if line.startswith("| full (2 seeds) |"))
-    assert full.count("+0.100 [+0.100, +0.100]") == 2
+    assert full.count("+0.105 [+0.041, +0.169]") == 2
+    assert full.endswith("| undecided |")  # two seeds are too few
 
 
 def test_tasks_are_kept_apart_and_cuts_stand_beside_rgft(tmp_path: Path) -> None:
@@ -91,14 +100,19 @@ def test_budgets_have_tables_of_their_own_and_rgft_at_the_same_one_as_reference(
     for seed in range(3):
         write(tmp_path, "rgft", seed, 0.40 + seed / 100)
         write(tmp_path, "rgft-0.1", seed, 0.50 + seed / 50, method="rgft", budget=0.1)
-        write(tmp_path, "lora-0.1", seed, 0.53 + seed / 50, method="lora", budget=0.1)
-        write(tmp_path, "full", seed, 0.41 + seed / 100, budget=1.0)
+        write(
+            tmp_path, "lora-0.1", seed, 0.53 + seed / 50 + abs(seed - 1) / 1000 - 0.002 / 3, method="lora", budget=0.1
+        )
+        write(tmp_path, "full", seed, 0.41 + seed / 80, budget=1.0)
     low, middle, high = markdown(tmp_path).split("**SST-2")[1:]
     assert "0.1 of full" in low
-    assert "+0.030 [+0.030, +0.030]" in low
+    lora = next(line for line in low.splitlines() if line.startswith("| lora"))
+    assert lora.count("+0.030 [+0.029, +0.031]") == 2
     assert "| rgft (3 seeds)" in middle
     assert "| full (3 seeds)" in high
-    assert "+0.010 [+0.010, +0.010]" in high  # RGFT at 0.3, the highest budget that it has
+    assert "RGFT's at 0.3: accuracy higher by" in high  # the highest budget that it has
+    interval = "+0.012 [+0.006, +0.019]"
+    assert f"| {interval} | {interval} | undecided (fewer than 5 pairs, margin 0.005) |" in high
 
 
 def test_update_replaces_what_is_between_the_markers_only(tmp_path: Path) -> None:

@@ -28,13 +28,13 @@ def test_each_task_and_all_together_at_each_budget(tmp_path: Path) -> None:
     assert (across.budget, across.baseline_budget) == (0.3, 0.1)
 
 
-def test_tasks_of_one_source_count_once() -> None:
+def test_tasks_with_a_corpus_in_common_count_once() -> None:
     good = compare({0: 1.0, 1: 1.2, 2: 0.9}, {0: 0.5, 1: 0.6, 2: 0.5}, higher_is_better=True)
     bad = compare({0: 0.2, 1: 0.1, 2: 0.3}, {0: 0.5, 1: 0.6, 2: 0.5}, higher_is_better=True)
-    assert over_tasks([("reviews", good), ("reviews", good)]) is None
+    assert over_tasks([({"reviews"}, good), ({"reviews", "more"}, good)]) is None
     twice, once = (
-        over_tasks([("reviews", good), ("reviews", good), ("news", bad)]),
-        over_tasks([("a", good), ("b", bad)]),
+        over_tasks([({"reviews"}, good), ({"news"}, bad), ({"more"}, good), ({"reviews", "more"}, good)]),
+        over_tasks([({"a"}, good), ({"b"}, bad)]),
     )
     assert twice is not None
     assert once is not None
@@ -49,7 +49,7 @@ def test_the_interval_over_tasks_covers_the_truth_as_often_as_it_says() -> None:
         comparisons = []
         for task, spread in (("a", 0.02), ("b", 0.05), ("c", 0.01)):
             values = {seed: 0.3 + draw.gauss(0, spread) for seed in range(5)}
-            comparisons.append((task, compare(values, dict.fromkeys(values, 0.0), higher_is_better=True)))
+            comparisons.append(({task}, compare(values, dict.fromkeys(values, 0.0), higher_is_better=True)))
         together = over_tasks(comparisons)
         assert together is not None
         hits += together.low <= 0.3 <= together.high
@@ -64,5 +64,5 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
         verdicts(tmp_path, "rgft", "loar", metric="loss")
     with pytest.raises(DataError, match="the same budget; found none"):
         verdicts(tmp_path, "rgft", "lora", metric="loss")
-    with pytest.raises(DataError, match="metric 'bleu' in its results, found \\['accuracy', 'loss'\\]"):
+    with pytest.raises(DataError, match="metric 'bleu', found \\['accuracy', 'loss'\\]"):
         verdicts(tmp_path, "rgft", "lora", metric="bleu", against_budget=0.1)

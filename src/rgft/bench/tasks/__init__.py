@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
 from rgft.bench.tasks import code, glue, instructions, language, movies, news, summarisation, superglue, vision
+from rgft.bench.tasks.corpora import corpora
 from rgft.errors import ConfigError
 from rgft.tasks.base import PreparedTask
 from rgft.tasks.demo import demo_task
@@ -20,69 +21,101 @@ __all__ = ["TASKS", "BenchTask", "bench_task"]
 class BenchTask:
     """A task of the bench.
 
+    What depends on a task's settings takes them with the defaults of `prepare` (see `with_defaults`).
+
     Attributes:
         title: in tables.
-        source: where its texts come from; tasks of one source are not independent.
         prepare: settings and seed → model, data and loss.
-        metric: the one that tables show beside the loss.
+        draws_on: settings → what its examples come from, by names that `corpora` knows.
+        metric: settings → the one that tables show beside the loss.
         told_apart_by: settings that make it another task, with data of its own.
         executes_code: whether it runs code that a model wrote, if whoever runs the bench allows it.
     """
 
     title: str
-    source: str
     prepare: Callable[..., PreparedTask]
-    metric: str = "accuracy"
+    draws_on: Callable[[Mapping[str, Any]], Sequence[str | None]]
+    metric: Callable[[Mapping[str, Any]], str] = lambda _: "accuracy"
     told_apart_by: tuple[str, ...] = ()
     executes_code: bool = False
 
-    def variant(self, settings: Mapping[str, Any]) -> str:
-        """Which of its tasks it is, in words; empty where it is one."""
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Its settings, each with its default; None where it has none."""
         known = inspect.signature(self.prepare).parameters
-        values = [settings.get(name, known[name].default) for name in self.told_apart_by]
-        return ", ".join(str(value) for value in values if value is not None)
+        return {
+            name: None if parameter.default is parameter.empty else parameter.default
+            for name, parameter in known.items()
+            if name not in ("seed", "allow_code_execution")
+        }
+
+    def with_defaults(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """All settings of a run of it."""
+        return {**self.settings, **{name: value for name, value in given.items() if name != "name"}}
+
+    def variant(self, given: Mapping[str, Any]) -> str:
+        """Which of its tasks it is, in words; empty where it is one."""
+        settings = self.with_defaults(given)
+        return ", ".join(str(settings[name]) for name in self.told_apart_by if settings[name] is not None)
+
+    def corpora(self, given: Mapping[str, Any]) -> frozenset[str]:
+        """Where its examples come from: tasks with a corpus in common are not independent."""
+        return corpora(*self.draws_on(self.with_defaults(given)))
+
+
+def _text(title: str, name: str, prepare: Callable[..., PreparedTask], metric: str = "accuracy") -> BenchTask:
+    return BenchTask(title=title, prepare=prepare, draws_on=lambda _: (name,), metric=lambda _: metric)
 
 
 TASKS: Mapping[str, BenchTask] = {
-    "rotten_tomatoes": BenchTask(title="Rotten Tomatoes", source="movie reviews", prepare=demo_task),
-    "sst2": BenchTask(title="SST-2", source="movie reviews", prepare=glue.sst2),
-    "cola": BenchTask(title="CoLA", source="CoLA", prepare=glue.cola, metric="matthews"),
-    "mrpc": BenchTask(title="MRPC", source="MRPC", prepare=glue.mrpc),
-    "bbc": BenchTask(title="BBC news", source="BBC", prepare=news.bbc),
-    "newsgroups": BenchTask(title="20 Newsgroups", source="newsgroups", prepare=news.newsgroups),
-    "imdb": BenchTask(title="IMDB", source="IMDB", prepare=movies.imdb),
+    "rotten_tomatoes": _text("Rotten Tomatoes", "rotten_tomatoes", demo_task),
+    "sst2": _text("SST-2", "sst2", glue.sst2),
+    "cola": _text("CoLA", "cola", glue.cola, "matthews"),
+    "mrpc": _text("MRPC", "mrpc", glue.mrpc),
+    "bbc": _text("BBC news", "bbc", news.bbc),
+    "newsgroups": _text("20 Newsgroups", "newsgroups", news.newsgroups),
+    "imdb": _text("IMDB", "imdb", movies.imdb),
     "superglue": BenchTask(
-        title="GLUE and SuperGLUE", source="GLUE and SuperGLUE", prepare=superglue.superglue, told_apart_by=("task",)
+        title="GLUE and SuperGLUE",
+        prepare=superglue.superglue,
+        draws_on=lambda settings: (settings["task"],),
+        metric=lambda settings: superglue.SOURCES[settings["task"]].primary,
+        told_apart_by=("task",),
     ),
-    "digits": BenchTask(title="MNIST digits", source="MNIST", prepare=vision.digits),
-    "images": BenchTask(title="images", source="images", prepare=vision.images, told_apart_by=("data",)),
+    "digits": BenchTask(title="MNIST digits", prepare=vision.digits, draws_on=lambda _: ("digits",)),
+    "images": BenchTask(
+        title="images",
+        prepare=vision.images,
+        draws_on=lambda settings: (settings["data"], settings["validation"], settings["test"]),
+        told_apart_by=("data",),
+    ),
     "language": BenchTask(
         title="language modelling",
-        source="texts",
         prepare=language.language,
-        metric="token_accuracy",
+        draws_on=lambda settings: (settings["corpus"], settings["validation"], settings["test"]),
+        metric=lambda _: "token_accuracy",
         told_apart_by=("corpus",),
     ),
     "instructions": BenchTask(
         title="instructions",
-        source="instructions",
         prepare=instructions.instructions,
-        metric="exact_match",
+        draws_on=lambda settings: (settings["data"], settings["validation"], settings["test"]),
+        metric=lambda _: "exact_match",
         told_apart_by=("data",),
     ),
     "code": BenchTask(
         title="functions",
-        source="code",
         prepare=code.code,
-        metric="pass@1",
+        draws_on=lambda settings: (settings["data"] or "python", settings["problems"]),  # those of the task `language`
+        metric=lambda settings: f"pass@{min(settings['k'])}",
         executes_code=True,
         told_apart_by=("data", "problems"),
     ),
     "summarisation": BenchTask(
         title="summaries",
-        source="summaries",
         prepare=summarisation.summarisation,
-        metric="rougeL",
+        draws_on=lambda settings: (settings["data"], settings["validation"], settings["test"]),
+        metric=lambda _: "rougeL",
         told_apart_by=("data",),
     ),
 }
@@ -107,8 +140,8 @@ def bench_task(settings: Mapping[str, Any], *, seed: int, allow_code_execution: 
         near = get_close_matches(name, TASKS, n=3) or list(TASKS)
         raise ConfigError(f"task.name: expected one of the bench's tasks, found {name!r}; nearest: {', '.join(near)}")
     task = TASKS[name]
-    known = set(inspect.signature(task.prepare).parameters) - {"seed", "allow_code_execution"}
-    unknown = sorted(set(rest) - known)
+    known = task.settings
+    unknown = sorted(set(rest) - set(known))
     if unknown:
         raise ConfigError(
             f"task: {name} has no setting {', '.join(map(repr, unknown))}; known: {', '.join(sorted(known))}"

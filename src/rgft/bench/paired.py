@@ -1,0 +1,73 @@
+"""Two contenders on one task, seed by seed; and the mission's first target, RGFT beside tuned full fine-tuning."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from rgft.bench.finals import LOWER_IS_BETTER, Finals
+from rgft.bench.statistics import Comparison, compare
+
+#: How much worse than tuned full fine-tuning's own score RGFT may be at a share of its FLOPs: half a point.
+TARGET_MARGIN = 0.005
+
+#: Metrics that go by single examples of the test split, beside pass@k.
+_BY_EXAMPLE = frozenset({"accuracy", "top1_error", "exact_match", "f1", "matthews"})
+
+
+def difference(method: Finals, baseline: Finals, metric: str, *, margin: float = 0.0) -> Comparison:
+    """How much better a contender is than another, seed by seed; see `compare`.
+
+    With a margin it is not enough that a score is no worse: the held-out loss must not say otherwise.
+    """
+    found = compare(
+        method.metric(metric), baseline.metric(metric), higher_is_better=metric not in LOWER_IS_BETTER, margin=margin,
+        examples=_examples(method, baseline) if metric in _BY_EXAMPLE or metric.startswith("pass@") else None,
+    )  # fmt: skip
+    if margin <= 0.0 or metric in LOWER_IS_BETTER:
+        return found
+    if is_target(method, baseline) and not baseline.tuning:
+        return _undecided(found, "full fine-tuning is untuned")
+    if lacking(method, baseline, "loss"):
+        return _undecided(found, "held-out loss is undefined")
+    return agreeing(found, difference(method, baseline, "loss"))
+
+
+def agreeing(score: Comparison, loss: Comparison | None) -> Comparison:
+    """What a score says, unless it is good and the held-out loss says worse."""
+    disagrees = loss is not None and loss.verdict == "worse" and score.verdict in ("better", "non-inferior")
+    return _undecided(score, "held-out loss is worse") if disagrees else score
+
+
+def lacking(method: Finals, baseline: Finals, metric: str) -> str:
+    """Why the two cannot be compared by a metric, in words; empty: they can."""
+    for finals in (method, baseline):
+        if lack := finals.lacks(metric):
+            return f"{metric} of {finals.label} {lack}"
+    return "" if len(set(method.by_seed) & set(baseline.by_seed)) >= 2 else "fewer than two common seeds"
+
+
+def is_target(method: Finals, baseline: Finals) -> bool:
+    """Whether RGFT is held against full fine-tuning at a higher budget."""
+    is_full = baseline.method == "full" and baseline.is_plain
+    return method.method == "rgft" and is_full and baseline.budget > method.budget
+
+
+def target_margin(method: Finals, baseline: Finals, metric: str) -> float:
+    """The margin that goes without saying: the target's, of scores."""
+    return TARGET_MARGIN if is_target(method, baseline) and metric not in LOWER_IS_BETTER else 0.0
+
+
+def said(comparison: Comparison) -> str:
+    """A verdict in words, with its margin."""
+    margin = f"margin {comparison.margin:g}" if comparison.margin > 0.0 else ""
+    beside = ", ".join(part for part in (comparison.why, margin) if part)
+    return f"{comparison.verdict} ({beside})" if beside else comparison.verdict
+
+
+def _undecided(comparison: Comparison, why: str) -> Comparison:
+    # What there is too little of is said first.
+    return replace(comparison, verdict="undecided", why=comparison.why or why)
+
+
+def _examples(method: Finals, baseline: Finals) -> int | None:
+    return method.test_examples or baseline.test_examples

@@ -39,6 +39,17 @@ class Kind(NamedTuple):
     settings: str
     revision: int
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the method runs with its own settings."""
+        return self.settings == "{}"
+
+    @property
+    def is_current(self) -> bool:
+        """Whether it is of the method's revision of now."""
+        known = METHODS.get(self.method)
+        return known is not None and known.revision == self.revision
+
 
 @dataclass(frozen=True, kw_only=True)
 class Finals:
@@ -72,13 +83,11 @@ class Finals:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the method ran with its own settings."""
-        return self.kind.settings == "{}"
+        return self.kind.is_plain
 
     @property
     def is_current(self) -> bool:
-        """Whether it is of the method's revision of now."""
-        return is_current(self.kind)
+        return self.kind.is_current
 
     @cached_property
     def acted(self) -> bool:
@@ -136,12 +145,6 @@ class _Key(NamedTuple):
     def but_for_settings(self) -> tuple[str, str, int, float]:
         """What its tuning runs have in common with it, whichever of its variants they tried."""
         return self.label, self.kind.method, self.kind.revision, self.budget
-
-
-def is_current(kind: Kind) -> bool:
-    """Whether a contender is of its method's revision of now."""
-    known = METHODS.get(kind.method)
-    return known is not None and known.revision == kind.revision
 
 
 def metric_of(group: Group, metric: str) -> str:
@@ -235,7 +238,7 @@ def _labels(keys: Sequence[_Key]) -> dict[_Key, str]:
         same = [other.kind for other in keys if (other.label, other.budget) == (key.label, key.budget)]
         if len({kind.settings for kind in same}) > 1:
             labels[key] += f" {key.kind.settings}"
-        if not is_current(key.kind):
+        if not key.kind.is_current:
             labels[key] += f", revision {key.kind.revision}"
     return labels
 

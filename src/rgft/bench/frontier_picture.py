@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast
 
-from rgft.bench.finals import LOWER_IS_BETTER, Kind, is_current
+from rgft.bench.finals import LOWER_IS_BETTER, Kind
 from rgft.bench.frontier import Cost, Frontier, Point
 from rgft.bench.group import Group
 from rgft.errors import DataError
@@ -61,7 +61,7 @@ def styles(kinds: Iterable[Kind]) -> dict[Kind, Style]:
     strong = {method: iter(_MARKERS) for method in _STRONG}
     muted = product(_MARKERS, _MUTED)
     for kind in sorted(kinds, key=_place):
-        is_plain = kind.settings == "{}" and is_current(kind)
+        is_plain = kind.is_plain and kind.is_current
         is_strong = kind.method == "rgft" or (kind.method in _STRONG and is_plain)
         pair = next(((marker, _STRONG[kind.method]) for marker in strong[kind.method]) if is_strong else muted, None)
         if pair is None:
@@ -74,7 +74,7 @@ def styles(kinds: Iterable[Kind]) -> dict[Kind, Style]:
 def _place(kind: Kind) -> tuple[int, bool, bool, Kind]:
     strong = list(_STRONG)
     place = strong.index(kind.method) if kind.method in strong else len(strong)
-    return place, not is_current(kind), kind.settings != "{}", kind
+    return place, not kind.is_current, not kind.is_plain, kind
 
 
 def drawn(found: Mapping[Group, Frontier]) -> dict[Group, Frontier]:

@@ -66,7 +66,7 @@ class _Side:
             return found[0]
         if found:
             return f"{self.label} may be {' or '.join(row.label for row in found)}: give one of these labels"
-        return f"no final runs of {self.label} at {self.budget:g}"
+        return f"no final runs of {self.name} at {self.budget:g}"
 
 
 def verdicts(
@@ -111,13 +111,14 @@ def verdicts(
 def _sides(groups: Mapping[Group, Collection[Finals]], label: str) -> list[_Side]:
     """What a label stands for: one contender, or several with settings of their own."""
     rows = [row for rows in groups.values() for row in rows]
-    kinds = sorted({row.kind for row in rows if row.label == label})
+    kinds = sorted({row.kind for row in rows if row.label == label}, key=lambda kind: (not kind.is_plain, kind))
     if not kinds:
         known = sorted({row.label for row in rows})
         near = get_close_matches(label, known, n=3) or known
         raise DataError(f"expected a contender with final runs, found {label!r}; nearest: {', '.join(near)}")
     return [
-        _Side(label=label, name=label if len(kinds) == 1 else f"{label} {kind.settings}", kind=kind) for kind in kinds
+        _Side(label=label, kind=kind, name=label if len(kinds) == 1 or kind.is_plain else f"{label} {kind.settings}")
+        for kind in kinds
     ]
 
 

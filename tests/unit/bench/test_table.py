@@ -12,16 +12,16 @@ from rgft.errors import DataError
 
 
 def write(
-    folder: Path, label: str, seed: int, loss: float, *, kind: str = "final", task: str = "sst2", method: str = "",
-    budget: float = 0.3, **more: Any,
+    folder: Path, label: str, seed: int, loss: float, *, kind: str = "final", task: str | dict[str, Any] = "sst2",
+    method: str = "", budget: float = 0.3, **more: Any,
 ) -> None:  # fmt: skip
-    """A result; `more` is laid over it."""
+    """A result of a task, by name or by settings; `more` is laid over it."""
     folder.mkdir(exist_ok=True, parents=True)
     known = METHODS.get(method or label)
     result = {
         "method": method or label, "revision": known.revision if known else 1, "contender": label, "seed": seed,
-        "task": {"name": task, "train_size": 2000}, "run": {"epochs": 3.0}, "lr": 1e-4, "budget": budget,
-        "steps": 10 if label == "full" else 25, "seconds": 100 * budget, "settings": {},
+        "task": {"name": task, "train_size": 2000} if isinstance(task, str) else task, "run": {"epochs": 3.0},
+        "lr": 1e-4, "budget": budget, "steps": 10 if label == "full" else 25, "seconds": 100 * budget, "settings": {},
         "metrics": {"test": {"loss": loss, "accuracy": 1 - loss}}, "ledger": {"flops": {"fraction_of_full": budget}},
         **more,
     }  # fmt: skip

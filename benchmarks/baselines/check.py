@@ -149,7 +149,8 @@ def table(folder: Path) -> str:
             if len(own) < 2:
                 cells.append("one seed")
                 continue
-            found = compare(by_seed[0], by_seed[1], higher_is_better=metric == "accuracy")
+            is_share = metric == "accuracy"
+            found = compare(by_seed[0], by_seed[1], higher_is_better=is_share, examples=TEST_SIZE if is_share else None)
             cells.append(f"{found.difference:+.4f} [{found.low:+.4f}, {found.high:+.4f}]")
         lines.append("| " + " | ".join([*cells, f"{seconds:.2f}"]) + " |")
     return "\n".join(lines)

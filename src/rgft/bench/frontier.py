@@ -30,6 +30,7 @@ class Point:
         error: its standard error; None with one seed.
         seeds: how many.
         is_on_frontier: no other is better at no more cost (within `TOLERANCE`).
+        acted: whether it was anything but full fine-tuning under another name.
     """
 
     label: str
@@ -39,6 +40,7 @@ class Point:
     error: float | None
     seeds: int
     is_on_frontier: bool
+    acted: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +147,7 @@ def _points(contenders: Sequence[Finals], metric: str, against: Cost) -> list[Po
         Point(
             label=finals.label, kind=finals.kind, cost=costs[index], quality=qualities[index],
             error=stdev(values[index]) / len(values[index]) ** 0.5 if len(values[index]) > 1 else None,
-            seeds=len(values[index]), is_on_frontier=not is_beaten(index),
+            seeds=len(values[index]), is_on_frontier=not is_beaten(index), acted=finals.acted,
         )
         for index, finals in enumerate(contenders)
     ]  # fmt: skip

@@ -91,21 +91,20 @@ def verdicts(
     groups = {group: rows for group, rows in final_results(folder).items() if not group.fixes_cuts}
     ours, theirs = (_sides(groups, label) for label in (method, baseline))
     budgets = sorted({row.budget for rows in groups.values() for row in rows if row.kind in {s.kind for s in ours}})
-    found = [
-        verdict
+    tried = [
+        _verdict(groups, our.at(budget), their.at(budget if against_budget is None else against_budget), metric, margin)
         for budget, our, their in product(budgets, ours, theirs)
-        if (verdict := _verdict(
-            groups, our.at(budget), their.at(budget if against_budget is None else against_budget), metric, margin
-        )).by_task
-    ]  # fmt: skip
-    if not found:
-        _require_metric(groups, metric)
-        raise DataError(
-            f"{method} and {baseline}: expected final runs of both on a task, with two common seeds and "
-            + ("the same budget" if against_budget is None else f"the baseline at {against_budget:g}")
-            + "; found none"
-        )
-    return found
+    ]
+    if found := [verdict for verdict in tried if verdict.by_task]:
+        return found
+    _require_metric(groups, metric)
+    reasons = dict.fromkeys(f"  {group.title}: {why}" for verdict in tried for group, why in verdict.left_out.items())
+    raise DataError(
+        f"{method} and {baseline}: expected final runs of both on a task, with two common seeds and "
+        + ("the same budget" if against_budget is None else f"the baseline at {against_budget:g}")
+        + "; found none\n"
+        + "\n".join(reasons)
+    )
 
 
 def _sides(groups: Mapping[Group, Collection[Finals]], label: str) -> list[_Side]:

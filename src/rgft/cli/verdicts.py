@@ -80,5 +80,6 @@ def _frontier_table(group: Group, frontier: Frontier, against: str) -> Table:
         error = "" if point.error is None else f" ± {point.error:.4f}"
         cost = f"{point.cost:.3f}" if against == "flops" else f"{point.cost:.0f}"
         quality, mark = f"{point.quality:.4f}{error}", "yes" if point.is_on_frontier else ""
-        table.add_row(point.label, cost, quality, str(point.seeds), mark)
+        label = point.label if point.acted else f"{point.label} (did not act)"
+        table.add_row(label, cost, quality, str(point.seeds), mark)
     return table

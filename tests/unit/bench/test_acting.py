@@ -2,9 +2,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from rgft.bench.acting import acted
+from rgft.bench.frontier import frontiers
 from rgft.bench.table import markdown
+from rgft.cli.app import app
 from tests.unit.bench.test_finals import row
 from tests.unit.bench.test_table import write
 
@@ -56,3 +59,7 @@ def test_tables_mark_rows_of_which_no_run_acted(tmp_path: Path) -> None:
     table = markdown(tmp_path)
     assert row(table, "proposal_a").startswith("| proposal_a (2 seeds; did not act in so short a run) |")
     assert row(table, "random").startswith("| random (2 seeds) |")
+    (frontier,) = frontiers(tmp_path, metric="loss").values()
+    assert {point.label: point.acted for point in frontier.points} == {"proposal_a": False, "random": True}
+    shown = CliRunner().invoke(app, ["bench", "frontier", str(tmp_path)]).output
+    assert shown.count("(did not act)") == 1

@@ -67,7 +67,7 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
         write(tmp_path, "lora-0.1", seed, 0.4, method="lora", budget=0.1)
     with pytest.raises(DataError, match="found 'loar'; nearest: lora"):
         verdicts(tmp_path, "rgft", "loar", metric="loss")
-    with pytest.raises(DataError, match="the same budget; found none"):
+    with pytest.raises(DataError, match=r"the same budget; found none\n  SST-2, .*: no final runs of lora at 0\.3"):
         verdicts(tmp_path, "rgft", "lora", metric="loss")
     with pytest.raises(DataError, match="metric 'bleu', found \\['accuracy', 'loss'\\]"):
         verdicts(tmp_path, "rgft", "lora", metric="bleu", against_budget=0.1)

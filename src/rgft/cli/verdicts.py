@@ -69,7 +69,9 @@ def show_frontiers(found: Mapping[Group, Frontier], *, against: str) -> None:
     for group, frontier in found.items():
         if frontier.points:
             console.print(_frontier_table(group, frontier, against))
-        _show_left_out(console, {f"{group.title}: {name}": why for name, why in frontier.left_out.items()})
+            _show_left_out(console, {f"{group.title}: {name}": why for name, why in frontier.left_out.items()})
+        else:
+            _show_left_out(console, {group.title: "; ".join(dict.fromkeys(frontier.left_out.values()))})
 
 
 def _frontier_table(group: Group, frontier: Frontier, against: str) -> Table:

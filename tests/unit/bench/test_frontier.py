@@ -55,6 +55,7 @@ def test_contenders_and_tasks_without_the_metric_are_left_out_and_named(tmp_path
     shown = CliRunner().invoke(app, ["bench", "frontier", str(tmp_path), "--metric", "accuracy"])
     assert shown.exit_code == 0, shown.output
     assert "left out: SST-2, 2,000 examples, 3 epochs: last_n at 0.3: accuracy not measured\n" in shown.output
+    assert "left out: language modelling (python), 8 examples, 3 epochs: accuracy not measured\n" in shown.output
     with pytest.raises(DataError, match="expected results with the metric 'bleu'"):
         frontiers(tmp_path, metric="bleu")
 

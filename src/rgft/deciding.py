@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from rgft.allocation.base import Policy, Situation
-from rgft.allocation.selection import depends_on_map, observations_needed
+from rgft.allocation.selection import decides_every_step, depends_on_map, observations_needed
 from rgft.components import Partition
 from rgft.config import Config
 from rgft.error_map import ErrorMap
@@ -53,7 +53,6 @@ class Decisions:
         self._scales_by_norm = config.scaling is not None and config.scaling.name == "gradient_normalised"
         self._nothing = ErrorMap.empty(partition.names)
         self._cheapest: UpdatePlan | None = None
-        # A policy that follows the step alone has nothing to wait for, and decides at every step.
         self.follows_map = policy is not None and depends_on_map(policy)
         self.has_decided = self._is_held = False
         self.is_measuring = self.follows_map
@@ -140,7 +139,7 @@ class Decisions:
         if self._policy is None or self._is_held:
             return
         progress, every_step = self._progress, self._config.probe.interval == 1
-        fresh = not self.follows_map or (every_step and progress.step > 0)
+        fresh = decides_every_step(self._policy) or (every_step and progress.step > 0)
         fresh = fresh or not (self.is_measuring or self.has_decided)
         if self._prober.is_due(progress.step, progress.share):
             fresh = self.probe() or fresh

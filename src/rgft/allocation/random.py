@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeVar
 
 from rgft.allocation.base import Situation
-from rgft.allocation.selection import CandidateMask, require_at_least, require_fraction, share_of
+from rgft.allocation.selection import CandidateMask, require_fraction, share_of
+from rgft.allocation.turns import require_stretch, turn
 from rgft.errors import ConfigError
 
 T = TypeVar("T")
@@ -39,18 +40,18 @@ class RandomMask(CandidateMask):
     Attributes:
         q: share, in (0, 1].
         by: of what.
-        every: steps between draws.
+        every: steps between draws, or a share of the run.
     """
 
     name: ClassVar[str] = "random"
     needs_map: ClassVar[bool] = False
     q: float = 0.5
     by: Literal["components", "flops"] = "components"
-    every: int = 1
+    every: float = 1
 
     def __post_init__(self) -> None:
         require_fraction("mask.q", self.q)
-        require_at_least("mask.every", self.every, 1)
+        require_stretch("mask.every", self.every)
         if self.by not in ("components", "flops"):
             raise ConfigError(f"mask.by: expected 'components' or 'flops', found {self.by!r}")
 
@@ -60,7 +61,8 @@ class RandomMask(CandidateMask):
 
     def active(self, situation: Situation) -> frozenset[str]:
         names = [component.name for component in situation.components]
-        order = shuffled(names, generator(situation.seed, situation.step // self.every, self.name))
+        draw = turn("mask.every", self.every, situation)
+        order = shuffled(names, generator(situation.seed, draw, self.name))
         if self.by == "components":
             return frozenset(order[: share_of(self.q, len(order))])
         if situation.costs is None:

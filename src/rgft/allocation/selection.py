@@ -65,6 +65,16 @@ def after_layers(components: Sequence[Component]) -> frozenset[str]:
     return frozenset(component.name for component in components if component.depth > last)
 
 
+#: What trains beside layers that a policy chooses: all that is outside them, or what runs after them.
+OUTSIDE = ("all", "after")
+
+
+def beside_layers(components: Sequence[Component], which: str) -> frozenset[str]:
+    """What is outside the layers: all of it, or what runs after them."""
+    outside = outside_layers(components)
+    return outside & after_layers(components) if which == "after" else outside
+
+
 def matching(components: Iterable[Component], wanted: Collection[str], *, setting: str) -> frozenset[str]:
     """Names of the components whose kind or whole name is in `wanted`.
 
@@ -151,6 +161,11 @@ def depends_on_map(stage: Policy | Mask | Scaling | Period) -> bool:
     be asked at every step, and needs no probes.
     """
     return bool(getattr(stage, "needs_map", True))
+
+
+def decides_every_step(stage: Policy | Mask | Scaling | Period) -> bool:
+    """Whether it may decide anew at any step: by the step alone, or because it says so, drawing from the same map."""
+    return not depends_on_map(stage) or bool(getattr(stage, "decides_every_step", False))
 
 
 def observations_needed(stage: Policy | Mask | Scaling | Period) -> int:

@@ -68,6 +68,8 @@ def test_without_observation_on_with_multiplier_1_if_the_map_matters(make: Any, 
             unseen = [c.name for c in components if not situation.error_map.is_observed(c.name)]
             if name == "autofreeze" and situation.previous is not None:
                 continue  # what is frozen already stays so, observed or not
+            if name == "ist":
+                continue  # draws among layers that it has not looked at, too
             assert all(plan.multipliers[n] == 1.0 for n in unseen)
         else:
             empty = replace(situation, error_map=make.map(components, {}))

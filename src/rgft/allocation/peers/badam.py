@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import ClassVar
 
 from rgft.allocation.base import Situation
@@ -15,6 +17,7 @@ from rgft.allocation.selection import (
     require_at_least,
     require_choice,
 )
+from rgft.allocation.turns import in_steps
 from rgft.components import Component
 
 
@@ -29,6 +32,8 @@ class BAdam(SelectionPolicy):
 
     Attributes:
         every: K, steps per block.
+        cycles: of the run over all blocks, in place of `every`; None: as `every` says. A share of the run would not do:
+            blocks are of all prices, and how many steps a run has follows from them.
         order: of the blocks in a cycle.
         always_on: kinds or names that train beside every block, such as a freshly made classifier.
     """
@@ -36,11 +41,14 @@ class BAdam(SelectionPolicy):
     name: ClassVar[str] = "badam"
     needs_map: ClassVar[bool] = False
     every: int = 50
+    cycles: int | None = None
     order: str = "random"
     always_on: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         require_at_least("policy.every", self.every, 1)
+        if self.cycles is not None:
+            require_at_least("policy.cycles", self.cycles, 1)
         require_choice("policy.order", self.order, ("random", "ascending", "descending"))
 
     def active(self, situation: Situation) -> frozenset[str]:
@@ -48,10 +56,29 @@ class BAdam(SelectionPolicy):
         blocks = [block - kept for block in blocks_of(situation.components) if block - kept]
         if not blocks:
             return kept
-        cycle, position = divmod(situation.step // self.every, len(blocks))
+        cycle, position = divmod(situation.step // self._every(situation, blocks), len(blocks))
         if self.order == "random":
             blocks = shuffled(blocks, generator(situation.seed, cycle, self.name))
         return kept | (blocks[-1 - position] if self.order == "descending" else blocks[position])
+
+    def _every(self, situation: Situation, blocks: Sequence[frozenset[str]]) -> int:
+        """K: as it is set, or so that the steps that the run pays for are as many cycles."""
+        if self.cycles is None or situation.step == 0:
+            return self.every
+        return in_steps("policy.cycles", 1.0 / (self.cycles * len(blocks)), steps_in_turn(situation, blocks))
+
+
+def steps_in_turn(situation: Situation, sets: Sequence[frozenset[str]]) -> int | None:
+    """How many steps the run pays for when these sets are on in turn; None: its length is not known."""
+    steps, costs = situation.total_steps, situation.costs
+    if steps is None or costs is None:
+        return steps
+
+    def flops(names: Collection[str]) -> float:
+        return costs.step_flops(names, rows=situation.rows, tokens=situation.tokens).total
+
+    paid = steps * flops([c.name for c in situation.components]) / fmean(map(flops, sets))
+    return int(min(paid, situation.batches or paid))
 
 
 def blocks_of(components: tuple[Component, ...]) -> list[frozenset[str]]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from rgft.allocation.base import Situation
-from rgft.allocation.selection import SelectionPolicy, by_layer, require_at_least
+from rgft.allocation.selection import SelectionPolicy, by_layer, require_at_least, require_fraction
+from rgft.allocation.turns import require_stretch, turn
 from rgft.components import Component
 from rgft.errors import ConfigError
 
@@ -48,29 +49,32 @@ class AutoFreeze(SelectionPolicy):
 
     Attributes:
         percentile: N, in [0, 100].
-        every: steps between evaluations; between them the prefix stays.
+        every: steps between evaluations, or a share of the run; between them the prefix stays.
     """
 
     name: ClassVar[str] = "autofreeze"
     percentile: float = 50.0
-    every: int = 1
+    every: float = 1
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.percentile <= 100.0:
             raise ConfigError(f"policy.percentile: expected 0 <= percentile <= 100, found {self.percentile}")
-        require_at_least("policy.every", self.every, 1)
+        require_stretch("policy.every", self.every)
 
     def active(self, situation: Situation) -> frozenset[str]:
         components, previous = situation.components, situation.previous
         layers = list(by_layer(components))
         frozen = frozen_layers(components, frozenset(previous.active())) if previous else 0
-        if previous is not None and situation.step // self.every == previous.step // self.every:
+        if previous is not None and self._turn(situation, situation.step) == self._turn(situation, previous.step):
             return above_layer(components, min(frozen, max(0, len(layers) - 1)))
         rates = self.rates(situation)
         limit = percentile([rates[layer] for layer in layers[frozen:] if layer in rates], self.percentile)
         while frozen < len(layers) - 1 and rates.get(layers[frozen], math.inf) <= limit:
             frozen += 1
         return above_layer(components, frozen)
+
+    def _turn(self, situation: Situation, step: int) -> int:
+        return turn("policy.every", self.every, situation, step=step)
 
     def rates(self, situation: Situation) -> Mapping[str, float]:
         """Rate of change per layer; a layer is left out until all of its components have two observations."""
@@ -136,18 +140,22 @@ class GradualUnfreezing(SelectionPolicy):
 
     Attributes:
         every: steps per layer.
+        until: share of the run after which everything trains, in (0, 1], in place of `every`; None: as `every` says.
     """
 
     name: ClassVar[str] = "gradual_unfreezing"
     needs_map: ClassVar[bool] = False
     every: int = 100
+    until: float | None = None
 
     def __post_init__(self) -> None:
         require_at_least("policy.every", self.every, 1)
+        if self.until is not None:
+            require_fraction("policy.until", self.until)
 
     def active(self, situation: Situation) -> frozenset[str]:
-        thawed = situation.step // self.every
         layers = len(by_layer(situation.components))
+        thawed = turn("policy.every", self.every if self.until is None else self.until / (layers + 1), situation)
         if thawed > layers:
             return above_layer(situation.components, 0)
         on = above_layer(situation.components, layers - thawed)

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from rgft.allocation.base import Situation
 from rgft.allocation.random import generator, shuffled
-from rgft.allocation.selection import SelectionPolicy, by_layer, outside_layers, require_at_least
+from rgft.allocation.selection import SelectionPolicy, by_layer, outside_layers
+from rgft.allocation.turns import require_stretch, turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,19 +22,20 @@ class HFT(SelectionPolicy):
     nothing.
 
     Attributes:
-        every: steps between draws; None: one draw for the run, as in single-round fine-tuning.
+        every: steps between draws, or a share of the run; None: one draw for the run, as in single-round fine-tuning.
     """
 
     name: ClassVar[str] = "hft"
     needs_map: ClassVar[bool] = False
-    every: int | None = None
+    every: float | None = None
 
     def __post_init__(self) -> None:
         if self.every is not None:
-            require_at_least("policy.every", self.every, 1)
+            require_stretch("policy.every", self.every)
 
     def active(self, situation: Situation) -> frozenset[str]:
-        rng = generator(situation.seed, situation.step // self.every if self.every else 0, self.name)
+        draw = turn("policy.every", self.every, situation) if self.every else 0
+        rng = generator(situation.seed, draw, self.name)
         chosen = set(outside_layers(situation.components))
         odd = 0
         for members in shuffled(list(by_layer(situation.components).values()), rng):

@@ -8,13 +8,14 @@ from typing import ClassVar
 from rgft.allocation.base import Situation
 from rgft.allocation.random import generator, shuffled
 from rgft.allocation.selection import (
+    OUTSIDE,
     SelectionPolicy,
-    after_layers,
+    beside_layers,
     by_layer,
-    outside_layers,
     require_at_least,
     require_choice,
 )
+from rgft.allocation.turns import require_stretch, turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,26 +29,24 @@ class LISA(SelectionPolicy):
 
     Attributes:
         layers: γ, at most the number of layers is used.
-        every: K, steps between draws.
+        every: K, steps between draws, or a share of the run.
         outside: `"all"` as published; `"after"`: only what runs after the layers.
     """
 
     name: ClassVar[str] = "lisa"
     needs_map: ClassVar[bool] = False
     layers: int = 2
-    every: int = 20
+    every: float = 20
     outside: str = "all"
 
     def __post_init__(self) -> None:
         require_at_least("policy.layers", self.layers, 1)
-        require_at_least("policy.every", self.every, 1)
-        require_choice("policy.outside", self.outside, ("all", "after"))
+        require_stretch("policy.every", self.every)
+        require_choice("policy.outside", self.outside, OUTSIDE)
 
     def active(self, situation: Situation) -> frozenset[str]:
         groups = by_layer(situation.components)
-        drawn = shuffled(list(groups), generator(situation.seed, situation.step // self.every, self.name))
+        rng = generator(situation.seed, turn("policy.every", self.every, situation), self.name)
+        drawn = shuffled(list(groups), rng)
         chosen = {component.name for layer in drawn[: self.layers] for component in groups[layer]}
-        always = outside_layers(situation.components)
-        if self.outside == "after":
-            always &= after_layers(situation.components)
-        return always | chosen
+        return beside_layers(situation.components, self.outside) | chosen

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
 from rgft.allocation.peers.badam import BAdam
-from rgft.allocation.peers.freezing import GradualFreezing, GradualUnfreezing
+from rgft.allocation.peers.freezing import AutoFreeze, GradualFreezing, GradualUnfreezing
 from rgft.allocation.peers.hft import HFT
 from rgft.allocation.peers.ist import IST
 from rgft.allocation.peers.lisa import LISA
-from rgft.allocation.random import generator
+from rgft.allocation.random import RandomMask, generator
 from rgft.errors import ConfigError
 
 
@@ -120,13 +122,69 @@ def test_ist_samples_by_importance(make: Any) -> None:
         assert abs(counts[name] - draws * probability) < 4.5 * deviation, (name, counts)
 
 
-def test_ist_keeps_what_lies_outside_and_what_is_unobserved(make: Any) -> None:
+def test_ist_keeps_what_lies_outside(make: Any) -> None:
     components = make.model(layers=4)
-    all_scores = {c.name: 1.0 for c in components}
-    on = IST(fraction=0.25).active(make.situation(components, all_scores))
-    assert {"embeddings", "classifier"} <= on
-    assert len(layers_on(components, on)) == 1
-    assert IST(fraction=0.25).active(make.situation(components)) == all_scores.keys()
+    situation = make.situation(components, {c.name: 1.0 for c in components})
+    for outside, always in (("all", {"embeddings", "classifier"}), ("after", {"classifier"})):
+        on = IST(fraction=0.25, outside=outside).active(situation)
+        assert {c.name for c in components if c.layer is None} & on == always
+        assert len(layers_on(components, on)) == 1
+
+
+def test_ist_draws_uniformly_before_it_has_looked_and_keeps_a_draw_for_as_long_as_asked(make: Any) -> None:
+    components = tuple(make.component(f"l{i}", i + 1, layer=f"l{i}") for i in range(4))
+    counts = dict.fromkeys((c.name for c in components), 0)
+    for step in range(2000):
+        (name,) = IST(fraction=0.25).active(make.situation(components, step=step))
+        counts[name] += 1
+        held = IST(fraction=0.25, every=5)
+        assert held.active(make.situation(components, step=step)) == held.active(
+            make.situation(components, step=step - step % 5)
+        )
+    # Binomial(2000, 1/4): standard deviation 19.4.
+    assert all(abs(n - 500) < 90 for n in counts.values()), counts
+
+
+@pytest.mark.parametrize(
+    "policy", [LISA(layers=1, every=0.1), HFT(every=0.1), RandomMask(q=0.5, every=0.1)], ids=lambda p: p.name
+)
+def test_a_share_of_the_run_is_so_many_steps(make: Any, policy: Any) -> None:
+    components, in_steps = make.model(layers=8), replace(policy, every=3)
+    for step in range(60):
+        situation = make.situation(components, step=step, total_steps=39)
+        assert policy.active(situation) == in_steps.active(situation)
+    short = [policy.active(make.situation(components, step=step, total_steps=7)) for step in range(12)]
+    assert sum(a != b for a, b in pairwise(short)) >= 8
+
+
+@pytest.mark.parametrize("make_policy", [LISA, HFT, IST, AutoFreeze, RandomMask])
+def test_a_stretch_is_whole_steps_or_a_share(make: Any, make_policy: Any) -> None:
+    for wrong in (0.0, -1, 1.5):
+        with pytest.raises(ConfigError, match=r"every: expected a number of steps .* or a share of the run"):
+            make_policy(every=wrong)
+    with pytest.raises(ConfigError, match=r"policy\.every: .* the run's length is not known here; found the share 0.1"):
+        LISA(every=0.1).active(make.situation(make.model(), step=3))
+
+
+def test_badam_goes_through_as_many_cycles_as_asked(make: Any) -> None:
+    components = make.model(layers=6)
+    costs = make.costs(components, dw={c.name: 10.0 for c in components})
+    policy = BAdam(cycles=2, order="ascending")
+
+    def total(names: Any) -> float:
+        return costs.step_flops(names, rows=1, tokens=1).total
+
+    allowed = 40 * total([c.name for c in components])
+    spent, step, seen = 0.0, 0, []
+    while spent < allowed:
+        on = policy.active(make.situation(components, step=step, total_steps=40, costs=costs))
+        seen.append(on)
+        spent, step = spent + total(on), step + 1
+    assert step > 60
+    starts = [on for before, on in pairwise([frozenset(), *seen]) if on != before]
+    assert 16 <= len(starts) <= 18
+    assert len(set(starts[:8])) == 8
+    assert starts[8:16] == starts[:8]
 
 
 def test_gradual_freezing_is_linear_in_the_run(make: Any) -> None:
@@ -138,6 +196,13 @@ def test_gradual_freezing_is_linear_in_the_run(make: Any) -> None:
         assert layers_on(components, plan.active()) == [f"layers.{i}" for i in range(frozen, 5)]
     with pytest.raises(ConfigError, match=r"policy\.steps"):
         GradualFreezing().decide(make.situation(components))
+
+
+def test_gradual_unfreezing_is_over_at_a_share_of_the_run(make: Any) -> None:
+    components = make.model(layers=3)
+    policy = GradualUnfreezing(until=0.5)
+    cuts = [policy.decide(make.situation(components, step=s, total_steps=24)).cut for s in range(24)]
+    assert cuts == [4, 4, 4, 3, 3, 3, 2, 2, 2, 1, 1, 1, *[0] * 12]
 
 
 def test_gradual_unfreezing_adds_a_layer_at_a_time(make: Any) -> None:

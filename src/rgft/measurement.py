@@ -46,6 +46,8 @@ class Measurement:
         empty = ErrorMap.empty(binding.partition.names, beta=beta, bias_correction=bias_correction)
         self.error_map, self.same_batch_map = empty, empty
         self._same_batch = PredictedDecrease()
+        # A signal of the step on the very batch that made it has no map beside its own.
+        self._is_same_batch = isinstance(signal, PredictedDecrease)
         self._steps: StepScores | None = None
         self._row_stride = row_stride
         # Looks so far, of each kind by itself: which rows the next one reads.
@@ -71,6 +73,11 @@ class Measurement:
         """Whether it can measure: signals of the optimizer's step cannot before there is an optimizer."""
         return not self.signal.needs_update or self._steps is not None
 
+    @property
+    def needs_two_batches(self) -> bool:
+        """Whether a probe takes one batch that makes a step, and another that judges it."""
+        return self.signal.needs_update and not self._is_same_batch
+
     def expect_step(self) -> None:
         """Before an optimizer step that will be scored, by its own batch or by the next one."""
         if self._steps is not None:
@@ -85,7 +92,7 @@ class Measurement:
 
         For a signal of the step, the step is the previous one: this batch did not make it.
         """
-        if not isinstance(self.signal, GradientSignal):
+        if not isinstance(self.signal, GradientSignal) or self._is_same_batch:
             return
         scores = self.signal.score(self._binding.as_trained, self._parts)
         self.error_map = self.error_map.observe(scores, step=step)
@@ -95,6 +102,8 @@ class Measurement:
         if self._steps is not None:
             scores = self._same_batch.score(self._binding.as_trained, self._parts)
             self.same_batch_map = self.same_batch_map.observe(scores, step=step)
+            if self._is_same_batch:
+                self.error_map = self.same_batch_map
             self._training_looks += 1
 
     def _parts(self, component: Component) -> Iterator[PartGradient]:
@@ -146,6 +155,8 @@ class Measurement:
             return self.signal.measure(probe)
         made, same = self._steps.make(lambda: loss(self._model, own).backward(), self._same_batch, self._probes)
         self.same_batch_map = self.same_batch_map.observe(same, step=step)
+        if self._is_same_batch:
+            return same
         return self._steps.judge(lambda: loss(self._model, batch).backward(), self.signal, made)
 
     def _finite_loss(self, step: int) -> Loss:

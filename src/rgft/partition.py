@@ -37,7 +37,7 @@ def partition(
       split into `ffn_blocks` blocks of output channels (never more than it has), with their biases and their part of
       the batch norm that is registered right behind it; the rest of layers without attention is split as for `block`.
     - `adapter`: each PEFT module (for example a LoRA pair) with its trainable parameters.
-    - a function: its components, of kind `other`.
+    - a function: its components, of kind `other`; what lies in one module outside the layers is of that module's kind.
 
     Outside the layers there is one component per module, whatever the granularity: embeddings at depth 0; final norms,
     the classifier (poolers count as part of it) and the LM head at depth n+1; what runs between two stacks (T5's
@@ -110,6 +110,7 @@ def _split(placement: Placement, granularity: Granularity, *, ffn_blocks: int) -
 def _custom(placement: Placement, owned_by: Mapping[str, Sequence[str | ParameterSlice]]) -> list[Component]:
     components: list[Component] = []
     problems: list[str] = []
+    kinds = {unit.path: unit.kind for unit in placement.structure.outside}
     places = {canonical: placement.structure.place(name) for name, canonical in placement.canonical.items()}
     for name, owned in owned_by.items():
         slices: list[ParameterSlice] = []
@@ -125,9 +126,10 @@ def _custom(placement: Placement, owned_by: Mapping[str, Sequence[str | Paramete
             problems.append(f"{name!r} owns nothing")
             continue
         path, depth = min((places[part.parameter] for part in slices), key=lambda place: place[1])
-        inside = all(places[part.parameter][0] == path for part in slices) and path in placement.structure.layers
-        layer = path if inside else None
-        components.append(Component(name=name, kind="other", slices=merged(slices), depth=depth, layer=layer))
+        is_of_one = all(places[part.parameter][0] == path for part in slices)
+        layer = path if is_of_one and path in placement.structure.layers else None
+        kind = cast("Kind", kinds.get(path, "other")) if is_of_one else "other"
+        components.append(Component(name=name, kind=kind, slices=merged(slices), depth=depth, layer=layer))
     if problems:
         raise PartitionError("the granularity function is wrong:\n  " + "\n  ".join(problems))
     return components

@@ -129,7 +129,7 @@ class Prober:
         started, size, spending = time.perf_counter(), self.schedule.size, self._spending
         if not self._fits(self._flops([(size, spending.typical[1])]), pays):
             return False
-        own = self.pool.draw(size // 2) if self._measurement.signal.needs_update else None
+        own = self.pool.draw(size // 2) if self._measurement.needs_two_batches else None
         batch = self.pool.draw(size - size // 2 if own is not None else size)
         shapes = [batch_shape(b) for b in (own, batch) if b is not None]
         # Other signals' passes are their own affair: the first probe is counted, the others are taken to cost alike.

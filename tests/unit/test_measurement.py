@@ -130,6 +130,33 @@ def test_training_batches_judge_the_previous_step_and_then_their_own() -> None:
     assert measured.error_map.step == 1
 
 
+def test_the_predicted_decrease_is_of_the_batch_that_makes_the_step() -> None:
+    """In training −⟨g(B_t), Δθ_t⟩ once the step is made, never of the next batch; in a probe of its one batch."""
+    model, binding, measured, optimizer = measurement("predicted_decrease")
+    measured.set_optimizer(optimizer)
+    assert not measured.needs_two_batches
+    first, second = toy_batch(1), toy_batch(2)
+    of_first = gradients(model, binding, first)
+    delta = adam_step(optimizer, binding, of_first)
+    model.eval()
+    loss(model, first).backward()
+    measured.observe_training(0)
+    optimizer.step()
+    measured.observe_own_step(0)
+    wanted = {n: -dot(of_first[n], delta[n]) for n in delta}
+    assert measured.error_map.values() == pytest.approx(wanted, rel=1e-6)
+    optimizer.zero_grad()
+    loss(model, second).backward()
+    measured.observe_training(1)
+    assert measured.error_map.values() == pytest.approx(wanted, rel=1e-6)
+    optimizer.zero_grad()
+    of_second = gradients(model, binding, second)
+    delta = adam_step(optimizer, binding, of_second)
+    scores = measured.probe(second, step=1)
+    assert scores == pytest.approx({n: -dot(of_second[n], delta[n]) for n in delta}, rel=1e-6)
+    assert measured.error_map == measured.same_batch_map
+
+
 def test_what_has_no_gradient_is_held() -> None:
     model, binding, measured, _ = measurement("grad_norm", p=2, normalise="raw")
     loss(model, toy_batch(1)).backward()

@@ -571,6 +571,15 @@ def test_users_function():
     assert all(bool((count == 1).all()) for count in owners(model, split).values())
 
 
+def test_a_users_function_leaves_the_classifier_what_it_is():
+    model = model_of("bert")
+    split = partition(model, lambda module: {name: [name] for name, _ in module.named_parameters()})
+    kinds = {name: component.kind for name, component in split.by_name.items()}
+    assert kinds["classifier.weight"] == kinds["bert.pooler.dense.bias"] == "classifier"
+    assert {kind for name, kind in kinds.items() if "embeddings" in name} == {"embedding"}
+    assert {kind for name, kind in kinds.items() if ".layer." in name} == {"other"}
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [

@@ -206,8 +206,10 @@ class Experiment(Section):
         for variant in (None, *contender.variants):
             settings = self.with_common(contender.settings_of(variant))
             where = contender.label if variant is None else f"{contender.label}: variants.{variant}"
+            chosen = method(contender.method)
+            yield from (f"{where}: {problem}" for problem in chosen.problems_of(contender.settings_of(variant)))
             try:
-                method(contender.method).configuration(
+                chosen.configuration(
                     budget=contender.budget, seed=0, settings=settings, followed=Followed()
                 )
             except ConfigError as error:

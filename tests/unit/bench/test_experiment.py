@@ -87,6 +87,10 @@ def test_what_is_wrong_with_a_contender_is_said(tmp_path: Path, changes: dict[st
         ({"name": "../../evil"}, "name: expected a name of letters, digits and .*, found '../../evil'"),
         ({"task": "bbc"}, "task: expected a group of settings, found 'bbc'"),
         ({"run": {"epoch": 3}}, "run: expected settings of a run .*, found epoch"),
+        (
+            {"contenders": [contender(method="lora", settings={"rnak": 64})]},
+            r"a: settings.rnak: there is no such setting \(found 64\); nearest: rank",
+        ),
         ({"run": {"lr": 3}}, "run: expected settings of a run .*, found lr"),
         ({"tuning_seeds": 100}, "tuning_seeds: expected a list, found 100"),
         ({"tuning_seeds": []}, "expected tuning_seeds, since contenders have several rates"),

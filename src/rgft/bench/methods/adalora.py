@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rgft.bench.methods.base import Method
+from rgft.bench.methods.base import Method, steps_of
 from rgft.bench.methods.peft_kinds import of_model
 from rgft.execution.agreement import Loss
 from rgft.run import Run
@@ -27,13 +27,13 @@ ALLOCATIONS = 50
 _UNKNOWN = 1 << 30
 
 
-def _prepare(model: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
+def _change(model: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
     from peft import AdaLoraConfig, get_peft_model
 
-    rank = settings.get("rank", 8)
+    rank, alpha = settings["rank"], settings["alpha"]
     config = AdaLoraConfig(
-        **of_model(model), target_r=rank, init_r=rank * 3 // 2, lora_alpha=settings.get("alpha", 2 * rank),
-        lora_dropout=0.0, total_step=_UNKNOWN,
+        **of_model(model), target_r=rank, init_r=rank * 3 // 2, lora_dropout=0.0,
+        lora_alpha=2 * rank if alpha is None else alpha, total_step=_UNKNOWN,
     )  # fmt: skip
     return get_peft_model(model, config)  # type: ignore[arg-type]
 
@@ -41,7 +41,7 @@ def _prepare(model: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
 def _begin(run: Run) -> None:
     model: Any = run.task.model
     guide, config, allocator = run.guide, model.peft_config["default"], model.base_model
-    steps = max(3, int(min(guide.steps_left, run.batches_in_full / run.settings.accumulation)))
+    steps = max(3, steps_of(run))
     config.total_step, config.tinit, config.tfinal = steps, int(BEFORE * steps), max(1, int(AFTER * steps))
     config.deltaT = max(1, steps // ALLOCATIONS)
 
@@ -67,7 +67,8 @@ def _distance(model: Any) -> Tensor:
 
 
 METHOD = Method(
-    name="adalora", title="AdaLoRA", source="Zhang et al. 2023 (arXiv:2303.10512)", prepare=_prepare,
-    cost="dW of the body's own weights; dX runs through it all, and adapters add their own work", changes_model=True,
-    config={"preset": "full", "granularity": "adapter"}, loss=_with_orthogonality, begin=_begin,
+    name="adalora", title="AdaLoRA", source="Zhang et al. 2023 (arXiv:2303.10512)", change=_change,
+    cost="dW of the body's own weights; dX runs through it all, and adapters add their own work",
+    settings={"rank": 8, "alpha": None}, config={"preset": "full", "granularity": "adapter"}, loss=_with_orthogonality,
+    begin=_begin,
 )  # fmt: skip

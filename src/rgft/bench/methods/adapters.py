@@ -6,16 +6,17 @@ the same for every batch, and is in the ledger once a pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from rgft.bench.methods.base import Method
+from rgft.bench.methods.base import Change, Method
 from rgft.bench.methods.peft_kinds import of_model
 from rgft.partition import partition
 
-Prepare = Callable[[nn.Module, Mapping[str, Any]], nn.Module]
+#: Of LoRA: alpha is twice the rank, and pairs are in all layers, unless it is said otherwise.
+LORA = {"rank": 8, "alpha": None, "layers": None}
 
 _DW = "dW of the body's own weights; dX runs through it all, and adapters add their own work"
 
@@ -30,10 +31,10 @@ def wrapped(model: nn.Module, kind: str, **options: Any) -> nn.Module:
 
 def with_lora(model: nn.Module, settings: Mapping[str, Any], **options: Any) -> nn.Module:
     """LoRA of `settings["rank"]` on all linear layers, or on those of the last `settings["layers"]` layers."""
-    rank = settings.get("rank", 8)
-    where = {"target_modules": linear_in_last_layers(model, settings["layers"])} if "layers" in settings else {}
+    rank, alpha, layers = (settings[key] for key in LORA)
+    where = {} if layers is None else {"target_modules": linear_in_last_layers(model, layers)}
     return wrapped(
-        model, "Lora", r=rank, lora_alpha=settings.get("alpha", 2 * rank), lora_dropout=0.0, **where, **options
+        model, "Lora", r=rank, lora_alpha=2 * rank if alpha is None else alpha, lora_dropout=0.0, **where, **options
     )  # fmt: skip
 
 
@@ -47,66 +48,60 @@ def linear_in_last_layers(model: nn.Module, count: int) -> list[str]:
     ]
 
 
-def lora(**options: Any) -> Prepare:
+def lora(**options: Any) -> Change:
     """LoRA with PEFT's options."""
     return lambda model, settings: with_lora(model, settings, **options)
 
 
-def _everywhere(kind: str, **defaults: Any) -> Prepare:
-    """Adapters of a kind on all linear layers; the method's settings of these names go over the defaults."""
-
-    def prepare(model: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
-        own = {key: settings.get(key, value) for key, value in defaults.items()}
-        return wrapped(model, kind, **own)
-
-    return prepare
+def _everywhere(kind: str) -> Change:
+    """Adapters of a kind on all linear layers; the method's settings are PEFT's options."""
+    return lambda model, settings: wrapped(model, kind, **settings)
 
 
 def _with_ia3(model: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
     return wrapped(model, "IA3", target_modules=None)  # PEFT's own for the model
 
 
-def _with_top_lora(model: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
-    return with_lora(model, {"layers": 3, **settings})
-
-
-def adapter(name: str, title: str, source: str, prepare: Prepare, *, cost: str = _DW, **config: Any) -> Method:
+def adapter(name: str, title: str, source: str, change: Change, *, cost: str = _DW, **more: Any) -> Method:
     """A method that trains adapters, and nothing of the body beside."""
     return Method(
-        name=name, title=title, source=source, prepare=prepare, changes_model=True, cost=cost,
-        config={"preset": "full", "granularity": "adapter", **config.pop("config", {})}, **config,
+        name=name, title=title, source=source, change=change, cost=cost,
+        config={"preset": "full", "granularity": "adapter", **more.pop("config", {})}, **more,
     )  # fmt: skip
 
 
 METHODS = (
-    adapter("lora", "LoRA", "Hu et al. 2021 (arXiv:2106.09685)", lora()),
-    adapter("rslora", "rsLoRA", "Kalajdzievski 2023 (arXiv:2312.03732)", lora(use_rslora=True)),
+    adapter("lora", "LoRA", "Hu et al. 2021 (arXiv:2106.09685)", lora(), settings=LORA),
+    adapter("rslora", "rsLoRA", "Kalajdzievski 2023 (arXiv:2312.03732)", lora(use_rslora=True), settings=LORA),
     adapter(
-        "dora", "DoRA", "Liu et al. 2024 (arXiv:2402.09353)", lora(use_dora=True),
+        "dora", "DoRA", "Liu et al. 2024 (arXiv:2402.09353)", lora(use_dora=True), settings=LORA,
         cost=f"{_DW}, once a pass the product of each pair for the norms of merged weights",
     ),
     adapter("ia3", "IA3", "Liu et al. 2022 (arXiv:2205.05638)", _with_ia3),
     # Shared random matrices of that rank, and vectors that train.
-    adapter("vera", "VeRA", "Kopiczko et al. 2023 (arXiv:2310.11454)", _everywhere("Vera", r=64)),
+    adapter("vera", "VeRA", "Kopiczko et al. 2023 (arXiv:2310.11454)", _everywhere("Vera"), settings={"r": 64}),
     adapter(
-        "oft", "OFT", "Qiu et al. 2023 (arXiv:2306.07280)", _everywhere("OFT", r=0, oft_block_size=32),
+        "oft", "OFT", "Qiu et al. 2023 (arXiv:2306.07280)", _everywhere("OFT"), settings={"r": 0, "oft_block_size": 32},
         cost=f"{_DW}, once a pass the orthogonal matrices",
     ),
     adapter(
-        "boft", "BOFT", "Liu et al. 2023 (arXiv:2311.06243)",
-        _everywhere("BOFT", boft_block_size=8, boft_n_butterfly_factor=1),
+        "boft", "BOFT", "Liu et al. 2023 (arXiv:2311.06243)", _everywhere("BOFT"),
+        settings={"boft_block_size": 8, "boft_n_butterfly_factor": 1},
         cost=f"{_DW}, once a pass the product of whole weights with orthogonal matrices",
     ),
     # As many entries of each weight as LoRA of that rank has, drawn by lot.
     adapter(
-        "shira", "SHiRA", "Bhardwaj et al. 2024 (arXiv:2406.13175)", _everywhere("Shira", r=8),
+        "shira", "SHiRA", "Bhardwaj et al. 2024 (arXiv:2406.13175)", _everywhere("Shira"), settings={"r": 8},
         cost="nothing: dW is made whole, and its entries are taken from it",
     ),
-    adapter("miss", "MiSS", "Kang and Yin 2024 (arXiv:2409.15371)", _everywhere("Miss", r=32)),
-    adapter("lokr", "LoKr", "Yeh et al. 2023 (arXiv:2309.14859)", _everywhere("LoKr", r=32, alpha=32)),
+    adapter("miss", "MiSS", "Kang and Yin 2024 (arXiv:2409.15371)", _everywhere("Miss"), settings={"r": 32}),
+    adapter(
+        "lokr", "LoKr", "Yeh et al. 2023 (arXiv:2309.14859)", _everywhere("LoKr"), settings={"r": 32, "alpha": 32},
+    ),
     # What lies below the lowest adapter is a frozen prefix: no backward pass there, its output cached.
     adapter(
-        "lora_top", "LoRA on the last layers, prefix cached", "Hu et al. 2021 (arXiv:2106.09685)", _with_top_lora,
+        "lora_top", "LoRA on the last layers, prefix cached", "Hu et al. 2021 (arXiv:2106.09685)", lora(),
+        settings={**LORA, "layers": 3},
         config={"policy": {"name": "all_on"}, "execution": {"cache": "auto"}},
         cost="dW of the body, dX and (cached) F below the lowest adapter",
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
@@ -15,10 +16,11 @@ from rgft.execution.agreement import Loss
 from rgft.guide import Guide
 from rgft.run import Run, Settings
 
+#: Settings of every method: RGFT's own, and how it finds a learning rate by itself.
+COMMON = ("config", "lr")
 
-def unchanged(model: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
-    """The model as it is."""
-    return model
+#: (model, the method's settings) → the model that is trained.
+Change = Callable[[nn.Module, Mapping[str, Any]], nn.Module]
 
 
 def unchanged_loss(loss: Loss) -> Loss:
@@ -28,6 +30,11 @@ def unchanged_loss(loss: Loss) -> Loss:
 
 def nothing(run: Run) -> None:
     """Nothing is done beside training."""
+
+
+def steps_of(run: Run) -> int:
+    """About how many steps a prepared run of constant cost has, which adapters and single weights are; at least 1."""
+    return max(1, int(min(run.guide.steps_left, run.batches_in_full / run.settings.accumulation)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +75,9 @@ class Method:
         source: the paper.
         cost: what it saves of a step of full fine-tuning, and what it does not, in words.
         config: RGFT settings, without budget and seed.
-        prepare: (model, settings) → the model that is trained.
-        changes_model: whether `prepare` wraps the model or freezes some of it, so that full fine-tuning's FLOPs must
-            come from the plain one.
+        settings: its own, beside those of every method, and their defaults; of what is a mapping here, no other keys
+            are known either.
+        change: wraps the model or freezes some of it; None: the model as it is.
         loss: the task's loss → what is trained on. It is evaluated on, too, with the model in eval mode.
         optimizer: (guide, rates) → its own optimizer; None: the one that the run's settings name.
         begin: called with the run when it is prepared and not begun yet: what is to be done beside its steps.
@@ -84,13 +91,33 @@ class Method:
     source: str = ""
     cost: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
-    prepare: Callable[[nn.Module, Mapping[str, Any]], nn.Module] = unchanged
-    changes_model: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    change: Change | None = None
     loss: Callable[[Loss], Loss] = unchanged_loss
     optimizer: Callable[[Guide, Rates], Optimizer] | None = None
     begin: Callable[[Run], None] = nothing
     follows: Callable[[Mapping[str, Any], Mapping[str, Any]], Followed] | None = None
     revision: int = 1
+
+    @property
+    def changes_model(self) -> bool:
+        """Whether full fine-tuning's FLOPs must come from the plain model."""
+        return self.change is not None
+
+    def problems_of(self, settings: Mapping[str, Any]) -> list[str]:
+        """What it does not know of the settings, each with the nearest that it does."""
+        return _unknown("settings", settings, {**dict.fromkeys(COMMON), **self.settings})
+
+    def prepare(self, model: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
+        """The model that is trained, made of the plain one."""
+        return model if self.change is None else self.change(model, self._own(settings))
+
+    def _own(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The method's own settings: those given over its defaults."""
+        return {
+            key: {**default, **settings.get(key, {})} if isinstance(default, Mapping) else settings.get(key, default)
+            for key, default in self.settings.items()
+        }
 
     def configuration(
         self, *, budget: float, seed: int, settings: Mapping[str, Any], followed: Followed | None = None
@@ -114,4 +141,16 @@ class Method:
         own = self.optimizer
         if own is None:
             return None
-        return lambda guide, lr: own(guide, Rates(lr=lr, weight_decay=run.weight_decay, settings=settings))
+        own_settings = self._own(settings)
+        return lambda guide, lr: own(guide, Rates(lr=lr, weight_decay=run.weight_decay, settings=own_settings))
+
+
+def _unknown(where: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> list[str]:
+    problems: list[str] = []
+    for key, value in given.items():
+        if key not in known:
+            near = get_close_matches(key, known, n=3) or sorted(known)
+            problems.append(f"{where}.{key}: there is no such setting (found {value!r}); nearest: {', '.join(near)}")
+        elif isinstance(known[key], Mapping) and isinstance(value, Mapping):
+            problems += _unknown(f"{where}.{key}", value, known[key])
+    return problems

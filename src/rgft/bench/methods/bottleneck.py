@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rgft.architectures.patterns import ATTENTION, FFN, find, matches
 from rgft.bench.methods.adapters import adapter
+from rgft.bench.methods.base import Change
 from rgft.bench.methods.peft_kinds import HEADS
 from rgft.errors import ConfigError
 from rgft.partition import partition
@@ -64,9 +65,9 @@ def outputs(model: nn.Module, *, attention: bool) -> list[str]:
 
 
 def _with_bottlenecks(
-    *, attention: bool, norms: bool, size: int, activation: Callable[[Tensor], Tensor]
-) -> Callable[[nn.Module, Mapping[str, Any]], nn.Module]:
-    def prepare(model: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
+    *, attention: bool, norms: bool, activation: Callable[[Tensor], Tensor]
+) -> Change:  # fmt: skip
+    def change(model: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
         paths = outputs(model, attention=attention)
         if not paths:
             raise ConfigError(
@@ -80,20 +81,20 @@ def _with_bottlenecks(
             parent, _, name = path.rpartition(".")
             projection = model.get_submodule(path)
             width = getattr(projection, "out_features", None) or projection.get_parameter("weight").shape[-1]
-            wrapper = Bottleneck(projection, width=int(width), size=settings.get("size", size), activation=activation)
+            wrapper = Bottleneck(projection, width=int(width), size=settings["size"], activation=activation)
             setattr(model.get_submodule(parent), name, wrapper)
         return model
 
-    return prepare
+    return change
 
 
 METHODS = (
     adapter(
         "houlsby", "adapters after attention and feed-forward", "Houlsby et al. 2019 (arXiv:1902.00751)",
-        _with_bottlenecks(attention=True, norms=True, size=16, activation=nn.functional.gelu),
+        _with_bottlenecks(attention=True, norms=True, activation=nn.functional.gelu), settings={"size": 16},
     ),
     adapter(
         "pfeiffer", "adapters after feed-forward", "Pfeiffer et al. 2020 (arXiv:2005.00247)",
-        _with_bottlenecks(attention=False, norms=False, size=24, activation=torch.relu),
+        _with_bottlenecks(attention=False, norms=False, activation=torch.relu), settings={"size": 24},
     ),
 )  # fmt: skip

@@ -13,14 +13,14 @@ from rgft.guide import Guide
 
 
 def _optimizer(guide: Guide, rates: Rates) -> Optimizer:
-    given = rates.settings
     return GaLoreAdamW(
         guide.param_groups(lr=rates.lr, weight_decay=rates.weight_decay, by="matrix"), lr=rates.lr,
-        rank=given.get("rank", 8), every=given.get("every", 200), scale=given.get("scale", 4.0),
+        **rates.settings,
     )  # fmt: skip
 
 
 METHOD = Method(
     name="galore", title="GaLore", source="Zhao et al. 2024 (arXiv:2403.03507)", config={"preset": "full"},
-    optimizer=_optimizer, cost="nothing: memory alone is saved; projections and decompositions are added",
+    settings={"rank": 8, "every": 200, "scale": 4.0}, optimizer=_optimizer,
+    cost="nothing: memory alone is saved; projections and decompositions are added",
 )  # fmt: skip

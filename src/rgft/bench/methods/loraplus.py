@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.optim import Optimizer
 
-from rgft.bench.methods.adapters import adapter, lora
+from rgft.bench.methods.adapters import LORA, adapter, lora
 from rgft.bench.methods.base import Rates
 from rgft.guide import Guide
 from rgft.optimizer import adamw
@@ -15,7 +15,7 @@ RATIO = 16.0
 
 
 def _optimizer(guide: Guide, rates: Rates) -> Optimizer:
-    ratio = rates.settings.get("ratio", RATIO)
+    ratio = rates.settings["ratio"]
     of_b = {id(p) for name, p in guide.model.named_parameters() if ".lora_B." in name}
     groups: list[dict[str, object]] = []
     for group in guide.param_groups(lr=rates.lr, weight_decay=rates.weight_decay):
@@ -29,4 +29,7 @@ def _optimizer(guide: Guide, rates: Rates) -> Optimizer:
     return adamw(groups, lr=rates.lr)
 
 
-METHOD = adapter("lora_plus", "LoRA+", "Hayou et al. 2024 (arXiv:2402.12354)", lora(), optimizer=_optimizer)
+METHOD = adapter(
+    "lora_plus", "LoRA+", "Hayou et al. 2024 (arXiv:2402.12354)", lora(), optimizer=_optimizer,
+    settings={**LORA, "ratio": RATIO},
+)  # fmt: skip

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import fields
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from rgft.batches import BatchStream
-from rgft.bench.methods.base import Method, Rates, nothing
+from rgft.bench.methods.base import Method, Rates, steps_of
 from rgft.bench.methods.peft_kinds import HEADS
 from rgft.bench.optimizers.choices import (
     DropAndGrow,
@@ -45,23 +47,35 @@ def _only_matrices(model: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-def _optimizer(make: Callable[..., Choice], *, penalty: float = 0.0) -> Callable[[Guide, Rates], Optimizer]:
+def _optimizer(make: Callable[..., Choice]) -> Callable[[Guide, Rates], Optimizer]:
     def build(guide: Guide, rates: Rates) -> Optimizer:
         return SparseAdamW(
             guide.param_groups(lr=rates.lr, weight_decay=rates.weight_decay, by="matrix"), lr=rates.lr,
-            choice=make(**rates.settings.get("choice", {})), penalty=rates.settings.get("penalty", penalty),
+            choice=make(**rates.settings["choice"]), penalty=rates.settings["penalty"],
         )  # fmt: skip
 
     return build
 
 
-def _choose_first(run: Run) -> None:
-    """Chooses by the gradients of a few batches, without dropout, before the first step; booked as scoring."""
+def _fit(run: Run) -> None:
+    """Makes steps of what the choice has as shares of the run."""
+    optimizer = run.optimizer
+    assert isinstance(optimizer, SparseAdamW)
+    optimizer.choice = optimizer.choice.over(steps_of(run))
+
+
+def _choose_first(run: Run, *, fisher: bool = False) -> None:
+    """Chooses before the first step by the examples of a few batches, without dropout; booked as scoring.
+
+    Args:
+        run: which has not begun.
+        fisher: go by the sum of squares of each example's gradient, not by the sum of batches' gradients.
+    """
     optimizer, task, started = run.optimizer, run.task, time.perf_counter()
     assert isinstance(optimizer, SparseAdamW)
-    stream = BatchStream(
-        task.train, batch_size=run.settings.batch_size, collate_fn=task.collate, epochs=1, seed=run.config.seed
-    )
+    rows = 1 if fisher else run.settings.batch_size
+    passes = max(1, int(min(BATCHES, SHARE * run.guide.steps_left))) * run.settings.batch_size // rows
+    stream = BatchStream(task.train, batch_size=rows, collate_fn=task.collate, epochs=1, seed=run.config.seed)
     matrices = optimizer.matrices
     sums = [torch.zeros_like(matrix) for matrix in matrices]
     costs = run.guide.costs
@@ -69,13 +83,12 @@ def _choose_first(run: Run) -> None:
     flops, of_matrices = 0.0, [c.name for c in run.guide.partition if c.layer is not None]
     was_training = task.model.training
     task.model.eval()
-    for indices in islice(stream.indices(), max(1, int(min(BATCHES, SHARE * run.guide.steps_left)))):
+    for indices in islice(stream.indices(), passes):
         batch = stream.load(indices)
         rows, tokens = batch_shape(batch)
-        for total, gradient in zip(
-            sums, torch.autograd.grad(run.loss(task.model, batch).mean(), matrices), strict=True
-        ):
-            total += gradient
+        gradients = torch.autograd.grad(run.loss(task.model, batch).mean(), matrices)
+        for total, gradient in zip(sums, gradients, strict=True):
+            total += gradient.square() if fisher else gradient
         flops += costs.step_flops(of_matrices, rows=rows, tokens=tokens, training=False).total
     task.model.train(was_training)
     optimizer.choose_from(dict(zip(matrices, sums, strict=True)))
@@ -83,28 +96,36 @@ def _choose_first(run: Run) -> None:
 
 
 def _sparse(
-    name: str, title: str, source: str, make: Callable[..., Choice], *, chooses_first: bool = False,
-    penalty: float = 0.0, cost: str = "nothing: dW is made whole, and masked",
+    name: str, title: str, source: str, make: type[Choice], *, begin: Callable[[Run], None] = _fit,
+    penalty: float = 0.0, cost: str = "nothing: dW is made whole, and masked", revision: int = 1, **choice: Any,
 ) -> Method:  # fmt: skip
+    """A method of that choice; `choice` has settings of it in place of its defaults."""
+    defaults = {field.name: field.default for field in fields(make)}  # type: ignore[arg-type]
     return Method(
-        name=name, title=title, source=source, cost=cost, prepare=_only_matrices, changes_model=True,
-        config={"preset": "full"}, optimizer=_optimizer(make, penalty=penalty),
-        begin=_choose_first if chooses_first else nothing,
+        name=name, title=title, source=source, cost=cost, change=_only_matrices, config={"preset": "full"},
+        settings={"choice": {**defaults, **choice}, "penalty": penalty}, optimizer=_optimizer(make), begin=begin,
+        revision=revision,
     )  # fmt: skip
 
 
 METHODS = (
     _sparse(
         "gps", "GPS: largest gradients of each neuron", "Zhang et al. 2023 (arXiv:2312.10136)", PerNeuron,
-        chooses_first=True,
+        begin=_choose_first,
     ),
-    _sparse("sift", "SIFT: largest gradients", "Song et al. 2023 (arXiv:2312.11875)", TopShare, chooses_first=True),
+    _sparse("sift", "SIFT: largest gradients", "Song et al. 2023 (arXiv:2312.11875)", TopShare, begin=_choose_first),
     _sparse(
         "grft", "GRFT: rows or columns, held to where they were", "Liu et al. 2025 (arXiv:2507.00016)", RowsOrColumns,
-        chooses_first=True, penalty=1e-3,
+        begin=_choose_first, penalty=1e-3,
     ),
-    _sparse("id3", "ID3: unmasking step by step", "Agarwal et al. 2024 (arXiv:2408.14470)", Unmasking),
-    _sparse("spiel", "SpIEL: entries dropped and grown", "Ansell et al. 2024 (arXiv:2401.16405)", DropAndGrow),
+    _sparse(
+        "id3", "ID3: unmasking step by step", "Agarwal et al. 2024 (arXiv:2408.14470)", Unmasking, unmask_steps=0.5,
+        revision=2,
+    ),
+    _sparse(
+        "spiel", "SpIEL: entries dropped and grown", "Ansell et al. 2024 (arXiv:2401.16405)", DropAndGrow, every=0.1,
+        until=0.75, revision=2,
+    ),
     _sparse(
         "lift", "LIFT: principal weights", "Liu et al. 2025 (arXiv:2506.00772)", LowRankMagnitude,
         cost="nothing: dW is made whole, and masked; decompositions are added",

@@ -63,10 +63,10 @@ def _only_outputs(model: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
 
 METHOD = Method(
     name="s2ft", title="S2FT: columns of heads and channels", source="Yang et al. 2024 (arXiv:2412.06289)",
-    cost="dW but for the chosen columns, a dense product; dX runs to the lowest layer", prepare=_only_outputs,
-    changes_model=True,
+    cost="dW but for the chosen columns, a dense product; dX runs to the lowest layer", change=_only_outputs,
     config={
         "granularity": coupled_columns, "policy": {"name": "s2ft"}, "execution": {"cache": "none"},
         "update": {"average_last": 0.0},
     },
+    revision=2,
 )  # fmt: skip

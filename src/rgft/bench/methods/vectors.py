@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from rgft.architectures.patterns import find
-from rgft.bench.methods.base import Method
+from rgft.bench.methods.base import Change, Method
 from rgft.bench.methods.peft_kinds import HEADS
 
 
@@ -20,15 +20,15 @@ def _is_of_norm(model: nn.Module, name: str) -> bool:
     return "Norm" in type(find(model, name.rpartition(".")[0])).__name__
 
 
-def training(chosen: Callable[[nn.Module, str], bool]) -> Callable[[nn.Module, Mapping[str, Any]], nn.Module]:
+def training(chosen: Callable[[nn.Module, str], bool]) -> Change:
     """(model, settings) → the model of which only what is chosen by name trains, and its head."""
 
-    def prepare(model: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
+    def change(model: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(chosen(model, name) or any(part in HEADS for part in name.split(".")))
         return model
 
-    return prepare
+    return change
 
 
 _COST = "dW of the body's matrices; dX runs to the bottom"
@@ -36,10 +36,10 @@ _COST = "dW of the body's matrices; dX runs to the bottom"
 METHODS = (
     Method(
         name="bitfit", title="BitFit: biases alone", source="Ben Zaken et al. 2021 (arXiv:2106.10199)", cost=_COST,
-        prepare=training(_is_bias), changes_model=True, config={"preset": "full"},
+        change=training(_is_bias), config={"preset": "full"},
     ),
     Method(
         name="norm_tuning", title="norms alone", source="Zhao et al. 2023 (arXiv:2312.11420)", cost=_COST,
-        prepare=training(_is_of_norm), changes_model=True, config={"preset": "full"},
+        change=training(_is_of_norm), config={"preset": "full"},
     ),
 )  # fmt: skip

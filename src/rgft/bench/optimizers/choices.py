@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from rgft.allocation.selection import require_at_least, require_fraction, share_of
+from rgft.allocation.turns import in_steps, require_stretch
 from rgft.bench.optimizers.galore import svd_flops
 from rgft.bench.optimizers.sparse import Choice, Matrix
 
@@ -147,22 +148,26 @@ class Unmasking(Choice):
 
     Attributes:
         fraction: of all entries, in the end.
-        unmask_steps: until then.
+        unmask_steps: until then, or a share of the run (see `over`).
         exponent, epsilon: e and ε.
     """
 
     fraction: float = 0.05
-    unmask_steps: int = 100
+    unmask_steps: float = 100
     exponent: float = 0.5
     epsilon: float = 1e-3
 
     def __post_init__(self) -> None:
         require_fraction("choice.fraction", self.fraction)
-        require_at_least("choice.unmask_steps", self.unmask_steps, 1)
+        require_stretch("choice.unmask_steps", self.unmask_steps)
+
+    def over(self, steps: int) -> Unmasking:
+        return replace(self, unmask_steps=in_steps("choice.unmask_steps", self.unmask_steps, steps))
 
     def quota(self, step: int, entries: int) -> int:
         """Entries that train in that step."""
-        return share_of(self.fraction * min(1.0, (step + 1) / self.unmask_steps), entries)
+        until = in_steps("choice.unmask_steps", self.unmask_steps, None)
+        return share_of(self.fraction * min(1.0, (step + 1) / until), entries)
 
     def choose(self, step: int, matrices: Sequence[Matrix]) -> Sequence[Tensor] | None:
         before = sum(0 if matrix.index is None else len(matrix.index) for matrix in matrices)
@@ -189,32 +194,43 @@ class DropAndGrow(Choice):
     Attributes:
         fraction: of each matrix's entries.
         churn: share exchanged at first.
-        every, window: steps.
-        until: steps after which nothing is exchanged.
+        every: steps, or a share of the run (see `over`).
+        window: steps, fewer than `every`; where that is a share of the run, at most so many.
+        until: steps after which nothing is exchanged, or a share of the run.
         seed: of the first entries.
     """
 
     fraction: float = 0.04
     churn: float = 0.2
-    every: int = 20
+    every: float = 20
     window: int = 5
-    until: int = 100
+    until: float = 100
     seed: int = 0
 
     def __post_init__(self) -> None:
         require_fraction("choice.fraction", self.fraction)
         require_fraction("choice.churn", self.churn)
         require_at_least("choice.window", self.window, 1)
-        require_at_least("choice.every", self.every, self.window)
+        require_stretch("choice.every", self.every)
+        require_stretch("choice.until", self.until)
+        if self.every >= 1:
+            require_at_least("choice.every", self.every, self.window + 1)
+
+    def over(self, steps: int) -> DropAndGrow:
+        """Exchanges are at least two steps apart: gradients are gathered in between, however short the run."""
+        every, until = (in_steps(f"choice.{key}", getattr(self, key), steps) for key in ("every", "until"))
+        every = max(2, every)
+        return replace(self, every=every, until=until, window=min(self.window, every - 1))
 
     def choose(self, step: int, matrices: Sequence[Matrix]) -> Sequence[Tensor] | None:
         if any(matrix.index is None for matrix in matrices):
             return [self._drawn(number, matrix) for number, matrix in enumerate(matrices)]
-        if step >= self.until:
+        every = in_steps("choice.every", self.every, None)
+        if step >= in_steps("choice.until", self.until, None):
             return None
-        if (position := step % self.every) >= self.every - self.window:
+        if (position := step % every) >= every - self.window:
             for matrix in matrices:
-                self._gather(matrix, is_first=position == self.every - self.window)
+                self._gather(matrix, is_first=position == every - self.window)
         if position or step == 0:
             return None
         return [self._exchanged(step, matrix) for matrix in matrices]

@@ -41,6 +41,10 @@ class Choice(ABC):
     def choose(self, step: int, matrices: Sequence[Matrix]) -> Sequence[Tensor] | None:
         """Positions of the entries of each matrix from this step on, each once; None: those of the step before."""
 
+    def over(self, steps: int) -> Choice:
+        """The same in a run of so many steps: what is a share of the run becomes steps."""
+        return self
+
     def flops(self, step: int, shapes: Sequence[tuple[int, int]]) -> float:
         """FLOPs of products that choosing takes in that step."""
         return 0.0

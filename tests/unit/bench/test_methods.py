@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +10,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from rgft.allocation.budget import BudgetMask
-from rgft.allocation.scaling import DecreaseRatio
 from rgft.bench.experiment import Experiment
-from rgft.bench.methods import METHODS, Followed, method
+from rgft.bench.methods import METHODS, Followed, check_settings, method
 from rgft.cli.app import app
-from rgft.config.presets import PRESETS
 from rgft.errors import ConfigError
 from rgft.partition import partition
 from rgft.plan import UpdatePlan
@@ -28,23 +23,22 @@ from tests.unit.bench.tiny_task import trained
 SMALLER: dict[str, dict[str, Any]] = {
     "last_n": {"config": {"policy": {"name": "last_n", "layers": 1}}},
     "last_n_uncached": {"config": {"policy": {"name": "last_n", "layers": 1}}},
-    "lisa": {"config": {"policy": {"name": "lisa", "layers": 1, "every": 2}}},
+    "lisa": {"config": {"policy": {"name": "lisa", "layers": 1, "every": 0.1}}},
     "badam": {"config": {"policy": {"name": "badam", "every": 2}}},
     "lora_top": {"layers": 1},
     "vera": {"r": 4},
     "oft": {"oft_block_size": 8},
     "boft": {"boft_block_size": 4},
-    "spiel": {"choice": {"every": 3, "window": 1}},
     "lift": {"choice": {"rank": 4, "every": 3}},
     "galore": {"rank": 2, "every": 3},
 }
 #: At this size what is made once a pass, or for choosing, is most of a pass.
-BUDGETS = {"boft": 1.0, "oft": 1.0, "dora": 1.0, "lift": 1.0, "galore": 1.0, "gps": 1.0, "sift": 1.0, "grft": 1.0}
+DEAR = {"boft", "oft", "dora", "lift", "galore", "gps", "sift", "grft", "fim_static"}
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_it_trains_within_its_budget_what_it_says(name: str) -> None:
-    budget = BUDGETS.get(name, 0.6)
+    budget = 1.0 if name in DEAR else 0.6
     plan = {"policy": {"name": "static", "plan": UpdatePlan.all_on(partition(FAMILIES["bert"].build()).names)}}
     followed = {"uniform_rate": Followed(lr_factor=0.5), "rgft_static": Followed(config=plan)}.get(name)
     tried = trained(name, budget=budget, settings=SMALLER.get(name), followed=followed, epochs=3)
@@ -76,14 +70,18 @@ def test_all_say_where_they_come_from_and_what_they_cost() -> None:
     assert all("arXiv:" in method.source for method in METHODS.values() if method.source)
 
 
-def test_a_changed_preset_is_another_revision() -> None:
-    """If this fails, raise `RGFT_REVISION`, unless all runs stay as they were; then note the new digest here."""
-    parts = (PRESETS["rgft"], asdict(BudgetMask()), asdict(DecreaseRatio()))
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
-    assert (method("rgft").revision, digest) == (2, "aced306ba3dc")
-    assert {m.name for m in METHODS.values() if m.revision > 1} == {
-        "rgft", "cut", "random", "rgft_static", "uniform_rate"
-    }  # fmt: skip
+def test_unknown_settings_are_refused_with_the_nearest() -> None:
+    known = {"rank": 4, "config": {"ffn_blocks": 2}, "lr": "auto"}
+    check_settings([("a", "lora", known), ("b", "sift", {"choice": {"fraction": 0.1}}), ("c", "rgft", {"lr": "auto"})])
+    with pytest.raises(ConfigError) as caught:
+        check_settings(
+            [("a", "lora", {"rnak": 64}), ("b", "sift", {"choice": {"fractoin": 0.1}}), ("c", "full", {"rank": 8})]
+        )
+    assert caught.value.problems == [
+        "a (lora): settings.rnak: there is no such setting (found 64); nearest: rank",
+        "b (sift): settings.choice.fractoin: there is no such setting (found 0.1); nearest: fraction",
+        "c (full): settings.rank: there is no such setting (found 8); nearest: config, lr",
+    ]
 
 
 def test_an_unknown_method_is_told_the_nearest() -> None:

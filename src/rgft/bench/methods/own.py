@@ -23,9 +23,9 @@ METHODS = (
     Method(
         name="random",
         title="half of the components, by lot",
-        config={"scaling": None, "mask": {"name": "random", "q": 0.5, "every": 10}},
+        config={"scaling": None, "mask": {"name": "random", "q": 0.5, "every": 0.1}},
         cost="dW of what is off, dX below the lowest that is on",
-        revision=RGFT_REVISION,
+        revision=RGFT_REVISION + 1,
     ),
     Method(
         name="proposal_a", title="proposal A", config={"preset": "proposal_a"}, cost="dW of what is off; probes added"

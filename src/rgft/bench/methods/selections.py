@@ -1,29 +1,49 @@
 """Methods that choose what trains: policies of `rgft.allocation.peers`, where each has its paper and its reading.
 
 They run with all that RGFT saves beside its choice (truncation, the cache, padding and unread positions not computed,
-no dropout where no example comes again): what they are held against is the choice alone. Multipliers are 1 and nothing
-is averaged, as in their papers. LISA's and BAdam's codes make Adam anew at each switch: what goes off loses its
-moments.
+no dropout where no example comes again): what they are held against is the choice alone. What they look at, how finely
+they choose and how often are their papers'; intervals that these give in steps are shares of the run here, whose runs
+are shorter. Multipliers are 1 and nothing is averaged. LISA's and BAdam's codes make Adam anew at each switch: what
+goes off loses its moments.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rgft.bench.methods.base import Method
+from rgft.bench.methods.granularities import matrices, tensors
 
 _PREFIX = "dW of what is off, dX and (cached) F below the lowest layer that is on"
+_LOOKS = f"{_PREFIX}; probes added"
+
+#: IST: layers scaled down, looked at every 10 steps, at about the price of its three forward passes.
+_IST: Mapping[str, Any] = {
+    "signal": {"name": "suppression", "factor": 0.25}, "probe": {"interval": 10, "size": 8}, "warmup_fraction": 0.0,
+}  # fmt: skip
+#: AutoFreeze: gradient norms of the training batches themselves, without a phase of measuring.
+_AUTOFREEZE: Mapping[str, Any] = {
+    "signal": {"name": "grad_norm", "p": 2, "normalise": "raw"}, "probe": {"interval": 1, "size": 0},
+    "warmup_fraction": 0.0,
+}  # fmt: skip
+#: GreenTrainer: tensors, by the last look alone; it looks first where all is on, then now and then.
+_GREENTRAINER: Mapping[str, Any] = {
+    "granularity": tensors, "signal": "predicted_decrease", "error_map": {"beta": 0.0},
+    "probe": {"max_fraction": 0.05, "row_stride": 1},
+}  # fmt: skip
 
 
 def _selection(
     name: str, title: str, source: str, *, policy: str = "", cost: str = _PREFIX, moments: str = "keep",
-    cache: str = "auto", **settings: Any,
+    cache: str = "auto", measures: Mapping[str, Any] | None = None, revision: int = 1, **settings: Any,
 ) -> Method:  # fmt: skip
+    """A policy with its settings; `measures`: what it is decided by, and of what."""
     return Method(
-        name=name, title=title, source=source, cost=cost,
+        name=name, title=title, source=source, cost=cost, revision=revision,
         config={
             "policy": {"name": policy or name, **settings}, "update": {"average_last": 0.0, "moments": moments},
-            "execution": {"cache": cache},
+            "execution": {"cache": cache}, **(measures or {}),
         },
     )  # fmt: skip
 
@@ -39,15 +59,24 @@ METHODS = (
         "layer_wise_decay", "rates decaying with depth", "Howard and Ruder 2018 (arXiv:1801.06146)",
         cost="nothing",
     ),
-    _selection("gradual_unfreezing", "gradual unfreezing", "Howard and Ruder 2018 (arXiv:1801.06146)", every=15),
     _selection(
-        "lisa", "LISA", "Pan et al. 2024 (arXiv:2403.17919)", moments="reset",
+        "gradual_unfreezing", "gradual unfreezing", "Howard and Ruder 2018 (arXiv:1801.06146)", until=0.75, revision=2
+    ),
+    _selection(
+        "lisa", "LISA", "Pan et al. 2024 (arXiv:2403.17919)", moments="reset", every=0.1, revision=2,
         cost="dW of layers that are off; embeddings train, so that dX runs to the bottom",
     ),
-    _selection("badam", "BAdam", "Luo et al. 2024 (arXiv:2404.02827)", moments="reset", every=15),
-    _selection("hft", "half fine-tuning", "Hui et al. 2024 (arXiv:2404.18466)", cost="dW of what is off"),
-    _selection("ist", "IST", "Yao et al. 2024 (arXiv:2410.11772)"),
-    _selection("autofreeze", "AutoFreeze", "Liu et al. 2021 (arXiv:2102.01386)"),
-    _selection("greentrainer", "GreenTrainer", "Huang et al. 2023 (arXiv:2309.13192)"),
-    _selection("fim_static", "Fisher information, chosen once", "Sung et al. 2021 (arXiv:2111.09839)"),
+    _selection("badam", "BAdam", "Luo et al. 2024 (arXiv:2404.02827)", moments="reset", cycles=1, revision=2),
+    _selection(
+        "hft", "half fine-tuning", "Hui et al. 2024 (arXiv:2404.18466)", measures={"granularity": matrices}, every=0.25,
+        cost="dW of what is off", revision=2,
+    ),
+    _selection("ist", "IST", "Yao et al. 2024 (arXiv:2410.11772)", measures=_IST, cost=_LOOKS, revision=2),
+    _selection(
+        "autofreeze", "AutoFreeze", "Liu et al. 2021 (arXiv:2102.01386)", measures=_AUTOFREEZE, every=0.05, revision=2
+    ),
+    _selection(
+        "greentrainer", "GreenTrainer", "Huang et al. 2023 (arXiv:2309.13192)", measures=_GREENTRAINER, cost=_LOOKS,
+        revision=2,
+    ),
 )  # fmt: skip

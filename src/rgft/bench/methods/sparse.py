@@ -110,6 +110,10 @@ def _sparse(
 
 METHODS = (
     _sparse(
+        "fim_static", "FISH Mask: largest Fisher information", "Sung et al. 2021 (arXiv:2111.09839)", TopShare,
+        begin=partial(_choose_first, fisher=True), fraction=0.005, revision=2,
+    ),
+    _sparse(
         "gps", "GPS: largest gradients of each neuron", "Zhang et al. 2023 (arXiv:2312.10136)", PerNeuron,
         begin=_choose_first,
     ),

@@ -11,7 +11,7 @@ import pytest
 
 from rgft.bench.earlier import earlier_result
 from rgft.bench.experiment import Cell, Contender, Experiment
-from rgft.bench.methods import METHODS
+from rgft.bench.methods import METHODS, method
 from rgft.bench.methods.after_rgft import last_plan, mean_rate
 from rgft.errors import ConfigError, DataError
 from rgft.plan import UpdatePlan
@@ -29,11 +29,25 @@ RESULT = {"plans": [plan(4, a=0.0, b=1.5), plan(6, a=0.5, b=0.5)], "steps": 10}
 
 def test_the_mean_is_over_steps_and_what_is_on() -> None:
     assert mean_rate(RESULT, {}).lr_factor == pytest.approx((4 * 1.0 + 2 * 1.5 + 4 * 0.5) / 10)
-    assert mean_rate(RESULT, {"among": "all"}).lr_factor == pytest.approx((4 * 1.0 + 2 * 0.75 + 4 * 0.5) / 10)
-    with pytest.raises(ConfigError, match="among"):
-        mean_rate(RESULT, {"among": "some"})
-    with pytest.raises(DataError, match="without plans"):
-        last_plan({"plans": []}, {})
+    for follow in (last_plan, mean_rate):
+        with pytest.raises(DataError, match="without plans"):
+            follow({"plans": [], "steps": 3}, {})
+
+
+def test_one_rate_for_all_differs_in_the_multipliers_alone() -> None:
+    found = UpdatePlan(
+        step=3, multipliers={"embeddings": 0.0, "a": 0.5, "b": 1.5}, cut=1, periods={"b": 2}, reason="decided"
+    )
+    result = {"plans": [found.to_dict()], "steps": 10}
+    with_own, alike = (follow(result, {}).config["policy"]["plan"] for follow in (last_plan, mean_rate))
+    assert alike["multipliers"] == {"embeddings": 0.0, "a": 1.0, "b": 1.0}
+    assert {**alike, "multipliers": with_own["multipliers"]} == with_own
+    settings = [
+        method(name).configuration(budget=0.3, seed=0, settings={}, followed=follow(result, {})).to_dict()
+        for name, follow in (("rgft_static", last_plan), ("uniform_rate", mean_rate))
+    ]
+    assert settings[0] != settings[1]
+    assert {**settings[0], "policy": None} == {**settings[1], "policy": None}
 
 
 def test_the_last_plan_is_in_force_from_the_start() -> None:

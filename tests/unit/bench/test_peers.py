@@ -150,6 +150,21 @@ def test_fisher_information_chooses_single_weights_and_the_classifier_trains() -
     assert not any("embeddings" in name for name in moved)
 
 
+@pytest.mark.parametrize("name", ["fim_static", "gps", "sift", "spiel"])
+def test_single_entries_of_kernels_train_too(name: str) -> None:
+    tried = trained(name, family="resnet", budget=1.0)
+    optimizer = tried.run.optimizer
+    assert isinstance(optimizer, SparseAdamW)
+    assert optimizer.matrices
+    assert {matrix.dim() for matrix in optimizer.matrices} == {4}
+    chosen = sum(len(optimizer.state[matrix][INDEX]) for matrix in optimizer.matrices)
+    moved = tried.moved()
+    kernels = sum(int(elements.sum()) for elements in moved.values() if elements.dim() == 4)
+    assert 0 < kernels <= chosen < sum(matrix.numel() for matrix in optimizer.matrices)
+    assert {elements.dim() for elements in moved.values()} <= {1, 2, 4}
+    assert not any("norm" in name for name in moved)
+
+
 @pytest.mark.parametrize("budget", [0.35, 1.0])
 def test_schedules_are_gone_through_however_short_the_run(budget: float) -> None:
     """Runs of about 9 and 24 steps of full fine-tuning."""

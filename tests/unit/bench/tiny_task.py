@@ -30,13 +30,13 @@ CODE = {"fait"}
 def tiny_task(family: str = "bert", *, count: int = 64) -> PreparedTask:
     """Examples of a family of classifiers, or (llama) of programs of which every third token is error-sensitive."""
     data = Examples(FAMILIES[family], count=count)
-    is_code = FAMILIES[family].kind == "lm"
+    is_code, is_padded = FAMILIES[family].kind == "lm", "attention_mask" in data.rows[0]
     if is_code:
         for row in data.rows:
             row[SENSITIVE] = torch.arange(len(row["input_ids"])) % 3 == 0
     return PreparedTask(
         model=FAMILIES[family].build(), processor=None, train=data, validation=None, test=None,
-        collate=collate if is_code else trimmed, loss=token_losses if is_code else example_losses,
+        collate=trimmed if is_padded and not is_code else collate, loss=token_losses if is_code else example_losses,
         metric=TokenMetric if is_code else lambda: OfWholeSplit(classification),
         weight=number_of_targets if is_code else lambda batch: len(batch["labels"]),
     )  # fmt: skip
@@ -70,11 +70,11 @@ class Tried:
 
 def prepared(
     name: str, *, budget: float = 0.6, lr: float = 1e-2, epochs: float = 2, batch_size: int = 8, count: int = 64,
-    settings: Mapping[str, Any] | None = None, followed: Followed | None = None, **run: Any,
+    settings: Mapping[str, Any] | None = None, followed: Followed | None = None, family: str = "bert", **run: Any,
 ) -> Tried:  # fmt: skip
     """A method's run, prepared and begun and not trained; as `bench.runner.run_cell` does it."""
     method, given = METHODS[name], settings or {}
-    task = tiny_task("llama" if name in CODE else "bert", count=count)
+    task = tiny_task("llama" if name in CODE else family, count=count)
     stream = BatchStream(task.train, batch_size=batch_size, collate_fn=task.collate, epochs=epochs, seed=0)
     costs = trace_costs(
         task.model, partition(task.model), stream.load(next(stream.indices())),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from torch import nn
 from torch.optim import Optimizer
 
 from rgft.bench.methods.adapters import LORA, adapter, lora
 from rgft.bench.methods.base import Rates
+from rgft.bench.optimizers.groups import taken_apart
 from rgft.guide import Guide
 from rgft.optimizer import adamw
 
@@ -17,16 +17,9 @@ RATIO = 16.0
 def _optimizer(guide: Guide, rates: Rates) -> Optimizer:
     ratio = rates.settings["ratio"]
     of_b = {id(p) for name, p in guide.model.named_parameters() if ".lora_B." in name}
-    groups: list[dict[str, object]] = []
-    for group in guide.param_groups(lr=rates.lr, weight_decay=rates.weight_decay):
-        parts: dict[bool, list[nn.Parameter]] = {}
-        for parameter in group["params"]:
-            parts.setdefault(id(parameter) in of_b, []).append(parameter)
-        groups += [
-            {**group, "params": parameters, "lr": group["lr"] * (ratio if is_b else 1.0)}
-            for is_b, parameters in parts.items()
-        ]
-    return adamw(groups, lr=rates.lr)
+    groups = guide.param_groups(lr=rates.lr, weight_decay=rates.weight_decay)
+    apart = taken_apart(groups, lambda parameter: id(parameter) in of_b)
+    return adamw([{**group, "lr": group["lr"] * (ratio if is_b else 1.0)} for group, is_b in apart], lr=rates.lr)
 
 
 METHOD = adapter(

@@ -28,30 +28,38 @@ from rgft.bench.optimizers.choices import (
     TopShare,
     Unmasking,
 )
+from rgft.bench.optimizers.groups import taken_apart
 from rgft.bench.optimizers.sparse import Choice, SparseAdamW
 from rgft.guide import Guide
+from rgft.optimizer.muon import IS_MATRIX
 from rgft.partition import partition
 from rgft.run import Run
 from rgft.workload import batch_shape
 
 #: Batches whose gradients are added up before a choice that is made once, and the share of the steps they may take.
 BATCHES, SHARE = 4, 0.1
+#: Dimensions of the kernel of a convolution over images.
+KERNEL = 4
 
 
 def _only_matrices(model: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
-    """Freezes all but the matrices in layers, and the head."""
+    """Freezes all but the matrices and kernels in layers, and the head."""
     layers = tuple(f"{path}." for path in partition(model).layers)
     for name, parameter in model.named_parameters():
-        is_matrix = parameter.dim() == 2 and name.startswith(layers)
+        is_matrix = parameter.dim() in (2, KERNEL) and name.startswith(layers)
         parameter.requires_grad_(is_matrix or any(part in HEADS for part in name.split(".")))
     return model
 
 
 def _optimizer(make: Callable[..., Choice]) -> Callable[[Guide, Rates], Optimizer]:
     def build(guide: Guide, rates: Rates) -> Optimizer:
+        groups = guide.param_groups(lr=rates.lr, weight_decay=rates.weight_decay, by="matrix")
         return SparseAdamW(
-            guide.param_groups(lr=rates.lr, weight_decay=rates.weight_decay, by="matrix"), lr=rates.lr,
-            choice=make(**rates.settings["choice"]), penalty=rates.settings["penalty"],
+            [
+                {**group, IS_MATRIX: group[IS_MATRIX] or is_kernel}
+                for group, is_kernel in taken_apart(groups, lambda parameter: parameter.dim() == KERNEL)
+            ],
+            lr=rates.lr, choice=make(**rates.settings["choice"]), penalty=rates.settings["penalty"],
         )  # fmt: skip
 
     return build

@@ -127,5 +127,5 @@ def _carried(values: Tensor, before: Tensor, after: Tensor) -> Tensor:
 
 
 def _shape(matrix: nn.Parameter) -> tuple[int, int]:
-    rows, columns = matrix.shape
-    return rows, columns
+    """Of a kernel: output channels, and what comes into each."""
+    return matrix.shape[0], matrix[0].numel()

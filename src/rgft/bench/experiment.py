@@ -209,9 +209,7 @@ class Experiment(Section):
             chosen = method(contender.method)
             yield from (f"{where}: {problem}" for problem in chosen.problems_of(contender.settings_of(variant)))
             try:
-                chosen.configuration(
-                    budget=contender.budget, seed=0, settings=settings, followed=Followed()
-                )
+                chosen.configuration(budget=contender.budget, seed=0, settings=settings, followed=Followed())
             except ConfigError as error:
                 yield from (f"{where}: config.{problem}" for problem in error.problems)
 

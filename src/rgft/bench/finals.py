@@ -92,7 +92,7 @@ class Finals:
     @cached_property
     def acted(self) -> bool:
         """Whether it was anything but full fine-tuning under another name, in any run."""
-        return any(acted(result) for result in self.by_seed.values())
+        return not self.by_seed or any(acted(result) for result in self.by_seed.values())
 
     def metric(self, name: str) -> dict[int, float]:
         """Seed → value on the test split, of the runs in which it is defined."""
@@ -141,10 +141,9 @@ class _Key(NamedTuple):
     kind: Kind
     budget: float
 
-    @property
-    def but_for_settings(self) -> tuple[str, str, int, float]:
-        """What its tuning runs have in common with it, whichever of its variants they tried."""
-        return self.label, self.kind.method, self.kind.revision, self.budget
+
+#: An experiment's folder, and the label of a contender in it.
+_Place = tuple[Path, str]
 
 
 def metric_of(group: Group, metric: str) -> str:
@@ -161,10 +160,12 @@ def final_results(folder: Path) -> dict[Group, list[Finals]]:
     """
     found: dict[Group, dict[_Key, dict[int, Any]]] = {}
     first: dict[tuple[Group, int], tuple[Path, Any]] = {}
+    places: dict[tuple[Group, _Key], set[_Place]] = {}
     for path, group, key, result in _results(folder, "final"):
         if "data" in result:
             other, data = first.setdefault((group, result["seed"]), (path, result["data"]))
             require_equal(result["data"], data, str(path), f"{other}, beside which it would stand")
+        places.setdefault((group, key), set()).add((path.parent, result["contender"]))
         of_contender = found.setdefault(group, {}).setdefault(key, {})
         if result["seed"] in of_contender:
             rate = of_contender[result["seed"]]["lr"]
@@ -179,7 +180,7 @@ def final_results(folder: Path) -> dict[Group, list[Finals]]:
     titled = told_apart(found)
     groups = {
         group: [
-            _finals(label, key, found[group][key], tuning=spent.get((group, key.but_for_settings), 0.0))
+            _finals(label, key, found[group][key], tuning=sum(spent.get(place, 0.0) for place in places[group, key]))
             for key, label in _labels(list(found[group])).items()
         ]
         for group in sorted(found, key=lambda group: (titled[group].title, group.fixes_cuts))
@@ -243,16 +244,17 @@ def _labels(keys: Sequence[_Key]) -> dict[_Key, str]:
     return labels
 
 
-def _tuning_flops(folder: Path) -> dict[tuple[Group, tuple[str, str, int, float]], float]:
-    """What choosing rates and variants took: of each contender, by its label, as multiples of one full fine-tuning.
+def _tuning_flops(folder: Path) -> dict[_Place, float]:
+    """What choosing rates and variants took, as multiples of one full fine-tuning: of the contenders of experiments.
 
     A run that diverged has no ledger, and was stopped early: it is left out.
     """
-    spent: dict[tuple[Group, tuple[str, str, int, float]], float] = {}
-    for _, group, key, result in _results(folder, "tuning"):
+    spent: dict[_Place, float] = {}
+    for path, _, _, result in _results(folder, "tuning"):
         if "ledger" in result:
             flops = float(result["ledger"]["flops"]["fraction_of_full"])
-            spent[group, key.but_for_settings] = spent.get((group, key.but_for_settings), 0.0) + flops
+            place = path.parent, result["contender"]
+            spent[place] = spent.get(place, 0.0) + flops
     return spent
 
 

@@ -55,13 +55,16 @@ def test_seeds_that_diverged_are_counted_and_in_no_mean(tmp_path: Path, caplog: 
         diverged = {key: result[key] for key in result if key not in ("steps", "seconds", "ledger")}
         path.write_text(json.dumps({**diverged, "metrics": {}, "diverged": "step 3: loss is nan"}))
     rows = markdown(tmp_path).splitlines()
-    (full,) = (row for row in rows if row.startswith("| full (1 of 3 seeds diverged) | 0.0001 | 0.30 | 10 | 0.500 "))
+    (full,) = (
+        row for row in rows if row.startswith("| full (1 of 3 seeds diverged) | 0.0001 | 0.0 | 0.30 | 10 | 0.500 ")
+    )
     (lora,) = (row for row in rows if row.startswith("| lora (3 of 3 seeds diverged) |"))
-    assert full.count("+0.100 [+0.100, +0.100]") == 2
+    assert full.count("+0.100 [+0.100, +0.100]") == 2 and full.endswith("| undecided |")
     assert full.count("|") == lora.count("|")
-    assert "lora: 3 of 3 seeds diverged" in caplog.text
-    (points,) = frontiers(tmp_path, metric="loss").values()
-    assert [(point.label, point.seeds) for point in points] == [("full", 2), ("rgft", 3)]
+    assert "lora at 0.3: 3 of 3 seeds diverged" in caplog.text
+    (frontier,) = frontiers(tmp_path, metric="loss").values()
+    assert [(point.label, point.seeds) for point in frontier.points] == [("full", 2), ("rgft", 3)]
+    assert frontier.left_out == {"lora at 0.3": "loss diverged"}
 
 
 def test_rows_of_an_earlier_revision_say_so(tmp_path: Path) -> None:

@@ -19,12 +19,9 @@ def effective_weights(model: nn.Module) -> dict[str, Tensor]:
 
     Parameters of adapters that cannot be merged (bottlenecks) stand beside, under names of their own.
     """
-    if not hasattr(model, "merge_adapter"):
-        return {name: p.detach() for name, p in model.named_parameters()}
-    merged: Any = copy.deepcopy(model)
-    merged.merge_adapter()
-    plain: nn.Module = merged.base_model.model
-    adapted = tuple(f"{name}." for name, module in plain.named_modules() if hasattr(module, "base_layer"))
+    is_peft = hasattr(model, "merge_adapter")
+    plain = _merged(model) if is_peft else model
+    adapted = tuple(f"{name}." for name, module in plain.named_modules() if is_peft and hasattr(module, "base_layer"))
     found: dict[str, Tensor] = {}
     for name, parameter in plain.named_parameters():
         parts = name.split(".")
@@ -37,6 +34,12 @@ def effective_weights(model: nn.Module) -> dict[str, Tensor]:
                 del parts[place : place + (1 if wrapper == "base_layer" else 2)]  # the adapter's name follows
         found[".".join(parts)] = parameter.detach()
     return found
+
+
+def _merged(model: Any) -> nn.Module:
+    merged = copy.deepcopy(model)
+    merged.merge_adapter()
+    return merged.base_model.model
 
 
 @dataclass(frozen=True, kw_only=True)

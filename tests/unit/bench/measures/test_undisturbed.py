@@ -12,7 +12,11 @@ import torch
 import rgft.bench.runner
 from rgft.bench.experiment import Cell, Contender, Experiment
 from rgft.bench.measures import Extra
+from rgft.bench.measures.forgetting import GeneralQuality
 from rgft.bench.measures.settings import SOURCES
+from rgft.bench.measures.weights import StartingPoint
+from rgft.errors import DataError
+from rgft.run import Run
 from rgft.tasks.base import PreparedTask
 from tests.unit.bench.tiny_texts import in_place_of_bench_task
 
@@ -137,3 +141,30 @@ def test_one_class_only_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     found = result["measures"]["other_domains"]["imdb"]
     assert "matthews" not in found["metrics"]
     assert "fewer than two classes" in found["undefined"]["matthews"]
+
+
+def test_a_measure_that_fails_after_the_run_says_so_and_leaves_the_result(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise KeyError("encoder.layer.0")
+
+    monkeypatch.setattr(StartingPoint, "compare", fails)
+    monkeypatch.setattr(GeneralQuality, "compare", lambda *_: {"similarity_drift": float("nan")})
+    with caplog.at_level("ERROR", logger="rgft"):
+        result, _ = run(monkeypatch, "full", Extra(weights=True, general_texts=8))
+    assert result["metrics"]["test"]["accuracy"] >= 0.0
+    assert result["measures"]["weights"] == {"undefined": "KeyError: 'encoder.layer.0'"}
+    assert "not JSON compliant" in result["measures"]["general"]["undefined"]
+    assert "Traceback" in caplog.text
+    assert "in fails" in caplog.text
+
+
+def test_texts_that_cannot_be_had_are_refused_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(tokenizer: Any) -> Any:
+        raise DataError("the package is not installed")
+
+    monkeypatch.setitem(SOURCES, "imdb", missing)  # type: ignore[misc]
+    monkeypatch.setattr(Run, "train", lambda _: pytest.fail("the run has begun"))
+    with pytest.raises(DataError, match="not installed"):
+        run(monkeypatch, "full", Extra(other_domains=("imdb",)))

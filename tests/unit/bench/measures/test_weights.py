@@ -11,6 +11,7 @@ from torch import nn
 from rgft.bench.measures.weights import StartingPoint
 from rgft.bench.methods import METHODS
 from tests.families import FAMILIES
+from tests.unit.bench.tiny_task import CODE
 
 
 def moved(model: nn.Module, part: str, *, by: float) -> nn.Module:
@@ -62,3 +63,24 @@ def test_adapters_are_merged_and_the_model_is_left_alone(name: str) -> None:
     assert trained["overall"]["relative_change"] > 1e-3
     assert trained["new_parameters"] == 0
     assert all(torch.equal(value, kept[key]) for key, value in wrapped.state_dict().items())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_compared_by_the_names_of_the_plain_model(name: str) -> None:
+    plain = FAMILIES["llama" if name in CODE else "bert"].build()
+    start = StartingPoint.of(plain)
+    prepared = METHODS[name].prepare(plain, {})
+    known = sum(p.numel() for p in prepared.parameters())
+    untrained = start.compare(prepared)
+    assert untrained["overall"]["relative_change"] == pytest.approx(0.0, abs=1e-6)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in prepared.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    trained = start.compare(prepared)
+    assert trained["overall"]["relative_change"] > 1e-4
+    assert trained["overall"]["cosine"] < 1.0
+    # What bottlenecks add stands in no weight of the plain model.
+    of_plain = sum(weight.numel() for weight in start.weights.values())
+    assert trained["new_parameters"] == (known - of_plain if name in ("houlsby", "pfeiffer") else 0)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rgft.bench.measures.corpus import general_texts
+from rgft.bench.measures.corpus import general_texts, require_unseen
 from rgft.bench.tasks import bench_task
 from rgft.evaluation import evaluate
 from rgft.tasks.base import PreparedTask
@@ -33,32 +33,49 @@ class GeneralQuality:
     """What is kept of the model before training, to be held against the trained one.
 
     Attributes:
-        general_texts, probe: see `Extra`.
+        texts, corpus: of which corpus.
+        probe: see `Extra`.
         before: what was measured then.
     """
 
-    general_texts: int
+    texts: tuple[str, ...]
+    corpus: str
     probe: str | None
     before: Mapping[str, Any]
 
     @classmethod
-    def of(cls, task: PreparedTask, *, general_texts: int, probe: str | None) -> GeneralQuality:
-        """Measures a task's model before training. Draws no random numbers of torch's and leaves the model as it is."""
-        empty = cls(general_texts=general_texts, probe=probe, before={})
+    def of(
+        cls, task: PreparedTask, *, texts: int, corpus: str = "docstrings", probe: str | None = None
+    ) -> GeneralQuality:
+        """Measures a task's model before training. Draws no random numbers of torch's and leaves the model as it is.
+
+        Args:
+            task: with its plain model.
+            texts, corpus: how many general texts, and of which corpus.
+            probe: see `Extra`.
+
+        Raises:
+            DataError: the corpus has fewer texts, or the task trains on some of them.
+        """
+        chosen = general_texts(texts, corpus) if _reads_texts(task) and texts else []
+        if chosen:
+            require_unseen(chosen, task, corpus)
+        empty = cls(texts=tuple(chosen), corpus=corpus, probe=probe, before={})
         return replace(empty, before=empty.measure(task, task.model))
 
     def compare(self, task: PreparedTask) -> dict[str, Any]:
         """Measures the trained model, without its guide.
 
         Returns:
-            Of a language model `general_loss` (before, after, and `forgetting`, their difference, in nats per token).
+            The `corpus`. Of a language model `general_loss` (before, after, and `forgetting`, their difference, in nats
+            per token).
             Of an encoder `similarity_drift`: 1 − Spearman's ρ between the cosines of all pairs of general texts before
             and after (0: their order is as it was; 1: nothing of it is left), and `probe`: accuracy of a logistic
             regression on the features, before and after, and `forgetting`, how much it fell. Of any other model, or
             where a figure is undefined, `undefined`: name → why.
         """
         before, after = self.before, self.measure(task, task.model)
-        found: dict[str, Any] = {}
+        found: dict[str, Any] = {"corpus": self.corpus} if self.texts else {}
         undefined: dict[str, str] = {**before.get("undefined", {}), **after.get("undefined", {})}
         if "general_loss" in before:
             found["general_loss"] = _change(before["general_loss"], after["general_loss"], sign=1.0)
@@ -79,17 +96,24 @@ class GeneralQuality:
         found: dict[str, Any] = {}
         if task.loss_at_targets is not None:
             undefined = {"probe": "a linear probe is fitted on encoders only"} if self.probe else {}
-            if self.general_texts:
-                found["general_loss"] = _language_model_loss(task, model, general_texts(self.general_texts))
+            if self.texts:
+                found["general_loss"] = _language_model_loss(task, model, self.texts)
             return {**found, "undefined": undefined}
-        if not callable(task.processor) or not hasattr(model, "base_model"):
-            return {"undefined": {"forgetting": "the model reads no texts"}}
-        if self.general_texts:
-            features = text_features(model, task.processor, general_texts(self.general_texts))
+        if not _reads_texts(task):
+            return {"undefined": {"forgetting": "the model is neither a language model nor an encoder of texts"}}
+        if self.texts:
+            features = text_features(model, task.processor, self.texts)
             found["similarities"] = _pair_similarities(features)
         if self.probe is not None:
             found["probe_accuracy"] = _probe_accuracy(model, self.probe)
         return found
+
+
+def _reads_texts(task: PreparedTask) -> bool:
+    """Whether the model is a language model or an encoder, and a tokenizer makes its inputs."""
+    config = getattr(task.model, "config", None)
+    has_tokenizer = hasattr(task.processor, "get_vocab") and hasattr(task.model, "base_model")
+    return has_tokenizer and not getattr(config, "is_encoder_decoder", False)
 
 
 @torch.no_grad()

@@ -39,7 +39,9 @@ class MeasuredRun:
         self._start = StartingPoint.of(task.model) if extra.weights else None
         wants_general = extra.general_texts > 0 or extra.probe is not None
         self._general = (
-            GeneralQuality.of(task, general_texts=extra.general_texts, probe=extra.probe) if wants_general else None
+            GeneralQuality.of(task, texts=extra.general_texts, corpus=extra.general_corpus, probe=extra.probe)
+            if wants_general
+            else None
         )
         with torch.random.fork_rng(devices=[]):
             self._domains = {name: other_domain(name, task) for name in extra.other_domains}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
+from rgft.bench.measures.overlap import found_again
 from rgft.bench.tasks import TASKS, bench_task
 from rgft.errors import ConfigError, DataError
 from rgft.tasks.base import PreparedTask
@@ -103,29 +104,16 @@ def other_domain(name: str, task: PreparedTask) -> tuple[list[dict[str, Any]], d
             f"{', '.join(sorted({label for _, label in texts}))} in {name!r}"
         )
     splits = [split for split in (task.train, task.validation) if split is not None]
-    seen = _Seen(_content(split[i]["input_ids"]) for split in splits for i in range(len(split)))
-    examples = [{"input_ids": ids, "labels": label} for ids, label in known if not seen.has(_content(ids))]
+    seen = found_again(
+        [_content(ids) for ids, _ in known],
+        (_content(split[i]["input_ids"]) for split in splits for i in range(len(split))), run=COMMON_TOKENS,
+    )  # fmt: skip
+    examples = [
+        {"input_ids": ids, "labels": label} for (ids, label), is_seen in zip(known, seen, strict=True) if not is_seen
+    ]
     return examples, {"seen": len(known) - len(examples), "without": len(texts) - len(known)}
-
-
-class _Seen:
-    """Runs of tokens that occur in some texts."""
-
-    def __init__(self, texts: Iterable[Sequence[int]]) -> None:
-        self._texts = [tuple(ids) for ids in texts]
-        self._runs = {run for ids in self._texts for run in _runs(ids, COMMON_TOKENS)}
-
-    def has(self, ids: Sequence[int]) -> bool:
-        if len(ids) >= COMMON_TOKENS:
-            return any(run in self._runs for run in _runs(ids, COMMON_TOKENS))
-        wanted = tuple(ids)
-        return any(wanted == run for text in self._texts for run in _runs(text, len(wanted)))
 
 
 def _content(ids: Sequence[int]) -> Sequence[int]:
     """Without the special tokens at both ends."""
     return ids[1:-1]
-
-
-def _runs(ids: Sequence[int], length: int) -> Iterator[tuple[int, ...]]:
-    return (tuple(ids[start : start + length]) for start in range(len(ids) - length + 1))

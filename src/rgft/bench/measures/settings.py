@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any
 
+from rgft.bench.measures.corpus import CORPORA
 from rgft.bench.measures.other_domain import SOURCES
 from rgft.bench.tasks import TASKS
 from rgft.errors import ConfigError
@@ -22,6 +23,7 @@ class Extra:
         each_epoch: whether it is evaluated after each epoch, too.
         weights: how far each component is from its initial weights.
         general_texts: texts of a general corpus on which forgetting is measured; 0: it is not.
+        general_corpus: which corpus, see `corpus.CORPORA`; one that the task does not train on.
         probe: a task of the bench, on whose texts a linear probe is fitted before and after; None: none is.
         other_domains: labelled texts from elsewhere, by name; see `other_domain.SOURCES`.
     """
@@ -30,6 +32,7 @@ class Extra:
     each_epoch: bool = False
     weights: bool = False
     general_texts: int = 0
+    general_corpus: str = "docstrings"
     probe: str | None = None
     other_domains: tuple[str, ...] = ()
 
@@ -61,6 +64,11 @@ class Extra:
         texts = data.get("general_texts", 0)
         if isinstance(texts, bool) or not isinstance(texts, int) or texts < 0 or 0 < texts < 3:
             problems.append(f"evaluate.general_texts: expected 0 or at least 3, found {texts!r}")
+        corpus = data.get("general_corpus", "docstrings")
+        if corpus not in CORPORA:
+            problems.append(
+                f"evaluate.general_corpus: expected a general corpus, found {corpus!r}; {_nearest(corpus, CORPORA)}"
+            )
         probe = data.get("probe")
         if probe is not None and probe not in TASKS:
             problems.append(f"evaluate.probe: expected a task of the bench, found {probe!r}; {_nearest(probe, TASKS)}")

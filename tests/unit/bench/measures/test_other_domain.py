@@ -2,18 +2,17 @@
 
 import pytest
 
-from rgft.bench.measures.other_domain import SOURCES, _Seen, other_domain
+from rgft.bench.measures.other_domain import SOURCES, other_domain
+from rgft.bench.measures.overlap import found_again
 from rgft.errors import ConfigError
 from tests.unit.bench.tiny_texts import tiny_task
 
 
 def test_common_runs_of_tokens_and_short_texts_that_are_parts() -> None:
-    seen = _Seen([list(range(20)), [50, 51, 52]])
-    assert seen.has([99, *range(3, 11), 99])  # eight in common
-    assert not seen.has([99, *range(3, 10), 99, 99])  # seven
-    assert seen.has([51, 52])
-    assert not seen.has([52, 51])
-    assert not seen.has([1, 3])
+    texts = [[99, *range(3, 11), 99], [99, *range(3, 10), 99, 99], [51, 52], [52, 51], [1, 3]]
+    # Eight in common, seven, a part, its parts the other way round, parts that are apart there.
+    found = found_again(texts, iter([list(range(20)), [50, 51, 52]]), run=8)
+    assert found == [True, False, True, False, False]
 
 
 def test_training_texts_are_left_out_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:

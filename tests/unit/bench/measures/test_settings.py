@@ -9,9 +9,12 @@ from rgft.errors import ConfigError
 def test_all_problems_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         Extra.from_dict(
-            {"at": [0.5, 1.5], "wieghts": True, "general_texts": -1, "probe": "bcc", "other_domains": ["imbd"]}
-        )
-    assert len(caught.value.problems) == 5
+            {
+                "at": [0.5, 1.5], "wieghts": True, "general_texts": -1, "general_corpus": "newz", "probe": "bcc",
+                "other_domains": ["imbd"],
+            }
+        )  # fmt: skip
+    assert len(caught.value.problems) == 6
     assert "weights" in str(caught.value)
     assert "nearest: bbc" in str(caught.value)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rgft.batches import BatchStream
 from rgft.bench.methods import METHODS, Followed, Method
-from rgft.bench.methods.fault_aware import SENSITIVE
+from rgft.bench.tasks.pairs import SENSITIVE
 from rgft.cost import trace_costs
 from rgft.partition import partition
 from rgft.run import Run, Settings

@@ -109,7 +109,7 @@ TASKS: Mapping[str, BenchTask] = {
         draws_on=lambda settings: (settings["data"] or "python", settings["problems"]),  # those of the task `language`
         metric=lambda settings: f"pass@{min(settings['k'])}",
         executes_code=True,
-        told_apart_by=("data", "problems"),
+        told_apart_by=("data", "problems", "train_problems"),
     ),
     "summarisation": BenchTask(
         title="summaries",

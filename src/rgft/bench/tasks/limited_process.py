@@ -64,6 +64,11 @@ class Outcome:
     passed: bool
     reason: str
 
+    @property
+    def is_error(self) -> bool:
+        """Whether it failed by an error of its own, whatever the machine: it was neither stopped nor left early."""
+        return not self.passed and self.reason.isidentifier() and self.reason != MemoryError.__name__
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:

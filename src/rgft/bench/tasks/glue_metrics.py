@@ -14,8 +14,9 @@ def classes(logits: Tensor, labels: Tensor, groups: Tensor) -> dict[str, float]:
 
 
 def binary(logits: Tensor, labels: Tensor, groups: Tensor) -> dict[str, float]:
-    """Those of classification, with the F1 of class 1 as `f1`, as MRPC and QQP have it."""
-    return {**metrics.classification(logits, labels), "f1": _f1(logits.argmax(-1), labels)}
+    """Those of classification, with the F1 of class 1 as `f1`, as MRPC and QQP have it, beside `macro_f1`."""
+    found = metrics.classification(logits, labels)
+    return {**found, "f1": _f1(logits.argmax(-1), labels), "macro_f1": found["f1"]}
 
 
 def numbers(logits: Tensor, labels: Tensor, groups: Tensor) -> dict[str, float]:

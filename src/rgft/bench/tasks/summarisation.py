@@ -104,9 +104,9 @@ def rouge_scores(written: Sequence[str], references: Sequence[str]) -> dict[str,
 def bleu_score(written: Sequence[str], references: Sequence[str]) -> float:
     """BLEU-4 of all texts together (Papineni et al. 2002), 0…1.
 
-    Tokens are those of mteval-13a. If no n-gram of some length is found, half a hit is counted, for the next such length
-    a quarter (Chen and Cherry 2014, method 3). So it is a hundredth of sacreBLEU's, but where texts of fewer than four
-    tokens are written: of these NLTK counts one n-gram that is wrong for each length that they do not have.
+    Tokens are those of mteval-13a. If no n-gram of some length is found, half a hit is counted, and for the next such
+    length a quarter (Chen and Cherry 2014, method 3). It is a hundredth of sacreBLEU's, but where texts of fewer than
+    four tokens are written: of these NLTK counts one n-gram that is wrong for each length that they do not have.
     """
     from nltk.translate.bleu_score import SmoothingFunction, corpus_bleu  # pyright: ignore[reportMissingImports]
 
@@ -127,7 +127,6 @@ def _tokens_13a(text: str) -> list[str]:
 
 def _scorer() -> Any:
     try:
-        from nltk.translate import bleu_score as _  # pyright: ignore[reportMissingImports]
         from rouge_score.rouge_scorer import RougeScorer  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:
         raise DataError(

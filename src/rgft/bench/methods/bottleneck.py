@@ -50,6 +50,11 @@ class Bottleneck(nn.Module):
             )
             nn.init.zeros_(layer.bias)
 
+    @property
+    def weight(self) -> Tensor:
+        """Of the wrapped module: T5 asks its output projections for the type of their weights."""
+        return self.base_layer.get_parameter("weight")
+
     def forward(self, states_BTD: Tensor) -> Tensor:
         y_BTD = self.base_layer(states_BTD)
         return y_BTD + self.up["default"](self.activation(self.down["default"](y_BTD)))

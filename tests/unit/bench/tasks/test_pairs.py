@@ -110,8 +110,7 @@ def test_one_source_is_split_and_what_is_learnt_is_marked(tmp_path: Path, decode
 @pytest.mark.parametrize("name", ["fait", "full", "rgft", "lora", "lora_top"])
 def test_methods_train_on_pairs(tmp_path: Path, decoder: str, name: str) -> None:
     task, method = bench_task(settings(tmp_path, decoder), seed=0, allow_code_execution=True), METHODS[name]
-    given = {"rank": 2, "layers": 1}
-    task.model, task.loss = method.prepare(task.model, given), method.loss(task.loss)
+    task.model, task.loss = method.prepare(task.model, {}), method.loss(task.loss)
     config = method.configuration(budget=0.9, seed=0, settings={})
     run = Run(task, config, Settings(lr=1e-2, epochs=2.0, batch_size=3), full_flops=1e12)
     try:

@@ -32,9 +32,7 @@ def acted(result: Mapping[str, Any]) -> bool:
 
 def _acts_by_itself(method: Method) -> bool:
     """Whether it changes the model, the loss or the optimizer, or does something beside training."""
-    return method.changes_model or any(
-        getattr(method, part) is not getattr(_FULL, part) for part in ("prepare", "loss", "optimizer", "begin")
-    )
+    return any(getattr(method, part) is not getattr(_FULL, part) for part in ("change", "loss", "optimizer", "begin"))
 
 
 def _acts(plan: Mapping[str, Any]) -> bool:

@@ -110,7 +110,7 @@ def bleu_score(written: Sequence[str], references: Sequence[str]) -> float:
     """
     from nltk.translate.bleu_score import SmoothingFunction, corpus_bleu  # pyright: ignore[reportMissingImports]
 
-    found = corpus_bleu(
+    found: Any = corpus_bleu(
         [[_tokens_13a(reference)] for reference in references], [_tokens_13a(text) for text in written],
         smoothing_function=SmoothingFunction().method3,
     )  # fmt: skip

@@ -26,6 +26,7 @@ class Scripted(Policy):
 
 def steer(guide: Guide, policy: Policy, *, follows_map: bool = False) -> None:
     """Puts `policy` in place of the guide's own. Without a map to follow it is asked at every step."""
+    vars(policy)["needs_map"] = follows_map
     decisions = guide._decisions
     decisions._policy, decisions.follows_map = policy, follows_map
     if not follows_map:

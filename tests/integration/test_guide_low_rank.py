@@ -36,7 +36,8 @@ GRANULARITIES = ("layer", "block", "head")
 
 def config(granularity: str = "layer", *, rank: int = 3, others: str = "dense", **settings: Any) -> Config:
     blocks = {"ffn_blocks": 2} if granularity == "head" else {}
-    update = {"low_rank": {"rank": rank, "others": others}, **settings.pop("update", {})}
+    pairs = {"rank": rank, "others": others, "lr_multiplier": 1.0}
+    update = {"low_rank": pairs, **settings.pop("update", {})}
     return Config(**{"preset": "full", "granularity": granularity, **blocks, "update": update, **settings})
 
 

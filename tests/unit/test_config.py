@@ -40,7 +40,7 @@ TABLE: dict[str, dict[str, Any]] = {
         "error_map": {"beta": 0.9, "bias_correction": True},
         "stability": {**STABILITY, "preserve_mean": True, "always_on": ["classifier"]},
         "probe": {"interval": "auto", "size": "auto", "max_fraction": 0.01, "row_stride": 4},
-        "update": {"moments": "keep", "average_last": 0.0, "dropout": "auto", "low_rank": None},
+        "update": {"moments": "keep", "average_last": 0.0, "dropout": "auto", "low_rank": "auto"},
         "execution": {**EXECUTION, "cache": "auto", "positions": "auto", "padding": "auto"}, "warmup_fraction": 0.1,
     },
     "proposal_a": {
@@ -466,16 +466,22 @@ def test_every_setting_is_described_and_typed() -> None:
     assert set(Settings.__annotations__) == set(Config.model_fields)
 
 
-def test_low_rank_pairs_are_off_by_default_and_survive_every_form() -> None:
-    assert Config().update.low_rank is None
+def test_low_rank_pairs_are_the_models_affair_by_default_and_survive_every_form() -> None:
+    assert Config().update.low_rank == "auto"
+    assert Config().update.pairs is None
+    for dense in (
+        Config(update={"low_rank": None}), Config(policy={"name": "lisa"}), Config(preset="full"),
+        Config(preset="proposal_a"),
+    ):  # fmt: skip
+        assert dense.update.low_rank is None
     for given in ({"rank": 4}, {"rank": 4, "alpha": 8, "components": ["ffn", "head"], "others": "frozen"}):
         config = Config(update={"low_rank": given})
         assert config.update.dropout == "auto"  # of the preset, beside it
         again = Config.from_dict(json.loads(json.dumps(config.to_dict())))
         assert again == config
-        assert config.update.low_rank is not None
-        assert config.update.low_rank.rank == 4
-        assert isinstance(config.update.low_rank.components, tuple)
+        assert config.update.pairs is not None
+        assert config.update.pairs.rank == 4
+        assert isinstance(config.update.pairs.components, tuple)
     with pytest.raises(ConfigError) as caught:
         Config(update={"low_rank": {"rank": 0, "alpha": 0.0, "others": "half", "ranks": 3}})
     for key in ("rank", "alpha", "others", "ranks"):

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from rgft.config.problems import problems_of
+from rgft.errors import ConfigError
 from rgft.telemetry.energy import WORLD_CARBON_INTENSITY
 
 
@@ -179,6 +181,17 @@ class ExamplesConfig(Section):
     )
 
 
+def _pairs_or_auto(value: Any) -> Any:
+    if value is None or value == "auto" or isinstance(value, LowRankConfig):
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError(f"expected a group of settings ({', '.join(LowRankConfig.model_fields)}), 'auto' or nothing")
+    try:
+        return LowRankConfig.model_validate(value)
+    except ValidationError as error:
+        raise ConfigError([f"update.low_rank.{problem}" for problem in problems_of(error, LowRankConfig)]) from None
+
+
 class UpdateConfig(Section):
     """How updates are made."""
 
@@ -197,7 +210,7 @@ class UpdateConfig(Section):
         default="model",
         description="model: as the model has it; off; auto: off where the budget ends before an example comes again",
     )
-    low_rank: LowRankConfig | Literal["auto"] | None = Field(
+    low_rank: Annotated[LowRankConfig | Literal["auto"] | None, BeforeValidator(_pairs_or_auto)] = Field(
         default=None,
         description="components that are trained by low-rank pairs, and how; None: none; auto: the layers of a "
         "language model, at rank 8, where they can have pairs",

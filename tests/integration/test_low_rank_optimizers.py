@@ -21,7 +21,9 @@ BERT = FAMILIES["bert"]
 def paired_guide() -> Guide:
     torch.manual_seed(0)
     return Guide(
-        BERT.build(), Config(preset="full", update={"average_last": 0.0, "low_rank": {"rank": 2}}), loss=loss_of
+        BERT.build(),
+        Config(preset="full", update={"average_last": 0.0, "low_rank": {"rank": 2, "lr_multiplier": 1.0}}),
+        loss=loss_of,
     )
 
 
@@ -83,7 +85,7 @@ def test_a_run_resumed_while_measuring_scores_the_same_steps(name: str) -> None:
 
     def measuring() -> tuple[Guide, Optimizer]:
         torch.manual_seed(0)
-        settings = {"average_last": 0.0, "low_rank": {"rank": 2}}
+        settings = {"average_last": 0.0, "low_rank": {"rank": 2, "lr_multiplier": 1.0}}
         model = without_dropout(BERT.build())
         guide = Guide(model, Config(granularity="layer", warmup_fraction=0.9, update=settings), loss=loss_of)
         return guide, optimizer_of(guide, name)

@@ -27,7 +27,7 @@ def guided(name: str, granularity: Any, **low_rank: Any) -> tuple[Guide, nn.Modu
     blocks = {"ffn_blocks": 2} if granularity == "head" else {}
     config = Config(
         preset="full", granularity=granularity, **blocks,
-        update={"low_rank": {"rank": RANK, "alpha": ALPHA, **low_rank}},
+        update={"low_rank": {"rank": RANK, "alpha": ALPHA, "lr_multiplier": 1.0, **low_rank}},
     )  # fmt: skip
     return Guide(model, config), twin
 

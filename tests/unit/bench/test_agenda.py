@@ -108,7 +108,7 @@ def test_where_every_rate_diverges_there_are_no_final_runs(
 
 
 def test_a_variant_is_named_by_its_files_and_their_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    experiment = one(tmp_path, lrs=[1e-4], settings={"rank": 8}, variants={"low": {"rank": 2}})
+    experiment = one(tmp_path, method="lora", lrs=[1e-4], settings={"rank": 8}, variants={"low": {"rank": 2}})
     begun = run(experiment, tmp_path, monkeypatch)
     assert begun == [
         "a--tuning--lr0.0001--seed100",
@@ -120,14 +120,14 @@ def test_a_variant_is_named_by_its_files_and_their_results(tmp_path: Path, monke
     assert (stored["variant"], stored["settings"]) == ("low", {"rank": 2})
     stored = json.loads((tmp_path / "x" / f"{begun[0]}.json").read_text())
     assert ("variant" in stored, stored["settings"]) == (False, {"rank": 8})
-    other = one(tmp_path, lrs=[1e-4], settings={"rank": 8}, variants={"low": {"rank": 4}})
+    other = one(tmp_path, method="lora", lrs=[1e-4], settings={"rank": 8}, variants={"low": {"rank": 4}})
     with pytest.raises(DataError, match=r"low--lr0.0001--seed100.json: expected .* 'settings' \({'rank': 4}\)"):
         run(other, tmp_path, monkeypatch)
 
 
 def test_final_runs_of_a_variant_that_lost_are_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    experiment = one(tmp_path, lrs=[1e-4], variants={"low": {"rank": 2}})
-    without = one(tmp_path, lrs=[1e-4])
+    experiment = one(tmp_path, method="lora", lrs=[1e-4], variants={"low": {"rank": 2}})
+    without = one(tmp_path, method="lora", lrs=[1e-4])
     assert run(without, tmp_path, monkeypatch) == ["a--final--lr0.0001--seed0"]
     assert run(experiment, tmp_path, monkeypatch)[-1] == "a--final--low--lr0.0001--seed0"
     assert (tmp_path / "x" / "a--superseded--lr0.0001--seed0.json").exists()

@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from rgft.bench.experiment import Experiment
-from rgft.bench.methods import METHODS, Followed, check_settings, method
+from rgft.bench.methods import METHODS, Followed, method
 from rgft.cli.app import app
 from rgft.errors import ConfigError
 from rgft.partition import partition
@@ -71,16 +71,14 @@ def test_all_say_where_they_come_from_and_what_they_cost() -> None:
 
 
 def test_unknown_settings_are_refused_with_the_nearest() -> None:
-    known = {"rank": 4, "config": {"ffn_blocks": 2}, "lr": "auto"}
-    check_settings([("a", "lora", known), ("b", "sift", {"choice": {"fraction": 0.1}}), ("c", "rgft", {"lr": "auto"})])
-    with pytest.raises(ConfigError) as caught:
-        check_settings(
-            [("a", "lora", {"rnak": 64}), ("b", "sift", {"choice": {"fractoin": 0.1}}), ("c", "full", {"rank": 8})]
-        )
-    assert caught.value.problems == [
-        "a (lora): settings.rnak: there is no such setting (found 64); nearest: rank",
-        "b (sift): settings.choice.fractoin: there is no such setting (found 0.1); nearest: fraction",
-        "c (full): settings.rank: there is no such setting (found 8); nearest: config, lr",
+    lora, sift, full = method("lora"), method("sift"), method("full")
+    assert not lora.problems_of({"rank": 4, "config": {"ffn_blocks": 2}, "lr": "auto"})
+    assert not sift.problems_of({"choice": {"fraction": 0.1}})
+    unknown = [*lora.problems_of({"rnak": 64}), *sift.problems_of({"choice": {"fractoin": 0.1}})]
+    assert [*unknown, *full.problems_of({"rank": 8})] == [
+        "settings.rnak: there is no such setting (found 64); nearest: rank",
+        "settings.choice.fractoin: there is no such setting (found 0.1); nearest: fraction",
+        "settings.rank: there is no such setting (found 8); nearest: config, lr",
     ]
 
 

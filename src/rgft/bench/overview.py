@@ -32,7 +32,8 @@ _NOTE = (
     "Test split, means over seeds (their number): each task's score, then held-out loss. Of the FLOPs of full "
     "fine-tuning of the same run each method had the share that the row says; learning rates are tuned on validation "
     'data, but for "untuned", where a rule gives them. \\*: RGFT is better, †: worse, by the 95 % interval of '
-    "differences paired by seed, three pairs at least; no mark: undecided."
+    "differences paired by seed, three pairs at least; no mark: undecided. Where RGFT was not tuned it is held against "
+    "others as it is."
 )
 
 
@@ -54,10 +55,12 @@ def overview(folder: Path) -> str:
 
 
 def _row(group: Group, budget: float, contenders: list[Finals]) -> str:
-    """Empty where RGFT has no runs of now, or nothing is beside it."""
-    found = [_find(contenders, method, settings) for method, settings in COLUMNS.values()]
-    rgft = found[0]
-    if rgft is None or not any(found[1:]):
+    """Empty where RGFT has no runs of now, tuned or untuned, or nothing is beside it."""
+    tuned, untuned, *others = found = [
+        _find(contenders, method, settings) for method, settings in COLUMNS.values()
+    ]  # fmt: skip
+    rgft = tuned or untuned
+    if rgft is None or not any(others):
         return ""
     title = f"{group.title}, {budget:g}"
     return line([title, *("" if finals is None else _cell(group, rgft, finals) for finals in found)])

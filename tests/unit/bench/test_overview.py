@@ -33,6 +33,15 @@ def test_a_row_for_each_task_and_budget_at_which_rgft_has_runs(tmp_path: Path) -
     }  # fmt: skip
 
 
+def test_untuned_runs_stand_for_rgft_where_there_are_no_others(tmp_path: Path) -> None:
+    for seed in range(3):
+        write(tmp_path, "rgft", seed, 0.40 + seed / 100, settings={"lr": "auto"})
+        write(tmp_path, "full", seed, 0.50 + 1.1 * seed / 100)
+    (cells,) = rows(overview(tmp_path)).values()
+    assert (cells["RGFT"], cells["RGFT, untuned"]) == ("", "0.590, 0.410 (3)")
+    assert cells["full fine-tuning, stopped"] == "0.489\\*, 0.511\\* (3)"
+
+
 def test_two_seeds_have_no_mark_and_a_missing_score_says_so(tmp_path: Path) -> None:
     for seed in range(2):
         write(tmp_path, "rgft", seed, 0.4 + seed / 50)

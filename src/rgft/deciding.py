@@ -195,23 +195,24 @@ class Decisions:
             costs=spending.costs, flops_left=progress.flops_left,
             flops_allowed=None if run_plan is None else spending.allowed,
             batches=course.total_batches if course else None,
-            batches_per_epoch=course.batches_per_epoch if course else None, rows=rows, tokens=tokens,
+            batches_per_epoch=course.batches_per_epoch if course else None, accumulation=spending.accumulation,
+            rows=rows, tokens=tokens,
             is_cached=spending.is_cached, lowest_cut=0 if self._memory is None else self._memory.lowest_cut,
         )  # fmt: skip
 
     # ---------------------------------------------------------------- what there is at least
 
-    def plan_cheapest(self) -> UpdatePlan:
-        """Finds the cheapest plan of the run, once it is known what that may spend."""
-        self._cheapest = self._decision_without_means()
+    def plan_cheapest(self, steps: int) -> UpdatePlan:
+        """Finds the cheapest plan of a run of so many steps, once it is known what that may spend."""
+        self._cheapest = self._decision_without_means(steps)
         return self._cheapest
 
-    def _decision_without_means(self) -> UpdatePlan:
+    def _decision_without_means(self, steps: int) -> UpdatePlan:
         """What the policy would do if nothing were known and left to spend: no plan of this run costs less."""
         if self._policy is None:
             return self.plan
         situation = replace(
-            self.situation(), step=0, error_map=self._nothing, previous=None, flops_left=0.0,
+            self.situation(), step=0, total_steps=steps, error_map=self._nothing, previous=None, flops_left=0.0,
             flops_allowed=self._spending.allowed,
         )  # fmt: skip
         return self._decided(situation)

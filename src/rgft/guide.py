@@ -198,8 +198,8 @@ class Guide(GuidedRun):
             )
             self.ledger.carbon_intensity = energy.carbon_intensity
         spending.allow(costs, workload, full=full_flops, pace=pace)
-        spending.require(self._decisions.plan_cheapest(), workload)
         steps = spending.full_steps(stream.total_batches)
+        spending.require(self._decisions.plan_cheapest(steps), workload)
         if self._measurement is not None and self._decisions.follows_map:
             self._prober.plan(steps=steps, measuring=self.config.warmup_fraction, examples=len(stream.dataset))
             if memory is not None and memory.plan is not None:

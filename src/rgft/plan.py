@@ -155,7 +155,7 @@ class RunPlan:
     """What is fixed for longer than a step.
 
     Attributes:
-        steps: optimizer steps of the whole run, and the learning-rate horizon.
+        steps: optimizer steps of the whole run, as far as the budget pays for them at full cost; cheaper ones are more.
         cut: depth of the planned cut.
         cache: where activations at the cut are kept.
         probes: how many probes are planned.

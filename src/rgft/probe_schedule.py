@@ -46,7 +46,7 @@ class ProbeSchedule:
 
         Args:
             interval, size: numbers, or "auto". Interval or size 0 means no probes.
-            steps: of the whole run.
+            steps: optimizer steps of the whole run.
             flops_allowed: what all probes together may cost.
             flops_per_example: of one probe.
 

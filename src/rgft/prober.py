@@ -47,7 +47,7 @@ class Prober:
         self.schedule = ProbeSchedule()
         self.pool: ProbePool | None = None
         self.history: list[tuple[int, dict[str, float]]] = []
-        self._stride = 1  # in micro-batches: while measuring, one step in so many is scored
+        self._stride = 1  # while measuring, one step in so many is scored
         self._spare = 0  # examples that may be set aside
         self._last = (0, 0.0)  # step and progress
         self._ratio: float | None = None  # FLOPs of a probe, per those of one forward and backward pass
@@ -56,7 +56,7 @@ class Prober:
         """Fixes the schedule.
 
         Args:
-            steps: of the run.
+            steps: optimizer steps of the run.
             measuring: share of it that the measuring phase takes.
             examples: of the training set; a tenth of it may be set aside.
         """
@@ -103,12 +103,12 @@ class Prober:
         return train
 
     def number(self, steps: int) -> int:
-        """How many probes are planned for a run of so many steps."""
+        """How many probes are planned for a run of so many optimizer steps."""
         return self.schedule.number or steps // max(1, self.schedule.interval) * self.schedule.is_on
 
     def scores_step(self, step: int) -> bool:
         """Whether the gradients of this step of the measuring phase are scored."""
-        return (step + 1) % max(1, self._stride // self._spending.accumulation) == 0
+        return (step + 1) % self._stride == 0
 
     def is_due(self, step: int, progress: float) -> bool:
         """Whether to look before `step`."""

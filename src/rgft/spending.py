@@ -150,16 +150,19 @@ class Spending:
         return f" of {self.accumulation} micro-batches" if self.accumulation > 1 else ""
 
     def full_steps(self, batches: int) -> int:
-        """How many steps of full fine-tuning on typical batches are allowed; all `batches` without a limit."""
+        """How many optimizer steps of full fine-tuning on typical batches are allowed; all of them without a limit.
+
+        Args:
+            batches: micro-batches of the run.
+        """
         assert self.costs is not None
         if not self.is_limited:
-            return batches
-        of_step = (
-            self.costs.full_step(*self.typical).total + self._of_optimizer(self.optimizer_flops) / self.accumulation
-        )
+            return math.ceil(batches / self.accumulation)
+        passes = self.accumulation * self.costs.full_step(*self.typical).total
+        of_step = passes + self._of_optimizer(self.optimizer_flops)
         steps = max(1, round(self.allowed / of_step))
         if self.occasional_flops is not None:
-            beside = sum(map(self.occasional_flops, range(math.ceil(steps / self.accumulation))))
+            beside = sum(map(self.occasional_flops, range(steps)))
             steps = max(1, round((self.allowed - beside) / of_step))
         return steps
 

@@ -35,6 +35,42 @@ def test_no_step_is_left_open(accumulation: int, collate_fn: Any) -> None:
     assert 0.3 * (1.0 - 1.6 / guide.step_count) < spent <= 0.3
 
 
+@pytest.mark.parametrize(("budget", "steps"), [(None, 13), (0.5, 6)])
+def test_a_run_is_planned_in_optimizer_steps(budget: float | None, steps: int) -> None:
+    guide = Guide(FAMILIES["bert"].build(), Config(preset="full", budget=budget))
+    guide.accumulation = 4
+    optimizer = adamw(guide)
+    guided(guide, optimizer, Examples(FAMILIES["bert"], 50), batch_size=2, epochs=2, accumulation=4)
+    if budget is None:  # the data end inside the last one
+        guide.step(optimizer)
+    assert guide.run_plan is not None
+    assert guide.run_plan.steps == guide.step_count == steps
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_shares_of_a_run_are_of_its_steps(accumulation: int) -> None:
+    """Two layers freeze at an even pace in the first half of a run of 32 batches."""
+    policy = {"name": "gradual_freezing", "keep": 0, "until": 0.5}
+    guide = Guide(FAMILIES["bert"].build(), Config(policy=policy))
+    guide.accumulation = accumulation
+    cuts: list[int] = []
+    guided(
+        guide, adamw(guide), Examples(FAMILIES["bert"], 64), batch_size=2, accumulation=accumulation,
+        after_step=lambda g: cuts.append(g.plan.cut),
+    )  # fmt: skip
+    quarter = 8 // accumulation
+    assert cuts == [*[0] * quarter, *[2] * quarter, *[3] * 2 * quarter]
+
+
+def test_probes_are_planned_by_optimizer_steps() -> None:
+    config = Config(probe={"interval": 4, "size": 2}, warmup_fraction=0.0)
+    guide = Guide(FAMILIES["bert"].build(), config)
+    guide.accumulation = 4
+    guided(guide, adamw(guide), Examples(FAMILIES["bert"], 64), batch_size=2, epochs=2, accumulation=4)
+    assert guide.run_plan is not None
+    assert (guide.run_plan.steps, guide.run_plan.probes) == (16, 4)
+
+
 def test_the_last_step_weighs_its_examples_as_others_do(prepared: PreparedTask) -> None:  # noqa: F811
     reports: list[StepReport] = []
     run = run_of(

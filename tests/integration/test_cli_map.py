@@ -157,6 +157,14 @@ def test_a_preview_adds_up(run: Run) -> None:
     assert data["steps_in_full"] == 27  # 72 training rows, 9 batches of 8, 3 epochs
 
 
+def test_a_preview_counts_the_step_in_which_the_data_end(folder: Path, task: PreparedTask) -> None:
+    request = request_for(folder, "accumulation=2", "rgft.preset=full")
+    run = Run(task, request.config, run_settings(request.settings))
+    plan = run.prepare()
+    assert preview(run)["steps_in_full"] == plan.steps == 14  # 27 batches
+    run.close()
+
+
 def test_what_a_run_spends_is_within_what_was_predicted(run: Run) -> None:
     data = preview(run)
     run.train()

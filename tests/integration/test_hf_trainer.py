@@ -129,6 +129,18 @@ def test_the_schedule_ends_with_the_budget(tmp_path: Path) -> None:
     assert len(rates) < 60  # 20 batches × 3 epochs, had it gone to the end
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_warm_up_is_in_optimizer_steps(tmp_path: Path, accumulation: int) -> None:
+    trainer = make_trainer(
+        tmp_path, dataset=examples(160), warmup_steps=4, lr_scheduler_type="constant_with_warmup",
+        gradient_accumulation_steps=accumulation,
+    )  # fmt: skip
+    enable(trainer, budget=0.5, preset="full")
+    trainer.train()
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert [rate < 0.99e-3 for rate in rates[:6]] == [True] * 4 + [False] * 2
+
+
 def test_a_schedule_that_cannot_follow_the_budget_is_said(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, dataset=examples(160), lr_scheduler_type="polynomial")
     enable(trainer, budget=0.4, mask=HALF)

@@ -24,8 +24,8 @@ class Situation:
     """All that a decision may depend on. Everything stems from steps before `step`.
 
     Attributes:
-        step: the step that the plan is for.
-        total_steps: the run's length, or None when unknown.
+        step: the optimizer step that the plan is for.
+        total_steps: the run's length in optimizer steps (`RunPlan.steps`), or None when unknown.
         components: in forward order.
         error_map: Ê_k of the policy's signal.
         previous: the plan in force, or None at the start.
@@ -35,9 +35,10 @@ class Situation:
         costs: FLOPs of any plan; None when the run has no cost model.
         flops_left: what the run may still spend; None without a budget.
         flops_allowed: what the whole run may spend; None without a budget.
-        batches: of all epochs; None when unknown.
-        batches_per_epoch: None when unknown.
-        rows, tokens: shape of a typical batch, for `costs`.
+        batches: micro-batches of all epochs; None when unknown.
+        batches_per_epoch: micro-batches; None when unknown.
+        accumulation: micro-batches per optimizer step.
+        rows, tokens: shape of a typical micro-batch, for `costs`.
         is_cached: whether an activation cache keeps what lies below a cut.
         lowest_cut: memory holds no plan that trains anything below it; 0: it holds all.
     """
@@ -55,10 +56,21 @@ class Situation:
     flops_allowed: float | None = None
     batches: int | None = None
     batches_per_epoch: int | None = None
+    accumulation: int = 1
     rows: int = 1
     tokens: int = 1
     is_cached: bool = False
     lowest_cut: int = 0
+
+    @property
+    def steps_in_data(self) -> float | None:
+        """Optimizer steps that the micro-batches of all epochs make; None when unknown."""
+        return None if self.batches is None else self.batches / self.accumulation
+
+    @property
+    def steps_per_epoch(self) -> float | None:
+        """Optimizer steps that the micro-batches of an epoch make; None when unknown."""
+        return None if self.batches_per_epoch is None else self.batches_per_epoch / self.accumulation
 
 
 class Policy(ABC):

@@ -127,7 +127,7 @@ class BudgetMask(Mask):
         choices: list[CutChoice] = []
         for cut in sorted({component.depth for component in situation.components}):
             flops, steps = _affords(situation, cut)
-            worth = self._worth(steps, situation.batches_per_epoch)
+            worth = self._worth(steps, situation.steps_per_epoch)
             bias = (1.0 - sum(value for depth, value in signal.items() if depth >= cut) / total) ** 3
             variance = choices[0].worth / worth if choices else 1.0
             cost = bias + self.noise_weight * variance
@@ -140,7 +140,7 @@ class BudgetMask(Mask):
         affordable = [choice for choice in choices if choice.step_flops <= left]
         return affordable or [min(choices, key=lambda choice: choice.step_flops)]
 
-    def _worth(self, steps: float, epoch: int | None) -> float:
+    def _worth(self, steps: float, epoch: float | None) -> float:
         """Steps in terms of such as see new examples."""
         if epoch is None or steps <= epoch:
             return steps
@@ -174,15 +174,17 @@ def _affords(situation: Situation, cut: int) -> tuple[float, float]:
     above = frozenset(c.name for c in situation.components if c.depth >= cut)
     known = cut if situation.is_cached else 0
     flops, again = (
-        situation.costs.step_flops(above, rows=situation.rows, tokens=situation.tokens, cached_below=below).total
+        situation.accumulation
+        * situation.costs.step_flops(above, rows=situation.rows, tokens=situation.tokens, cached_below=below).total
         for below in (0, known)
     )
     steps = situation.flops_allowed / flops
-    epoch = situation.batches_per_epoch
+    epoch = situation.steps_per_epoch
     if epoch is not None and steps > epoch:
         left = situation.flops_allowed - epoch * flops
         steps = epoch + left / again if again else math.inf  # what is above may hold no product at all
-    return flops, max(1.0, steps if situation.batches is None else min(steps, situation.batches))
+    seen = situation.steps_in_data
+    return flops, max(1.0, steps if seen is None else min(steps, seen))
 
 
 def _layer_depths(situation: Situation) -> list[int]:

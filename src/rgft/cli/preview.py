@@ -46,7 +46,7 @@ def preview(run: Run) -> dict[str, Any]:
         "budget": guide.run_plan.flops / guide.run_plan.full_flops,
         "low_rank": _low_rank(guide),
         "first_plan": {"cut": first.cut, "active": list(first.active(0)), "reason": first.reason},
-        "steps_in_full": run.batches_in_full // run.settings.accumulation,
+        "steps_in_full": -(-run.batches_in_full // run.settings.accumulation),
         "typical_batch": {"rows": situation.rows, "tokens": situation.tokens},
         "by_depth": by_depth,
     }  # fmt: skip

@@ -258,7 +258,7 @@ class _Engagement:
         assert guide.run_plan is not None
         warmup = float(args.warmup_steps) if warms_up else 0.0
         if warmup >= 1:  # a number of steps, at full cost; below 1 it is a share
-            warmup = min(0.99, warmup * args.gradient_accumulation_steps / guide.run_plan.steps)
+            warmup = min(0.99, warmup / guide.run_plan.steps)
         trainer.lr_scheduler = guide.scheduler(
             optimizer or cast("Optimizer", trainer.optimizer), shape=shape, warmup=warmup
         )

@@ -64,6 +64,16 @@ def in_force(cut: int) -> UpdatePlan:
     return UpdatePlan(step=0, multipliers={c.name: float(c.depth >= cut) for c in components()}, cut=cut)
 
 
+def test_steps_are_the_optimizers() -> None:
+    """Four micro-batches a step: costs as before, steps a quarter as many, each four times as dear."""
+    plain, accumulated = (BudgetMask().choices(situation(accumulation=number)) for number in (1, 4))
+    assert [c.step_flops for c in accumulated] == [4 * c.step_flops for c in plain]
+    assert [c.steps for c in accumulated] == pytest.approx([c.steps / 4 for c in plain])
+    assert [c.cost for c in accumulated] == pytest.approx([c.cost for c in plain])
+    # 60 FLOPs pay for a micro-batch above 3, and for no step.
+    assert [c.cut for c in BudgetMask().choices(situation(flops_left=60.0, accumulation=4))] == [5]
+
+
 def test_without_a_map_layers_count_alike() -> None:
     """r_d = 1 for each of the 4 layers, 0 for the embedding: bias from counts, variance from costs alone."""
     choices = BudgetMask().choices(situation())

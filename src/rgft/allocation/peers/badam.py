@@ -78,7 +78,7 @@ def steps_in_turn(situation: Situation, sets: Sequence[frozenset[str]]) -> int |
         return costs.step_flops(names, rows=situation.rows, tokens=situation.tokens).total
 
     paid = steps * flops([c.name for c in situation.components]) / fmean(map(flops, sets))
-    return int(min(paid, situation.batches or paid))
+    return int(min(paid, situation.steps_in_data or paid))
 
 
 def blocks_of(components: tuple[Component, ...]) -> list[frozenset[str]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rgft.allocation.peers.badam import BAdam
+from rgft.allocation.peers.badam import BAdam, blocks_of, steps_in_turn
 from rgft.allocation.peers.freezing import AutoFreeze, GradualFreezing, GradualUnfreezing
 from rgft.allocation.peers.hft import HFT
 from rgft.allocation.peers.ist import IST
@@ -185,6 +185,14 @@ def test_badam_goes_through_as_many_cycles_as_asked(make: Any) -> None:
     assert 16 <= len(starts) <= 18
     assert len(set(starts[:8])) == 8
     assert starts[8:16] == starts[:8]
+
+
+def test_badam_counts_steps_that_the_data_have(make: Any) -> None:
+    """Blocks cost so little that the data end first: 40 micro-batches, ten steps, over five blocks."""
+    components = make.model(layers=3)
+    costs = make.costs(components, dw={c.name: 10.0 for c in components})
+    situation = make.situation(components, step=1, total_steps=10, costs=costs, batches=40, accumulation=4)
+    assert steps_in_turn(situation, blocks_of(components)) == 10
 
 
 def test_gradual_freezing_is_linear_in_the_run(make: Any) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from rgft.allocation import MASKS, PERIODS, POLICIES, SCALINGS
 from rgft.config import CONFIG_FILE, PRESETS, Config, ProbeConfig, StageConfig, apply_overrides
+from rgft.config.presets import laid_over
 from rgft.config.sections import Section
 from rgft.config.tree import Settings
 from rgft.errors import ConfigError, RGFTWarning, RunFolderError
@@ -142,6 +143,26 @@ def test_stages_may_be_written_in_several_forms(mask: Any) -> None:
 
 def test_groups_may_be_given_as_objects_and_keep_the_presets_other_values() -> None:
     assert Config(preset="proposal_a", probe=ProbeConfig(size=8)).probe == ProbeConfig(interval=100, size=8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "others", "merged"),
+    [
+        ({"update": {"low_rank": {"rank": 8, "alpha": 4}}}, {"update": {"low_rank": {"rank": 2}, "dropout": "off"}},
+         {"update": {"low_rank": {"rank": 2, "alpha": 4}, "dropout": "off"}}),
+        ({"probe": {"size": 4}}, {"probe": ProbeConfig(interval=9)}, {"probe": {"size": 4, "interval": 9}}),
+        ({"policy": {"name": "last_n", "layers": 3}}, {"policy": {"layers": 2}},
+         {"policy": {"name": "last_n", "layers": 2}}),
+        ({"policy": "last_n"}, {"policy": {"layers": 2}}, {"policy": {"name": "last_n", "layers": 2}}),
+        ({"policy": {"name": "last_n", "layers": 3}}, {"policy": {"name": "lisa"}}, {"policy": {"name": "lisa"}}),
+        ({"mask": {"spread": 0.1}}, {"mask": {"hysteresis": 0.2}}, {"mask": {"spread": 0.1, "hysteresis": 0.2}}),
+        ({"mask": {"name": "budget"}, "seed": 1}, {"mask": None, "seed": 2}, {"mask": None, "seed": 2}),
+        ({"policy": {"name": "static", "plan": {"cut": 1}}}, {"policy": {"plan": {"step": 2}}},
+         {"policy": {"name": "static", "plan": {"step": 2}}}),
+    ],
+)  # fmt: skip
+def test_settings_over_others(settings: dict[str, Any], others: dict[str, Any], merged: dict[str, Any]) -> None:
+    assert laid_over(settings, others) == merged
 
 
 def test_budgets_of_seconds_and_both() -> None:

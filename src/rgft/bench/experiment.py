@@ -17,6 +17,7 @@ from rgft.bench import settings_file
 from rgft.bench.measures import Extra
 from rgft.bench.methods import Followed, method
 from rgft.bench.settings_file import Group, MethodSettings, Name, Rates, Seeds, Share, Shares
+from rgft.config.presets import laid_over
 from rgft.config.sections import Section
 from rgft.errors import ConfigError
 from rgft.run import Settings
@@ -50,7 +51,7 @@ class Contender(Section):
         lrs: grid of learning rates.
         settings: of the method.
         seeds: seeds of the final runs; None: the experiment's.
-        variants: name → settings over its own, group by group, that are tried at the best rate.
+        variants: name → settings laid over its own (`laid_over`), that are tried at the best rate.
     """
 
     label: Name
@@ -98,17 +99,7 @@ class Contender(Section):
 
     def settings_of(self, variant: str | None) -> dict[str, Any]:
         """The method's settings in a variant; None: its own."""
-        return dict(self.settings) if variant is None else _laid_over(self.settings, self.variants[variant])
-
-
-def _laid_over(settings: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with others over them, group by group."""
-    over = {
-        key: _laid_over(settings[key], value)
-        for key, value in others.items()
-        if isinstance(value, Mapping) and isinstance(settings.get(key), Mapping)
-    }
-    return {**settings, **others, **over}
+        return dict(self.settings) if variant is None else laid_over(self.settings, self.variants[variant])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +206,7 @@ class Experiment(Section):
 
     def with_common(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """A method's settings, with those of RGFT that all contenders share where it has none of its own."""
-        return {**settings, "config": {**self.config, **settings.get("config", {})}}
+        return laid_over({"config": self.config}, settings)
 
     @classmethod
     def load(cls, path: Path) -> Experiment:

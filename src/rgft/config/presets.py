@@ -67,26 +67,16 @@ DEFAULT_PRESET: PresetName = "rgft"
 
 
 def with_preset(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The user's settings over the defaults of their preset; nothing is validated yet.
+    """The user's settings laid over the defaults of their preset; nothing is validated yet.
 
-    Groups are merged key by key. A stage that names nothing, or the preset's own choice, changes the settings that it
-    gives; one with another name replaces the preset's. A policy takes the place of the preset's scaling, mask and
-    period, and trains dense weights; one that does not look at the map also of its signal and of the measuring phase.
+    A policy takes the place of the preset's scaling, mask and period, and trains dense weights; one that does not look
+    at the map also of its signal and of the measuring phase.
     """
     preset = PRESETS.get(settings.get("preset", DEFAULT_PRESET), {})
     if settings.get("policy") is not None and "update" in preset:
         preset = {**preset, "update": {key: value for key, value in preset["update"].items() if key != "low_rank"}}
-    merged = {key: as_stage(value) if key in STAGES else value for key, value in preset.items()}
-    for key, value in settings.items():
-        if key in STAGES:
-            merged[key] = _merged_stage(merged.get(key), as_stage(value))
-        elif isinstance(value, Section):
-            given = {name: getattr(value, name) for name in value.model_fields_set}
-            merged[key] = {**preset.get(key, {}), **given}
-        elif isinstance(value, Mapping) and isinstance(preset.get(key, {}), Mapping):
-            merged[key] = {**preset.get(key, {}), **value}
-        else:
-            merged[key] = value
+    merged = laid_over(preset, settings)
+    merged |= {key: as_stage(merged[key]) for key in STAGES if key in merged}
     policy = merged.get("policy")
     if policy is not None:
         for key in ("scaling", "mask", "period"):
@@ -94,6 +84,19 @@ def with_preset(settings: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(policy, Mapping) and not looks_at_map("policy", policy.get("name")):
             merged["signal"] = as_stage(settings.get("signal"))
             merged["warmup_fraction"] = settings.get("warmup_fraction", 0.0)
+    return merged
+
+
+def laid_over(settings: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with others over them; nothing is validated.
+
+    Groups are merged key by key. A stage that names nothing, or what was there, changes the settings that it gives; one
+    with another name replaces what was there.
+    """
+    merged = dict(settings)
+    for key, value in others.items():
+        merge = _merged_stage if key in STAGES else _merged_group
+        merged[key] = merge(settings.get(key), value)
     return merged
 
 
@@ -113,9 +116,19 @@ def as_stage(value: Any) -> Any:
     return {"name": value["name"], **stage} if "name" in value else stage
 
 
-def _merged_stage(default: Any, given: Any) -> Any:
-    if default is None or not isinstance(given, Mapping) or not isinstance(given["params"], Mapping):
+def _merged_group(before: Any, given: Any) -> Any:
+    if isinstance(given, Section):
+        given = {name: getattr(given, name) for name in given.model_fields_set}
+    return laid_over(before, given) if isinstance(before, Mapping) and isinstance(given, Mapping) else given
+
+
+def _merged_stage(before: Any, given: Any) -> Any:
+    old, new = as_stage(before), as_stage(given)
+    if not (_has_params(old) and _has_params(new)) or new.get("name", old.get("name")) != old.get("name"):
         return given
-    if given.get("name", default["name"]) != default["name"]:
-        return given
-    return {"name": default["name"], "params": {**default["params"], **given["params"]}}
+    params = {**old["params"], **new["params"]}
+    return {"name": old["name"], **params} if "name" in old else params
+
+
+def _has_params(stage: Any) -> bool:
+    return isinstance(stage, Mapping) and isinstance(stage["params"], Mapping)

@@ -8,6 +8,7 @@ import pytest
 from rgft.bench.experiment import Cell, Experiment
 from rgft.bench.methods import METHODS, Followed, method
 from rgft.bench.results import Results
+from rgft.config import StageConfig
 from rgft.errors import ConfigError, DataError
 
 
@@ -160,6 +161,19 @@ def test_every_experiment_of_the_bench_can_be_loaded() -> None:
 def test_unknown_method_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="lora"):
         method("lroa")
+
+
+def test_a_contenders_groups_keep_what_they_do_not_name(tmp_path: Path) -> None:
+    """Of the method's own, and of what the experiment gives to all."""
+    settings = {"config": {"execution": {"padding": "all"}, "policy": {"layers": 2}}}
+    given = contender(method="last_n_uncached", settings=settings)
+    experiment = loaded(tmp_path, config={"execution": {"positions": "all"}}, contenders=[given])
+    config = method("last_n_uncached").configuration(
+        budget=0.3, seed=0, settings=experiment.with_common(experiment.contenders[0].settings)
+    )
+    execution = config.execution
+    assert (execution.cache, execution.positions, execution.padding) == ("none", "all", "all")
+    assert config.policy == StageConfig(name="last_n", params={"layers": 2})
 
 
 @pytest.mark.parametrize("name", METHODS)

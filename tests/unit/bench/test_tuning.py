@@ -123,6 +123,10 @@ def test_variants_are_tried_at_the_best_rate_alone(tmp_path: Path) -> None:
     assert a.settings_of("two") == {"config": {"policy": {"name": "last_n", "layers": 2}, "seed": 8}}
     assert a.settings_of("four") == {"config": {"policy": {"name": "last_n", "layers": 4}, "seed": 1}}
     assert a.settings_of(None) == settings
+    other = of(
+        tmp_path, method="last_n", settings=settings, variants={"lisa": {"config": {"policy": {"name": "lisa"}}}}
+    )
+    assert other.contenders[0].settings_of("lisa") == {"config": {"policy": {"name": "lisa"}, "seed": 8}}
     assert choice is not None
     assert [cell.file_name for cell in experiment.final_cells(a, choice)] == [
         f"a--final--four--lr0.0002--seed{seed}.json" for seed in (0, 1)

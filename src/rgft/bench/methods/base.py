@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from rgft.config import Config
+from rgft.config.presets import laid_over
 from rgft.errors import ConfigError
 from rgft.execution.agreement import Loss
 from rgft.guide import Guide
@@ -114,25 +115,22 @@ class Method:
 
     def _own(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The method's own settings: those given over its defaults."""
-        return {
-            key: {**default, **settings.get(key, {})} if isinstance(default, Mapping) else settings.get(key, default)
-            for key, default in self.settings.items()
-        }
+        return laid_over(self.settings, {key: value for key, value in settings.items() if key in self.settings})
 
     def configuration(
         self, *, budget: float, seed: int, settings: Mapping[str, Any], followed: Followed | None = None
     ) -> Config:
         """The configuration of one run; `settings["config"]` is laid over what it follows, and that over its own.
 
+        Groups and stages are merged as `laid_over` says.
+
         Raises:
             ConfigError: it follows a run of RGFT, and was not told what to take of it; or any setting is wrong.
         """
         if self.follows is not None and followed is None:
             raise ConfigError(f"{self.name}: expected what it takes of a run of RGFT (followed=…), found none")
-        taken = {} if followed is None else followed.config
-        return Config.from_dict(
-            {**self.config, **taken, **settings.get("config", {}), "budget": budget, "seed": seed}
-        )  # fmt: skip
+        own = laid_over(self.config, {} if followed is None else followed.config)
+        return Config.from_dict({**laid_over(own, settings.get("config", {})), "budget": budget, "seed": seed})
 
     def optimizer_of(
         self, run: Settings, settings: Mapping[str, Any]

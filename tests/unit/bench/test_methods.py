@@ -8,15 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from typer.testing import CliRunner
 
 from rgft.bench.experiment import Experiment
 from rgft.bench.methods import METHODS, Followed, method
 from rgft.cli.app import app
 from rgft.errors import ConfigError
+from rgft.guide import Guide
 from rgft.partition import partition
 from rgft.plan import UpdatePlan
-from tests.families import FAMILIES
+from rgft.run import Settings
+from tests.families import FAMILIES, WIDTH
 from tests.unit.bench.tiny_task import trained
 
 #: The families have two layers.
@@ -105,6 +108,31 @@ def test_without_a_cache_the_prefix_is_computed_each_time() -> None:
     assert uncached.run.guide.ledger.forward_cached_flops == 0.0
     assert uncached.run.guide.ledger.dx_truncated_flops > 0.0
     assert uncached.run.guide.flops_fraction > cached.run.guide.flops_fraction
+
+
+class Scales(nn.Module):
+    """Layers without matrices, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.LayerNorm(WIDTH)) for _ in range(3))
+        self.classifier = nn.Linear(WIDTH, 2)
+
+
+@pytest.mark.parametrize("name", ["fim_static", "gps", "sift", "grft", "id3", "spiel", "lift", "galore"])
+def test_a_model_without_matrices_is_refused_by_what_works_on_them(name: str) -> None:
+    chosen = method(name)
+    guide = Guide(chosen.prepare(Scales(), {}), chosen.configuration(budget=0.5, seed=0, settings={}))
+    make = chosen.optimizer_of(Settings(lr=1e-3), {})
+    assert make is not None
+    with pytest.raises(ConfigError, match="expected matrices in the model's layers that train, found none"):
+        make(guide, 1e-3)
+
+
+@pytest.mark.parametrize("family", ["resnet", "mlp"])
+def test_s2ft_is_refused_where_it_knows_no_heads_or_channels(family: str) -> None:
+    with pytest.raises(ConfigError, match="s2ft: expected layers with attention heads or feed-forward channels"):
+        method("s2ft").prepare(FAMILIES[family].build(), {})
 
 
 def test_lisa_draws_anew_and_clears_what_goes_off() -> None:

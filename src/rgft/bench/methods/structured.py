@@ -16,6 +16,7 @@ from rgft.architectures.roles import Range, head_ranges, neuron_ranges
 from rgft.bench.methods.base import Method
 from rgft.bench.methods.peft_kinds import HEADS
 from rgft.components import ParameterSlice
+from rgft.errors import ConfigError
 from rgft.partition import partition
 
 #: Blocks that a feed-forward block's channels are chosen by.
@@ -56,6 +57,12 @@ def _only_outputs(model: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
         for path in partition(model).layers
         for pattern in matches(model.get_submodule(path), (*ATTENTION, *FFN))
     }
+    if not chosen.intersection(name for name, _ in model.named_parameters()):
+        raise ConfigError(
+            "s2ft: expected layers with attention heads or feed-forward channels that are known (see "
+            f"rgft.architectures.patterns), found none in {type(model).__name__}, so that its head would train alone; "
+            "leave this method out on this model"
+        )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen or any(part in HEADS for part in name.split(".")))
     return model

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from rgft.errors import ConfigError
 from rgft.optimizer.adamw import WITH_FUSED_KERNEL
 from rgft.optimizer.muon import IS_MATRIX
 
@@ -29,6 +30,9 @@ class StandInAdamW(Optimizer):
         params: groups, as `Guide.param_groups(by="matrix")` makes them.
         lr, weight_decay: of groups without.
         betas, eps: of AdamW.
+
+    Raises:
+        ConfigError: no group has matrices.
     """
 
     def __init__(
@@ -40,6 +44,11 @@ class StandInAdamW(Optimizer):
         for group in self.param_groups:
             if not group[IS_MATRIX]:
                 group["fused"] = all(p.device.type in WITH_FUSED_KERNEL for p in group["params"])
+        if not self.matrices:
+            raise ConfigError(
+                f"{type(self).__name__}: expected matrices in the model's layers that train, found none: all else is "
+                "plain AdamW's; leave this method out on this model"
+            )
 
     @property
     def matrices(self) -> list[nn.Parameter]:

@@ -1,6 +1,11 @@
+from types import SimpleNamespace
+from typing import Any, cast
+
 import pytest
 
+from rgft.config import ProbeConfig
 from rgft.probe_schedule import MIN_PROBE_SIZE, TARGET_PROBES, ProbePool, ProbeSchedule, set_aside
+from rgft.prober import MAX_SCORED_STEPS, Prober
 
 
 def derive(allowed: float, **kwargs: object) -> ProbeSchedule:
@@ -33,6 +38,15 @@ def test_interval_in_steps() -> None:
     schedule = ProbeSchedule(interval=5, size=8)
     due = [s for s in range(12) if schedule.is_due(step=s, last_step=3, progress=0.0, last_progress=0.0)]
     assert due == [8, 9, 10, 11]
+
+
+def test_so_many_steps_are_scored_while_measuring_whatever_a_step_takes() -> None:
+    """A fifth of 320 steps, each of four micro-batches: every second one."""
+    costs = SimpleNamespace(probe_flops=lambda *shape, weights: 1.0)
+    spending = SimpleNamespace(costs=costs, optimizer_flops={}, allowed=1e4, typical=(1, 1), accumulation=4)
+    prober = Prober(None, ProbeConfig(), cast("Any", spending))
+    prober.plan(steps=320, measuring=0.2, examples=1000)
+    assert sum(prober.scores_step(step) for step in range(64)) == MAX_SCORED_STEPS
 
 
 def test_pool_goes_round_and_resumes() -> None:

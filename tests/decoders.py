@@ -56,6 +56,18 @@ def word_tokenizer(template: str | None = TEMPLATE) -> Any:
     return tokenizer
 
 
+def wide_decoder(width: int = 64) -> Any:
+    """A LLaMA of random weights that are wide enough for low-rank pairs."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=60, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2,
+        )
+    )  # fmt: skip
+
+
 def save_decoder(folder: Path, *, template: str | None = TEMPLATE, layers: int = 3) -> str:
     """Saves tokenizer and random weights; returns the folder's path."""
     from transformers import LlamaConfig, LlamaForCausalLM

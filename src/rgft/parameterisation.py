@@ -38,6 +38,11 @@ def spelled_out(config: Config, model: nn.Module, partition: Partition) -> Confi
     return _with(config, pairs)
 
 
+def without_usual_pairs(config: Config) -> Config:
+    """The configuration without pairs that nobody asked for: where the optimizer exists already, they come too late."""
+    return _with(config, None) if config.update.low_rank == "auto" else config
+
+
 def _with(config: Config, pairs: LowRankConfig | None) -> Config:
     return config.model_copy(update={"update": config.update.model_copy(update={"low_rank": pairs})})
 

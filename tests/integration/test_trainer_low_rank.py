@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback
 from rgft.errors import AttachError, ConfigError
 from rgft.guide import Guide
 from rgft.integrations import RGFTCallback, enable
+from tests.decoders import wide_decoder
 from tests.families import FAMILIES
 from tests.integration.trainers import HALF, assert_equal, examples, make_trainer, weights
 
@@ -128,6 +129,20 @@ def test_what_needs_pairs_from_the_start_is_refused(tmp_path: Path) -> None:
         RGFTCallback(preset="full", update=LOW_RANK)
     trainer = make_trainer(tmp_path)
     trainer.create_optimizer()
-    with pytest.raises(AttachError, match="the optimizer lacks parameters of"):
+    with pytest.raises(AttachError, match=r"the optimizer lacks the low-rank pairs of \d components.*, or train dense"):
         enable(trainer, preset="full", update=LOW_RANK)
     assert "_rgft_guide" not in trainer.model.__dict__
+
+
+def test_a_language_model_with_an_optimizer_of_the_users_trains_dense_weights(tmp_path: Path) -> None:
+    model = wide_decoder()
+    mine = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = make_trainer(tmp_path, model=model, dataset=examples(kind="tokens"), more={"optimizers": (mine, None)})
+    guide = enable(trainer, budget=0.5)
+    assert guide.config.update.low_rank is None
+    trainer.train()
+    assert guide.step_count > 0
+    trainer = make_trainer(tmp_path, model=model, dataset=examples(kind="tokens"))
+    guide = enable(trainer, budget=0.5)
+    assert guide.config.update.pairs is not None
+    guide.detach()

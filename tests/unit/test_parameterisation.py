@@ -5,23 +5,17 @@ from collections.abc import Callable
 import pytest
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from torch.optim import SGD
+from transformers import BertConfig, BertForSequenceClassification
 
 from rgft.config import Config
 from rgft.config.sections import LowRankConfig
+from rgft.errors import AttachError
 from rgft.guide import Guide
 from rgft.integrations import RGFTCallback
 from rgft.parameterisation import spelled_out
 from rgft.partition import partition
-
-
-def decoder(width: int = 64) -> nn.Module:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=50, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=2,
-        )
-    )  # fmt: skip
+from tests.decoders import wide_decoder as decoder
 
 
 def classifier() -> nn.Module:
@@ -88,3 +82,15 @@ def test_a_guide_trains_by_what_was_chosen_and_leaves_a_plain_model() -> None:
 
 def test_a_callback_comes_too_late_for_pairs() -> None:
     assert RGFTCallback(budget=0.3).config.update.low_rank is None
+
+
+@pytest.mark.parametrize("is_early", [True, False])
+def test_an_optimizer_without_the_pairs_is_told_what_it_lacks(is_early: bool) -> None:
+    model = decoder()
+    weights = list(model.parameters())
+    guide = Guide(model, Config(budget=0.5))
+    groups = weights if is_early else weights[:1]
+    expected = "the low-rank pairs of 2 components" if is_early else "parameters of 4 components"
+    with pytest.raises(AttachError, match=f"the optimizer lacks {expected}") as refused:
+        guide.set_optimizer(SGD(groups, lr=0.1))
+    assert ("update.low_rank: null" in str(refused.value)) == is_early

@@ -7,6 +7,7 @@ moments, and the activation cache of the frozen prefix.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -91,20 +92,29 @@ class Executor:
         if self.optimizer is not None:
             raise AttachError("this guide has another optimizer; one guide works with one optimizer")
         check_optimizer(optimizer, self._binding)
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        missing = [
-            name for name, parameters in self._binding.held.items() if any(id(p) not in held for p in parameters)
-        ]
-        if missing:
-            raise AttachError(
-                f"the optimizer lacks parameters of {len(missing)} components, first {missing[0]!r}: they would get "
-                "gradients and never a step. Build it from guide.param_groups(lr=…), after making the guide"
-            )
+        self._refuse_missing(optimizer)
         self.optimizer = optimizer
         self._multipliers = Multipliers(optimizer, self._binding)
         self._moments = Moments(optimizer, self._binding, self._mode)
         self._kernels = FusedKernels(optimizer, self._binding)
         self.mean = MeanOfIterates.of(optimizer, self._is_on)
+
+    def _refuse_missing(self, optimizer: Optimizer) -> None:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        missing = {
+            name: lacking for name, parameters in self._binding.held.items()
+            if (lacking := [p for p in parameters if id(p) not in held])
+        }  # fmt: skip
+        if not missing:
+            return
+        low_rank, lacking = self._binding.low_rank, chain.from_iterable(missing.values())
+        what, remedy = "parameters", ""
+        if low_rank is not None and all(low_rank.owner(p) for p in lacking):
+            what, remedy = "the low-rank pairs", ", or train dense weights (update.low_rank: null)"
+        raise AttachError(
+            f"the optimizer lacks {what} of {len(missing)} components, first {next(iter(missing))!r}: they would get "
+            f"gradients and never a step. Build it from guide.param_groups(lr=…), after making the guide{remedy}"
+        )
 
     def _is_on(self, parameter: nn.Parameter) -> bool:
         """Whether the plan in force updates a parameter, if not at every step."""

@@ -18,6 +18,7 @@ from rgft.guide import Guide
 from rgft.integrations.trainer_checks import chosen_config, refuse_unsupported, stop, unwrapped
 from rgft.integrations.trainer_data import LoaderStream, TrainerCourse, randomness_untouched
 from rgft.integrations.trainer_state import load_state, log_entries, save_state
+from rgft.parameterisation import without_usual_pairs
 from rgft.signals.base import GradientSignal
 
 log = logging.getLogger("rgft")
@@ -33,7 +34,8 @@ class RGFTCallback(TrainerCallback):
     It cannot, and `rgft.integrations.enable(trainer)` can: split weights into heads and neuron blocks; probe examples
     that are not trained on, so that the map is measured at the start only (or at every step with probe interval 1),
     and signals that need probes are refused; read a frozen prefix from an activation cache, as it does not see which
-    examples a batch holds; skip well-learnt examples; let the learning-rate schedule end with the budget instead of
+    examples a batch holds; skip well-learnt examples; train layers by low-rank pairs, so that language models train
+    dense weights; let the learning-rate schedule end with the budget instead of
     with the Trainer's steps; write into the Trainer's log before other callbacks, so that trackers may show `rgft/…`
     numbers one step late. Gradients are seen after clipping. FLOPs are counted on the model's own `.loss`.
 
@@ -48,11 +50,8 @@ class RGFTCallback(TrainerCallback):
     def __init__(self, config: Config | None = None, **settings: Unpack[Settings]) -> None:
         config = chosen_config(config, settings)
         _refuse_config(config)
-        self.config = config.model_copy(
-            update={
-                "execution": config.execution.model_copy(update={"cache": "none"}),
-                "update": config.update.model_copy(update={"low_rank": None}),
-            }
+        self.config = without_usual_pairs(config).model_copy(
+            update={"execution": config.execution.model_copy(update={"cache": "none"})}
         )
         self.guide: Guide | None = None
         self._course: TrainerCourse | None = None

@@ -46,6 +46,7 @@ from rgft.integrations.trainer_data import (
 )
 from rgft.integrations.trainer_examples import KEPT, TrainerPruning
 from rgft.integrations.trainer_state import load_state, log_entries, save_state
+from rgft.parameterisation import without_usual_pairs
 from rgft.probe_schedule import ProbePool, set_aside
 from rgft.pruning import KeptRows
 from rgft.training_loss import model_loss
@@ -69,6 +70,10 @@ def enable(
     `train(resume_from_checkpoint=…)` on a trainer enabled alike goes on bit for bit (on CPU). Training stops when the
     budget is spent. Afterwards model and trainer are plain again; models that the trainer saves always are.
 
+    Language models train by low-rank pairs (`Config.update.low_rank`), whose learning rate is a multiple of the
+    Trainer's: what it is given, and logs, is that of dense weights. With an optimizer of one's own they train dense
+    weights, unless pairs are asked for.
+
     Args:
         trainer: of Transformers or TRL, on one device, with a map-style training set. A small part of that is set
             aside for probes and never trained on.
@@ -89,6 +94,8 @@ def enable(
     config = chosen_config(config, settings)
     refuse_unsupported(trainer.args, accelerator=trainer.accelerator)
     _refuse_late(trainer)
+    if trainer.optimizer is not None:
+        config = without_usual_pairs(config)
     decides = (config.scaling, config.mask, config.period, config.policy, config.budget, config.update.low_rank)
     if all(stage is None for stage in decides) and config.examples.prune == config.examples.tokens == 0.0:
         warnings.warn(

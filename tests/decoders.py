@@ -68,15 +68,15 @@ def wide_decoder(width: int = 64) -> Any:
     )  # fmt: skip
 
 
-def save_decoder(folder: Path, *, template: str | None = TEMPLATE, layers: int = 3) -> str:
+def save_decoder(folder: Path, *, template: str | None = TEMPLATE, layers: int = 3, width: int = 32) -> str:
     """Saves tokenizer and random weights; returns the folder's path."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(WORDS), hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False, bos_token_id=2, eos_token_id=3,
-        pad_token_id=0,
+        vocab_size=len(WORDS), hidden_size=width, intermediate_size=3 * width // 2, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False,
+        bos_token_id=2, eos_token_id=3, pad_token_id=0,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     word_tokenizer(template).save_pretrained(folder)

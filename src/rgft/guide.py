@@ -93,10 +93,9 @@ class Guide(GuidedRun):
                 groups of its own (optimizers that count steps in groups).
         """
         head_rate = lr * self.config.classifier_lr_multiplier if classifier_lr is None else classifier_lr
-        pairs = self.config.update.pairs
         return param_groups(
             self.model, self._binding, lr=lr, classifier_lr=head_rate, weight_decay=weight_decay, decays=decays, by=by,
-            pair_lr_multiplier=1.0 if pairs is None else float(pairs.lr_multiplier),
+            pair_lr_multiplier=self.config.update.pair_multiplier or 1.0,
         )  # fmt: skip
 
     def make_optimizer(

@@ -43,6 +43,16 @@ def pair_multiplier(model: nn.Module) -> float:
     return float(f"{PAIRS_RATE / _dense_rate(model, adapter_paths(model)):.2g}")
 
 
+def rate_text(lr: float, multiplier: float | None) -> str:
+    """A learning rate as it is shown.
+
+    Args:
+        lr: of dense weights.
+        multiplier: of the low-rank pairs' rate; None: there are none.
+    """
+    return f"{lr:g}" if multiplier is None else f"{lr:g} ({lr * multiplier:.2g} of low-rank pairs)"
+
+
 def _dense_rate(model: nn.Module, carriers: set[str]) -> float:
     widths = [
         matrix_size(module)[0] for path, module in model.named_modules()

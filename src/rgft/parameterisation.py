@@ -30,12 +30,28 @@ def spelled_out(config: Config, model: nn.Module, partition: Partition) -> Confi
         model: plain.
         partition: of it.
     """
-    pairs = config.update.low_rank
+    pairs, is_usual = config.update.low_rank, config.update.low_rank == "auto"
     if pairs == "auto":
-        pairs = LowRankConfig(rank=USUAL_RANK) if _suits_pairs(config, model, partition) else None
+        pairs = usual_pairs(config, model, partition)
     if pairs is not None and pairs.lr_multiplier == "auto":
         pairs = pairs.model_copy(update={"lr_multiplier": pair_multiplier(model)})
+    if pairs is not None and is_usual:
+        log.info(
+            "layers train by low-rank pairs of rank %d, at %g × the learning rate; update.low_rank: null trains dense "
+            "weights", pairs.rank, pairs.lr_multiplier,
+        )  # fmt: skip
     return _with(config, pairs)
+
+
+def usual_pairs(config: Config, model: nn.Module, partition: Partition) -> LowRankConfig | None:
+    """The low-rank pairs of a model where nobody asks for any; None: it trains dense weights.
+
+    Args:
+        config: of the run, resolved.
+        model: plain.
+        partition: of it.
+    """
+    return LowRankConfig(rank=USUAL_RANK) if _suits_pairs(config, model, partition) else None
 
 
 def without_usual_pairs(config: Config) -> Config:

@@ -26,7 +26,7 @@ from rgft.execution.agreement import Loss
 from rgft.execution.target_positions import TargetLoss
 from rgft.following import StepsFollowed
 from rgft.guide import Guide
-from rgft.learning_rate import scale_rates
+from rgft.learning_rate import rate_text, scale_rates
 from rgft.memory import pieces
 from rgft.plan import RunPlan
 from rgft.run_settings import Result, Settings, StepReport
@@ -184,6 +184,10 @@ class Run:
         """What the run begins with where it makes so many passes over the data."""
         return self.settings.first_lr(self.task.model, passes=passes)
 
+    def rate_text(self, lr: float) -> str:
+        """A learning rate as it is shown: that of dense weights, and of low-rank pairs where there are any."""
+        return rate_text(lr, self.guide.config.update.pair_multiplier)
+
     def _suit_lr(self) -> None:
         """Follows the rule, first by what a cut usually buys, and for good once the cut is known."""
         guide = self.guide
@@ -194,7 +198,7 @@ class Run:
         scale_rates(self.optimizer, self.scheduler, lr / self.lr)
         self.lr, self._is_lr_settled = lr, guide.step_count > 0 and not guide.is_measuring
         if self._is_lr_settled:
-            log.info("learning rate %g, for about %.1f passes over the training data", lr, passes)
+            log.info("learning rate %s, for about %.1f passes over the training data", self.rate_text(lr), passes)
 
     @property
     def _data(self) -> dict[str, Any]:
@@ -271,7 +275,7 @@ class Run:
             self._withheld = None
         self._is_over = False  # some candidate may have come to the end of the data
         self.lr = self.search.rate
-        log.info("learning rate %g, of %s", self.lr, ", ".join(f"{rate:g}" for rate in rates))
+        log.info("learning rate %s, of %s", self.rate_text(self.lr), ", ".join(f"{rate:g}" for rate in rates))
         for report in reports[self.search.rate]:
             self._publish(report)
         if self.folder is not None:

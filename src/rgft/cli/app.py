@@ -29,8 +29,8 @@ Label = Annotated[str | None, typer.Option(help="label column  [default: label]"
 LearningRate = Annotated[
     str | None,
     typer.Option(
-        help="learning rate; auto: by rule; several (1e-4,3e-4), or search: the best is searched for inside the "
-        "budget  [default: auto]"
+        help="learning rate of dense weights (low-rank pairs have a multiple of it); auto: by rule; several "
+        "(1e-4,3e-4), or search: the best is searched for inside the budget  [default: auto]"
     ),
 ]
 MaxLength = Annotated[
@@ -59,7 +59,9 @@ Memory = Annotated[
 LowRank = Annotated[
     int | None,
     typer.Option(
-        min=1, help="train layers by low-rank pairs of this rank in place of dense dW; more: --set update.low_rank.…"
+        min=1,
+        help="train layers by low-rank pairs of this rank in place of dense dW; more: --set update.low_rank.…; none: "
+        "--set update.low_rank=null  [default: 8 with language models, else none]",
     ),
 ]
 Watts = Annotated[
@@ -271,7 +273,12 @@ def plan_costs(
         str | None, typer.Option(help="say what fits into so much, e.g. 8GB, and what RGFT would do to fit")
     ] = None,
     low_rank: Annotated[
-        int | None, typer.Option(min=1, help="also say what layers cost by low-rank pairs of this rank, below each cut")
+        int | None,
+        typer.Option(
+            min=1,
+            help="also say what layers cost by low-rank pairs of this rank, below each cut  [default: as in `rgft "
+            "train`, 8 with language models]",
+        ),
     ] = None,
     optimizer: Annotated[
         str, typer.Option(help="as in `rgft train`: adamw, sgd, adafactor, lion, muon, schedule-free, adamw-8bit")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rgft.cli.request import RunSettings, TaskName
+from rgft.learning_rate import rate_text
 
 #: Task → the hub's name of the pipeline that runs such a model.
 PIPELINES: Mapping[TaskName, str] = {
@@ -17,7 +18,7 @@ PIPELINES: Mapping[TaskName, str] = {
 
 def model_card(
     settings: RunSettings, *, metrics: Mapping[str, Mapping[str, float]], ledger: Mapping[str, Any], lr: float,
-    loader: str, version: str,
+    pairs: Mapping[str, Any] | None, loader: str, version: str,
 ) -> str:  # fmt: skip
     """The text of `README.md`, with front-matter as model hubs read it.
 
@@ -26,6 +27,7 @@ def model_card(
         metrics: split → name → value.
         ledger: its summary.
         lr: learning rate at multiplier 1.
+        pairs: the low-rank pairs that layers were trained by (`rgft.cli.preview.low_rank`); None: none.
         loader: name of the class that loads the model.
         version: of RGFT.
     """
@@ -68,6 +70,7 @@ def model_card(
         f"- {ledger['seconds']['total']:.0f} s, evaluation not counted",
         f"- {ledger['energy']['kwh']:.3g} kWh and {ledger['energy']['co2_grams']:.3g} g CO2, "
         f"{ledger['energy']['source']}",
+        *([f"- layers trained by low-rank pairs of rank {pairs['rank']}, merged into the weights"] if pairs else ()),
         *_skipped(ledger.get("data", {})),
         "",
         "## Use",
@@ -78,7 +81,8 @@ def model_card(
         f'model = {loader}.from_pretrained("path/of/this/folder")',
         "```",
         "",
-        f"Learning rate {lr:g}, seed {settings.seed}; all settings are in the run's `config.json`.",
+        f"Learning rate {rate_text(lr, pairs and pairs['lr_multiplier'])}, seed {settings.seed}; all settings are in "
+        "the run's `config.json`.",
         "",
     ]
     return "\n".join(lines)

@@ -11,6 +11,7 @@ from rgft.assembly import build_policy
 from rgft.cli.progress import short
 from rgft.cost import CostModel, StepCost
 from rgft.guide import Guide
+from rgft.learning_rate import rate_text
 from rgft.run import Run
 from rgft.sizes import size_text
 
@@ -44,7 +45,7 @@ def preview(run: Run) -> dict[str, Any]:
         "learning_rates": _learning_rates(run, next(row["steps"] for row in by_depth if row["depth"] >= first.cut)),
         "is_rate_by_rule": run.settings.is_lr_by_rule,
         "budget": guide.run_plan.flops / guide.run_plan.full_flops,
-        "low_rank": _low_rank(guide),
+        "low_rank": low_rank(guide),
         "first_plan": {"cut": first.cut, "active": list(first.active(0)), "reason": first.reason},
         "steps_in_full": -(-run.batches_in_full // run.settings.accumulation),
         "typical_batch": {"rows": situation.rows, "tokens": situation.tokens},
@@ -59,10 +60,13 @@ def _learning_rates(run: Run, steps: int) -> list[float]:
     return list(settings.candidate_lrs(lr)) if settings.is_lr_searched else [lr]
 
 
-def _low_rank(guide: Guide) -> dict[str, Any] | None:
-    """What is trained by low-rank pairs, and of which rank; None: nothing."""
+def low_rank(guide: Guide) -> dict[str, Any] | None:
+    """What is trained by low-rank pairs, and how; None: nothing."""
     settings = guide.config.update.pairs
-    return settings and {"rank": settings.rank, "alpha": settings.alpha, "components": list(guide.plan.low_rank or ())}
+    return settings and {
+        "rank": settings.rank, "alpha": settings.alpha, "lr_multiplier": settings.lr_multiplier,
+        "components": list(guide.plan.low_rank or ()),
+    }  # fmt: skip
 
 
 def _by_depth(run: Run, costs: CostModel, rows: int, tokens: int) -> list[dict[str, Any]]:
@@ -140,7 +144,8 @@ def show(data: dict[str, Any], console: Console) -> None:
     if plan["computed_share"] < 1.0:
         skipping += f"; rows of like length together: {plan['computed_share']:.0%} of all positions"
     skipping += f"; skipped from the second epoch on: {plan['skips']}" if plan["skips"] else ""
-    rates = ", ".join(f"{rate:g}" for rate in data["learning_rates"])
+    multiplier = None if data["low_rank"] is None else data["low_rank"]["lr_multiplier"]
+    rates = ", ".join(rate_text(rate, multiplier) for rate in data["learning_rates"])
     about = "about " if data["is_rate_by_rule"] else ""
     probes = f"probes included: {plan['probes']} of {plan['probe_size']} examples" if plan["probes"] else "no probes"
     among = f"searched inside the budget among {about}" if len(data["learning_rates"]) > 1 else about

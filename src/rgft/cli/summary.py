@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rgft.cli.progress import duration
+from rgft.learning_rate import rate_text
 from rgft.sizes import size_text
 from rgft.telemetry.energy import energy_text
 
@@ -47,8 +48,10 @@ def show(report: Mapping[str, Any], console: Console) -> None:
         table.add_row(name, f"{value:.4g}", f"{value / whole:.1%}")
     console.print(table)
     if report["search"] is not None:
+        pairs = report["low_rank"]
+        found = rate_text(report["lr"], pairs and pairs["lr_multiplier"])
         tried = ", ".join(f"{rate:g}" for rate, _ in report["search"]["rounds"][0]["losses"])
-        console.print(f"learning rate {report['lr']:g}, found among {tried}", highlight=False)
+        console.print(f"learning rate {found}, found among {tried}", highlight=False)
     counted = "" if audit["error"] is None else f"; counted in {audit['audits']} passes, off by {audit['error']:+.2%}"
     console.print(
         f"{report['steps']} steps in {duration(report['seconds']['total'])}, cut at depth {report['plan']['cut']} "

@@ -16,7 +16,7 @@ import rgft
 from rgft.cli.failures import Interrupted
 from rgft.cli.model_card import model_card
 from rgft.cli.preparing import prepare_task, run_settings
-from rgft.cli.preview import preview
+from rgft.cli.preview import low_rank, preview
 from rgft.cli.progress import watching
 from rgft.cli.request import Request
 from rgft.errors import RGFTError, RGFTWarning, RunFolderError
@@ -191,11 +191,14 @@ def _finish(run: Run, task: PreparedTask, request: Request, folder: RunFolder) -
     folder.write_json(ERROR_MAP, error_map(run))
     plan = guide.plan.to_dict()
     run.close()
-    folder.save_model(lambda path: save_model(task, request, path, metrics=metrics, ledger=ledger, lr=run.lr))
+    pairs = low_rank(guide)
+    folder.save_model(
+        lambda path: save_model(task, request, path, metrics=metrics, ledger=ledger, lr=run.lr, pairs=pairs)
+    )
     report = {
         "status": "finished", "output": str(folder.path), "model": str(folder.model), "steps": guide.step_count,
-        "lr": run.lr, "search": None if run.search is None else run.search.to_dict(), "metrics": metrics,
-        "primary_metric": task.primary_metric, "flops": ledger["flops"], "audit": ledger["audit"],
+        "lr": run.lr, "low_rank": pairs, "search": None if run.search is None else run.search.to_dict(),
+        "metrics": metrics, "primary_metric": task.primary_metric, "flops": ledger["flops"], "audit": ledger["audit"],
         "seconds": ledger["seconds"], "energy": ledger["energy"], "memory": ledger["memory"],
         "parameters": ledger["parameters"], "data": ledger["data"], "plan": plan,
     }  # fmt: skip
@@ -249,7 +252,7 @@ def error_map(run: Run) -> dict[str, Any]:
 
 def save_model(
     task: PreparedTask, request: Request, path: Path, *, metrics: Mapping[str, Mapping[str, float]],
-    ledger: Mapping[str, Any], lr: float,
+    ledger: Mapping[str, Any], lr: float, pairs: Mapping[str, Any] | None,
 ) -> None:  # fmt: skip
     """Model, tokenizer (or image processor) and model card, as `from_pretrained` reads them."""
     model: Any = task.model
@@ -257,6 +260,7 @@ def save_model(
     if task.processor is not None:
         task.processor.save_pretrained(path)
     text = model_card(
-        request.settings, metrics=metrics, ledger=ledger, lr=lr, loader=type(model).__name__, version=rgft.__version__
-    )
+        request.settings, metrics=metrics, ledger=ledger, lr=lr, pairs=pairs, loader=type(model).__name__,
+        version=rgft.__version__,
+    )  # fmt: skip
     (path / "README.md").write_text(text, encoding="utf-8")

@@ -221,6 +221,11 @@ class UpdateConfig(Section):
         """The low-rank pairs, where they are spelled out; None: there are none, or the model is to say."""
         return self.low_rank if isinstance(self.low_rank, LowRankConfig) else None
 
+    @property
+    def pair_multiplier(self) -> float | None:
+        """The multiple of the learning rate that low-rank pairs have, where it is spelled out; None: see `pairs`."""
+        return None if self.pairs is None or self.pairs.lr_multiplier == "auto" else self.pairs.lr_multiplier
+
 
 class EnergyConfig(Section):
     """How a run's energy is found."""

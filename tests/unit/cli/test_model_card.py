@@ -10,13 +10,13 @@ from rgft.telemetry.ledger import Ledger
 METRICS = {"validation": {"loss": 0.25, "accuracy": 0.875}, "test": {"loss": 0.5, "f1": 0.75}}
 
 
-def card(model: str, **settings: Any) -> tuple[dict[str, Any], str]:
+def card(model: str, *, pairs: dict[str, Any] | None = None, **settings: Any) -> tuple[dict[str, Any], str]:
     ledger = Ledger()
     ledger.forward_flops = 3e9
     ledger.end_step(seconds=2.0, updated={"layer": 1000})
     text = model_card(
         RunSettings(model=model, data="d.csv", **settings), metrics=METRICS, ledger=ledger.summary(1e10), lr=2e-4,
-        loader="BertForSequenceClassification", version="1.2.3",
+        pairs=pairs, loader="BertForSequenceClassification", version="1.2.3",
     )  # fmt: skip
     _, front, body = text.split("---\n", 2)
     return yaml.safe_load(front), body
@@ -40,6 +40,15 @@ def test_scores_and_cost_are_in_the_text() -> None:
         "BertForSequenceClassification.from_pretrained",
     ):  # fmt: skip
         assert expected in body
+
+
+def test_which_rate_is_whose() -> None:
+    _, dense = card("org/name")
+    assert "Learning rate 0.0002, seed" in dense
+    assert "pairs" not in dense
+    _, paired = card("org/name", pairs={"rank": 8, "lr_multiplier": 3.3})
+    assert "Learning rate 0.0002 (0.00066 of low-rank pairs), seed" in paired
+    assert "layers trained by low-rank pairs of rank 8, merged into the weights" in paired
 
 
 def test_a_folder_is_no_base_model_and_its_path_is_not_given_away(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,10 +50,12 @@ def test_a_decoder_by_its_configuration_alone(tmp_path: Path) -> None:
 def test_another_optimizer_than_adamw(tmp_path: Path) -> None:
     config = Path(save_decoder(tmp_path / "model")) / "config.json"
     options = ["--model", str(config), "--task", "language-modelling", "--tokens", "16", "--batch-size", "4"]
-    options += ["--device", "none", "--memory", "1GB", "--low-rank", "2", "--budget", "0.5"]
-    adamw, muon = (
-        json.loads(invoke("plan", *options, "--optimizer", name, "--json").stdout) for name in ("adamw", "muon")
-    )
+    options += ["--device", "none", "--memory", "1GB", "--budget", "0.5"]
+
+    def found(name: str, *more: str) -> dict[str, Any]:
+        return json.loads(invoke("plan", *options, "--optimizer", name, "--json", *more).stdout)
+
+    adamw, muon = (found(name, "--low-rank", "2") for name in ("adamw", "muon"))
     assert (adamw["optimizer"], muon["optimizer"]) == ("adamw", "muon")
     for way, usual in zip(muon["ways"], adamw["ways"], strict=True):
         has_matrices = not way["rank"]  # of weights; pairs beside them are AdamW's
@@ -62,8 +65,22 @@ def test_another_optimizer_than_adamw(tmp_path: Path) -> None:
         assert (way["memory"]["moments"] < usual["memory"]["moments"]) == has_matrices
     assert muon["ways"][0]["needed"] < adamw["ways"][0]["needed"]
     assert muon["ways"][0]["epochs_in_budget"] < adamw["ways"][0]["epochs_in_budget"]
+    by_pairs, (adamw, muon) = adamw, (found("adamw"), found("muon"))
     assert muon["under_limit"]["plan"]["parts"]["moments"] < adamw["under_limit"]["plan"]["parts"]["moments"]
+    assert by_pairs["under_limit"]["plan"]["parts"]["moments"] < muon["under_limit"]["plan"]["parts"]["moments"]
     assert "optimizer: expected one of adamw, sgd" in refused("plan", *options, "--optimizer", "adam")
+
+
+def test_a_language_model_is_planned_as_it_is_trained(tmp_path: Path) -> None:
+    model = save_decoder(tmp_path / "model", width=128)
+    options = ["--model", model, "--task", "language-modelling", "--tokens", "16", "--batch-size", "4"]
+    options += ["--device", "none", "--memory", "1GB"]
+    found = json.loads(invoke("plan", *options, "--json").stdout)
+    assert {way["rank"] for way in found["ways"] if way["name"] == "rgft"} == {0, 8}
+    assert found["under_limit"]["rank"] == 8
+    shown = invoke("plan", *options).stdout
+    assert "RGFT 67%, pairs of 8" in shown
+    assert "RGFT by pairs of 8, memory: at most" in shown
 
 
 def test_what_cannot_be_planned(tmp_path: Path) -> None:

@@ -54,8 +54,10 @@ class MemoryRows:
         self._plain = forecast(model, partition(model), optimizer, guided=False)
         self._guided = forecast(model, partition(model), optimizer, guided=True)
         self._paired = self._adapted = None
+        self._rank = 0
         if paired is not None:
             pairs, optimizer = paired
+            self._rank = pairs.rank
             self._paired = forecast(pairs.model, pairs.as_trained, optimizer, guided=True)
         if adapted is not None:
             model, optimizer = adapted
@@ -73,12 +75,12 @@ class MemoryRows:
         return {"needed": needed, "fits": needed <= self.limit}
 
     def under_limit(self) -> dict[str, Any]:
-        """The plan that RGFT would choose, or why there is none."""
+        """The plan that RGFT would choose, by low-rank pairs of `rank` where there are any, or why there is none."""
         try:
-            plan = choose(self._guided, self.limit, Wish(probe_size=MAX_PROBE_SIZE))
+            plan = choose(self._paired or self._guided, self.limit, Wish(probe_size=MAX_PROBE_SIZE))
         except BudgetError as error:
-            return {"plan": None, "problem": str(error)}
-        return {"plan": asdict(plan), "problem": None}
+            return {"rank": self._rank, "plan": None, "problem": str(error)}
+        return {"rank": self._rank, "plan": asdict(plan), "problem": None}
 
 
 def limit_text(
@@ -90,5 +92,8 @@ def limit_text(
         for way in ways
     ]  # fmt: skip
     lines = [f"Under {size_text(limit)}, with temporaries and a margin, as it is:", *dict.fromkeys(rows)]
-    lines.append(f"RGFT: {found['problem']}" if found["plan"] is None else f"RGFT, {memory_text(found['plan'])}")
+    form = f" by pairs of {found['rank']}" if found["rank"] else ""
+    lines.append(
+        f"RGFT{form}" + (f": {found['problem']}" if found["plan"] is None else f", {memory_text(found['plan'])}")
+    )
     return "\n".join(lines)

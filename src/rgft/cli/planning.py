@@ -24,6 +24,7 @@ from rgft.execution.low_rank import LowRank
 from rgft.execution.views import bind
 from rgft.forecast import Forecast, Length, forecast
 from rgft.optimizer import kind_named
+from rgft.parameterisation import usual_pairs
 from rgft.partition import partition
 from rgft.tasks.models import require_causal_kind, require_positions
 from rgft.telemetry.energy import DEFAULT_WATTS, OTHER_WATTS, energy_text
@@ -103,7 +104,8 @@ def plan(
         memory: limit in bytes; then each row says whether it fits as it is, and `under_limit` what RGFT would do.
         rank: of LoRA, on all linear layers.
         device: whose rates are measured for the times; None: no times, and no energy.
-        low_rank: rank of pairs in place of dense dW, for rows of their own; None: none.
+        low_rank: rank of pairs in place of dense dW, for rows of their own; None: as `rgft train` has them where
+            nothing is said.
         watts: its power, for energy; None: typical of its type.
         optimizer: by name; see `rgft.optimizer.KINDS`.
 
@@ -141,6 +143,8 @@ def plan(
             adapted, parts, batch, length=length, loss=_loss, frozen_fractions=(0.0,), rates=rates,
             reference_flops=passes, name="lora", optimizer=with_lora[1],
         )  # fmt: skip
+    if low_rank is None and (usual := usual_pairs(Config().resolved(), whole, partition(whole))) is not None:
+        low_rank = usual.rank
     if low_rank is not None:
         model_with_pairs = empty_model(model, task, labels=labels, dtype=kind)
         parts = partition(model_with_pairs)

@@ -18,8 +18,8 @@ from rgft.learning_rate import pair_multiplier
 
 log = logging.getLogger("rgft")
 
-#: Rank of pairs that nobody asked for, and how many times larger both sides of a weight must be to have one.
-USUAL_RANK, SMALL = 8, 8
+#: Pairs that nobody asked for, and how many times their rank both sides of a weight must be to have one.
+USUAL, SMALL = LowRankConfig(), 8
 
 
 def spelled_out(config: Config, model: nn.Module, partition: Partition) -> Config:
@@ -51,7 +51,7 @@ def usual_pairs(config: Config, model: nn.Module, partition: Partition) -> LowRa
         model: plain.
         partition: of it.
     """
-    return LowRankConfig(rank=USUAL_RANK) if _suits_pairs(config, model, partition) else None
+    return USUAL if _suits_pairs(config, model, partition) else None
 
 
 def without_usual_pairs(config: Config) -> Config:
@@ -73,4 +73,4 @@ def _suits_pairs(config: Config, model: nn.Module, partition: Partition) -> bool
     except ConfigError as error:
         log.info("layers train dense weights: %s", error)
         return False
-    return all(min(site.inputs, site.outputs) >= SMALL * USUAL_RANK for site in chain.from_iterable(found.values()))
+    return all(min(site.inputs, site.outputs) >= SMALL * USUAL.rank for site in chain.from_iterable(found.values()))

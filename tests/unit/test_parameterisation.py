@@ -65,6 +65,7 @@ def test_pairs_that_were_asked_for_stay_as_they_are() -> None:
     assert chosen(classifier(), Config(update={"low_rank": asked})) == asked
     policy = Config(policy={"name": "last_n", "layers": 1}, update={"low_rank": {"rank": 4, "lr_multiplier": 3.0}})
     assert chosen(decoder(), policy) == LowRankConfig(rank=4, lr_multiplier=3.0)
+    assert chosen(decoder(), Config(update={"low_rank": {"lr_multiplier": 1.0}})) == LowRankConfig(lr_multiplier=1.0)
     assert chosen(decoder(), Config(update={"low_rank": {"rank": 4}})) == LowRankConfig(rank=4, lr_multiplier=2.2)
 
 

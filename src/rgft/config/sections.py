@@ -132,7 +132,7 @@ class ProbeConfig(Section):
 class LowRankConfig(Section):
     """Low-rank pairs in place of dense weight gradients: W + (alpha / rank) · B A, of which A and B are trained."""
 
-    rank: int = Field(ge=1, description="inner size of a pair")
+    rank: int = Field(default=8, ge=1, description="inner size of a pair")
     alpha: float = Field(default=16.0, gt=0, description="a pair counts alpha / rank times")
     lr_multiplier: PositiveOrAuto = Field(
         default="auto",

@@ -78,6 +78,12 @@ class Finals:
         return f"{len(self.diverged)} of {count} seeds diverged" if self.diverged else f"{count} seeds"
 
     @property
+    def title(self) -> str:
+        """Its label, with the variant of its settings that was best, if it is one."""
+        variant = next((result["variant"] for result in self.by_seed.values() if "variant" in result), "")
+        return f"{self.label}, {variant}" if variant else self.label
+
+    @property
     def method(self) -> str:
         return self.kind.method
 
@@ -217,8 +223,9 @@ def _results(folder: Path, kind: str) -> list[tuple[Path, Group, _Key, dict[str,
 
 
 def _key(result: Mapping[str, Any]) -> _Key:
-    # Which file of RGFT's a method follows is another on each task.
-    settings = {key: value for key, value in (result.get("settings") or {}).items() if key != "result"}
+    # Which variant a method is best in, and which file of RGFT's it follows, is another on each task.
+    own = result.get("settings_but_for_it", result.get("settings") or {})
+    settings = {key: value for key, value in own.items() if key != "result"}
     kind = Kind(result["method"], canonical(settings), result.get("revision", 1))
     return _Key(_without_budget(result["contender"], result["budget"]), kind, float(result["budget"]))
 

@@ -140,7 +140,7 @@ def identity_of(experiment: Experiment, cell: Cell) -> dict[str, Any]:
         "budget": contender.budget, "settings": cell.settings, "lr": cell.lr, "seed": cell.seed,
         "is_final": cell.is_final, "task": dict(experiment.task), "run": dict(experiment.run),
         "common_config": dict(experiment.config),
-        **({} if cell.variant is None else {"variant": cell.variant}),
+        **({} if cell.variant is None else {"variant": cell.variant, "settings_but_for_it": dict(contender.settings)}),
     }  # fmt: skip
 
 

@@ -68,7 +68,7 @@ def _reference(contenders: list[Finals], budget: float) -> Finals | None:
 
 def _row(finals: Finals, reference: Finals | None, metric: str) -> str:
     idle = "" if finals.acted else "; did not act in so short a run"
-    title = f"{finals.label} ({finals.seeds}{idle})"
+    title = f"{finals.title} ({finals.seeds}{idle})"
     if not finals.by_seed:
         return line([title, *[""] * 9])
     cells = [

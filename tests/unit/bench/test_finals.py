@@ -108,3 +108,14 @@ def test_tuning_of_a_contender_without_any_is_nothing(tmp_path: Path) -> None:
     table = markdown(tmp_path)
     assert row(table, "rgft (1 seeds)").startswith("| rgft (1 seeds) | 0.0001 | 0.9 | 0.30 |")
     assert row(table, "rgft-auto").startswith("| rgft-auto (1 seeds) | 0.0001 | 0.0 | 0.30 |")
+
+
+def test_a_variant_that_won_on_one_task_is_the_same_contender_as_on_others(tmp_path: Path) -> None:
+    won = {"variant": "rank-32", "settings": {"rank": 32}, "settings_but_for_it": {}}
+    for seed in range(3):
+        write(tmp_path / "a", "lora", seed, 0.4 + seed / 50, **won)
+        write(tmp_path / "b", "lora", seed, 0.4 + seed / 50, task="cola")
+    first, second = (rows[0] for rows in final_results(tmp_path).values())
+    assert first.kind == second.kind
+    assert {first.title, second.title} == {"lora", "lora, rank-32"}
+    assert "| lora, rank-32 (3 seeds) |" in markdown(tmp_path)

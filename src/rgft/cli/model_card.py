@@ -45,6 +45,7 @@ def model_card(
     base = Path(settings.model).name if is_local else settings.model
     flops, parameters = ledger["flops"], ledger["parameters"]
     share = flops["fraction_of_full"]
+    rates = rate_text(lr, None if pairs is None else pairs["lr_multiplier"])
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False).strip(),
@@ -81,8 +82,7 @@ def model_card(
         f'model = {loader}.from_pretrained("path/of/this/folder")',
         "```",
         "",
-        f"Learning rate {rate_text(lr, pairs and pairs['lr_multiplier'])}, seed {settings.seed}; all settings are in "
-        "the run's `config.json`.",
+        f"Learning rate {rates}, seed {settings.seed}; all settings are in the run's `config.json`.",
         "",
     ]
     return "\n".join(lines)

@@ -49,7 +49,7 @@ def show(report: Mapping[str, Any], console: Console) -> None:
     console.print(table)
     if report["search"] is not None:
         pairs = report["low_rank"]
-        found = rate_text(report["lr"], pairs and pairs["lr_multiplier"])
+        found = rate_text(report["lr"], None if pairs is None else pairs["lr_multiplier"])
         tried = ", ".join(f"{rate:g}" for rate, _ in report["search"]["rounds"][0]["losses"])
         console.print(f"learning rate {found}, found among {tried}", highlight=False)
     counted = "" if audit["error"] is None else f"; counted in {audit['audits']} passes, off by {audit['error']:+.2%}"

@@ -21,8 +21,6 @@ REFERENCE_RATE, REFERENCE_WIDTH = 3e-4, 384
 POWER = 1.75
 #: Of adapters, against dense weights.
 ADAPTERS = 4.0
-#: AdamW's rate for low-rank pairs in a run of up to one pass, at any width.
-PAIRS_RATE = 4e-3
 
 
 def usual_rate(model: nn.Module, *, passes: float = 1.0, factor: float = 1.0) -> float:
@@ -34,13 +32,13 @@ def usual_rate(model: nn.Module, *, passes: float = 1.0, factor: float = 1.0) ->
         factor: of the optimizer's usual rate against AdamW's.
     """
     carriers = adapter_paths(model)
-    rate = factor * _dense_rate(model, carriers) / max(1.0, passes) ** POWER
+    widths = [
+        matrix_size(module)[0] for path, module in model.named_modules()
+        if has_matrix(module) and adapter_of(f"{path}.weight", carriers) is None
+    ]  # fmt: skip
+    width = median(widths) if widths else REFERENCE_WIDTH
+    rate = factor * REFERENCE_RATE * REFERENCE_WIDTH / width / max(1.0, passes) ** POWER
     return float(f"{rate * (ADAPTERS if carriers else 1.0):.2g}")
-
-
-def pair_multiplier(model: nn.Module) -> float:
-    """The learning rate that suits low-rank pairs, as a multiple of that of the dense weights beside them."""
-    return float(f"{PAIRS_RATE / _dense_rate(model, adapter_paths(model)):.2g}")
 
 
 def rate_text(lr: float, multiplier: float | None) -> str:
@@ -51,14 +49,6 @@ def rate_text(lr: float, multiplier: float | None) -> str:
         multiplier: of the low-rank pairs' rate; None: there are none.
     """
     return f"{lr:g}" if multiplier is None else f"{lr:g} ({lr * multiplier:.2g} of low-rank pairs)"
-
-
-def _dense_rate(model: nn.Module, carriers: set[str]) -> float:
-    widths = [
-        matrix_size(module)[0] for path, module in model.named_modules()
-        if has_matrix(module) and adapter_of(f"{path}.weight", carriers) is None
-    ]  # fmt: skip
-    return REFERENCE_RATE * REFERENCE_WIDTH / (median(widths) if widths else REFERENCE_WIDTH)
 
 
 def scale_rates(optimizer: Optimizer, scheduler: LRScheduler, factor: float) -> None:

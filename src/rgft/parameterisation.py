@@ -14,7 +14,6 @@ from rgft.components import Partition
 from rgft.config import Config
 from rgft.config.sections import LowRankConfig
 from rgft.errors import ConfigError
-from rgft.learning_rate import pair_multiplier
 
 log = logging.getLogger("rgft")
 
@@ -30,12 +29,10 @@ def spelled_out(config: Config, model: nn.Module, partition: Partition) -> Confi
         model: plain.
         partition: of it.
     """
-    pairs, is_usual = config.update.low_rank, config.update.low_rank == "auto"
-    if pairs == "auto":
-        pairs = usual_pairs(config, model, partition)
-    if pairs is not None and pairs.lr_multiplier == "auto":
-        pairs = pairs.model_copy(update={"lr_multiplier": pair_multiplier(model)})
-    if pairs is not None and is_usual:
+    if config.update.low_rank != "auto":
+        return config
+    pairs = usual_pairs(config, model, partition)
+    if pairs is not None:
         log.info(
             "layers train by low-rank pairs of rank %d, at %g × the learning rate; update.low_rank: null trains dense "
             "weights", pairs.rank, pairs.lr_multiplier,

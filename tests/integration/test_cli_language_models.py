@@ -62,13 +62,13 @@ def test_who_trains_by_pairs_without_asking_is_told(tmp_path: Path) -> None:
     options += ["--max-length", "16", "--batch-size", "8", "--lr", "1e-3"]
     shown = invoke("train", *options, "--output", str(tmp_path / "x"), "--dry-run")
     assert "low-rank pairs of rank 8 (alpha 16) in place of dense dW: 3 of" in shown.stdout
-    assert "learning rate: 0.001 (0.0044 of low-rank pairs)" in shown.stdout
+    assert "learning rate: 0.001 (0.02 of low-rank pairs)" in shown.stdout
     run = invoke("train", *options, "--output", str(tmp_path / "run"), "--budget", "0.1", "--json")
-    assert "layers train by low-rank pairs of rank 8, at 4.4 × the learning rate" in run.stderr
+    assert "layers train by low-rank pairs of rank 8, at 20 × the learning rate" in run.stderr
     pairs = json.loads(run.stdout)["low_rank"]
-    assert (pairs["rank"], pairs["lr_multiplier"]) == (8, 4.4)
+    assert (pairs["rank"], pairs["lr_multiplier"]) == (8, 20.0)
     card = (tmp_path / "run" / "model" / "README.md").read_text()
-    assert "Learning rate 0.001 (0.0044 of low-rank pairs)" in card
+    assert "Learning rate 0.001 (0.02 of low-rank pairs)" in card
     dense = trained([*options, "--set", "update.low_rank=null"], tmp_path / "dense", "--budget", "0.1")
     assert dense["low_rank"] is None
 

@@ -18,12 +18,6 @@ def _integer_or_auto(value: Any) -> Any:
     raise ValueError("expected an integer >= 0 or 'auto'")
 
 
-def _positive_or_auto(value: Any) -> Any:
-    if value == "auto" or (isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0):
-        return value
-    raise ValueError("expected a number > 0 or 'auto'")
-
-
 def _as_tuples(value: Any) -> Any:
     """Lists as tuples, all the way down: files know lists only, and equal settings must be equal."""
     if isinstance(value, (list, tuple)):
@@ -32,7 +26,6 @@ def _as_tuples(value: Any) -> Any:
 
 
 IntegerOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_integer_or_auto)]
-PositiveOrAuto = Annotated[float | Literal["auto"], BeforeValidator(_positive_or_auto)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuples)]
 
 
@@ -134,10 +127,8 @@ class LowRankConfig(Section):
 
     rank: int = Field(default=8, ge=1, description="inner size of a pair")
     alpha: float = Field(default=16.0, gt=0, description="a pair counts alpha / rank times")
-    lr_multiplier: PositiveOrAuto = Field(
-        default="auto",
-        description="learning rate of pairs, as a multiple of what their components have otherwise; auto: by the "
-        "model's width, since the best rate of dense weights falls with it and that of pairs does not",
+    lr_multiplier: float = Field(
+        default=20.0, gt=0, description="learning rate of pairs, as a multiple of what their components have otherwise"
     )
     components: Names = Field(
         default=(), description="kinds (ffn, head, …) or component names that take pairs; none: all in the layers"
@@ -223,8 +214,8 @@ class UpdateConfig(Section):
 
     @property
     def pair_multiplier(self) -> float | None:
-        """The multiple of the learning rate that low-rank pairs have, where it is spelled out; None: see `pairs`."""
-        return None if self.pairs is None or self.pairs.lr_multiplier == "auto" else self.pairs.lr_multiplier
+        """The multiple of the learning rate that low-rank pairs have, where they are spelled out; None: see `pairs`."""
+        return None if self.pairs is None else self.pairs.lr_multiplier
 
 
 class EnergyConfig(Section):

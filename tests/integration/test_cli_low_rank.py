@@ -13,6 +13,11 @@ from safetensors.torch import load_file
 from rgft.telemetry.run_folder import RunFolder
 from tests.integration.cli_inputs import invoke, refused, save_inputs
 
+OPTIONS = (
+    "--budget", "0.5", "--epochs", "12", "--lr", "3e-3", "--json", "--quiet", "--low-rank", "2",
+    "--set", "update.low_rank.lr_multiplier=1",
+)  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
@@ -20,8 +25,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def trained(inputs: list[str], folder: Path, *more: str) -> dict[str, Any]:
-    options = ("--budget", "0.5", "--epochs", "12", "--lr", "3e-3", "--json", "--quiet", "--low-rank", "2")
-    return json.loads(invoke(*inputs, "--output", str(folder), *options, *more).stdout)
+    return json.loads(invoke(*inputs, "--output", str(folder), *OPTIONS, *more).stdout)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -65,8 +69,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Run, "_step", stopping)
-    options = ("--budget", "0.5", "--epochs", "12", "--lr", "3e-3", "--json", "--quiet", "--low-rank", "2")
-    message = refused(*inputs, "--output", str(tmp_path / "cut"), *options, *more, code=130, said="interrupted")
+    message = refused(*inputs, "--output", str(tmp_path / "cut"), *OPTIONS, *more, code=130, said="interrupted")
     assert "--resume" in message
     monkeypatch.undo()
     resumed = json.loads(invoke("train", "--output", str(tmp_path / "cut"), "--resume", "--json", "--quiet").stdout)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from rgft.bench.acting import acted
 from rgft.bench.fingerprint import require_equal
 from rgft.bench.group import Group, canonical, told_apart
 from rgft.bench.methods import METHODS
+from rgft.bench.results import read_result
 from rgft.errors import DataError
 
 log = logging.getLogger("rgft")
@@ -210,10 +210,7 @@ def _finals(label: str, key: _Key, results: Mapping[int, Mapping[str, Any]], *, 
 def _results(folder: Path, kind: str) -> list[tuple[Path, Group, _Key, dict[str, Any]]]:
     found: list[tuple[Path, Group, _Key, dict[str, Any]]] = []
     for path in sorted(folder.glob(f"**/*--{kind}--*.json")):
-        try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataError(f"{path}: expected a result in JSON, found a damaged file; delete it") from error
+        result = read_result(path)
         try:
             group = Group.of(result)
         except DataError as error:

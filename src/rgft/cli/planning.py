@@ -128,6 +128,8 @@ def plan(
         shapes = product_shapes(whole, lambda: _loss(whole, batch))
         rates = measure_rates(torch.device(device), kind, shapes, optimizer=stepping)
     parts = partition(whole)
+    if low_rank is None and (usual := usual_pairs(Config().resolved(), whole, parts)) is not None:
+        low_rank = usual.rank
     of_whole = planned_optimizer(stepping, whole, parts)
     found = forecast(
         whole, parts, batch, length=length, loss=_loss, frozen_fractions=FROZEN, rates=rates, optimizer=of_whole
@@ -143,8 +145,6 @@ def plan(
             adapted, parts, batch, length=length, loss=_loss, frozen_fractions=(0.0,), rates=rates,
             reference_flops=passes, name="lora", optimizer=with_lora[1],
         )  # fmt: skip
-    if low_rank is None and (usual := usual_pairs(Config().resolved(), whole, partition(whole))) is not None:
-        low_rank = usual.rank
     if low_rank is not None:
         model_with_pairs = empty_model(model, task, labels=labels, dtype=kind)
         parts = partition(model_with_pairs)

@@ -31,7 +31,7 @@ from rgft.costing import machine_pace, traced_costs
 from rgft.errors import AttachError, ConfigError
 from rgft.execution.length_groups import LengthGroups
 from rgft.execution.optimizers import counts_in_groups
-from rgft.execution.param_groups import By, param_groups
+from rgft.execution.param_groups import By, param_groups, warn_of_shared_rates
 from rgft.execution.target_positions import TargetLoss
 from rgft.guided_run import GuidedRun
 from rgft.optimizer import kind_named, occasional_flops
@@ -141,6 +141,7 @@ class Guide(GuidedRun):
                 f"found {self.config.update.average_last:g}"
             )
         self._executor.set_optimizer(optimizer)
+        warn_of_shared_rates(optimizer, self._binding, pair_lr_multiplier=self.config.update.pair_multiplier or 1.0)
         self._spending.optimizer_flops = self._executor.optimizer_flops()
         self._spending.occasional_flops = occasional_flops(optimizer)
         if self._measurement is not None:

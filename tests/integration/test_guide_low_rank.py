@@ -471,6 +471,22 @@ def test_pairs_may_have_a_rate_of_their_own() -> None:
     assert {rates[id(p)] for _, parameters in guide._binding for p in parameters} == {1e-3, 1e-2}
 
 
+def test_an_optimizer_that_gives_pairs_the_rate_of_dense_weights_is_remarked_on(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    def attached(multiplier: float, groups: str) -> None:
+        pairs = {"rank": 2, "lr_multiplier": multiplier}
+        settings = config(update={"low_rank": pairs}, classifier_lr_multiplier=5.0)
+        guide = Guide(FAMILIES["bert"].build(), settings)
+        guide.set_optimizer(AdamW(guide.param_groups(1e-3) if groups == "own" else guide.model.parameters(), lr=1e-3))
+
+    attached(5.0, "own")
+    attached(1.0, "one")
+    assert not recwarn.list
+    with pytest.warns(RGFTWarning, match=r"group 0 .* one learning rate \(0\.001\).*5 times .*guide\.param_groups"):
+        attached(5.0, "one")
+
+
 # ---------------------------------------------------------------- signals
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterator
 from typing import Any, Literal
 
 from torch import nn
+from torch.optim import Optimizer
 
 from rgft.components import Component
+from rgft.errors import RGFTWarning
 from rgft.execution.binding import Binding
 from rgft.optimizer.muon import IS_MATRIX
 
@@ -51,6 +54,25 @@ def param_groups(
         {"params": p, "lr": rate, "weight_decay": decay, **({IS_MATRIX: apart} if by == "matrix" else {})}
         for (rate, decay, apart), p in groups.items()
     ]
+
+
+def warn_of_shared_rates(optimizer: Optimizer, binding: Binding, *, pair_lr_multiplier: float) -> None:
+    """Says where low-rank pairs stand in one group with dense weights, and so learn at the rate of these."""
+    low_rank = binding.low_rank
+    if low_rank is None or pair_lr_multiplier == 1.0:
+        return
+    # A classifier has a rate of its own, which may well be that of pairs.
+    dense = {id(p) for component, held in binding if component.kind != "classifier" for p in held}
+    for index, group in enumerate(optimizer.param_groups):
+        has_pairs = any(low_rank.owner(parameter) is not None for parameter in group["params"])
+        if has_pairs and any(id(parameter) in dense for parameter in group["params"]):
+            warnings.warn(
+                f"the optimizer's group {index} holds low-rank pairs beside dense weights, at one learning rate "
+                f"({group['lr']:g}); pairs are meant to have {pair_lr_multiplier:g} times that of dense weights. Build "
+                "the optimizer from guide.param_groups(lr=…), or set update.low_rank.lr_multiplier to 1",
+                RGFTWarning, stacklevel=3,
+            )  # fmt: skip
+            return
 
 
 def _pairs(binding: Binding, component: Component) -> Iterator[tuple[nn.Parameter, str]]:

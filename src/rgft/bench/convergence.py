@@ -8,7 +8,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from rgft.bench.finals import LOWER_IS_BETTER, Finals, Group, final_results
+from rgft.bench.figures import is_lower_better
+from rgft.bench.finals import Finals, Group, final_results
 from rgft.errors import DataError
 
 #: Of each run, its evaluations in order.
@@ -45,7 +46,7 @@ def first_reaching(points: Sequence[Mapping[str, Any]], metric: str, target: flo
 
     Between two evaluations nothing is known: what is found is an upper bound, as coarse as they lie apart.
     """
-    sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
+    sign = -1.0 if is_lower_better(metric) else 1.0
     with_metric = (point for point in points if metric in point["metrics"])
     return next((point for point in with_metric if sign * point["metrics"][metric] >= sign * target), None)
 
@@ -101,7 +102,7 @@ def _end_of(label: str | None, curves: Sequence[tuple[Finals, _Curves]], metric:
 
 def _reached(finals: Finals, curves: _Curves, metric: str, target: float) -> Reached:
     points = [point for curve in curves if (point := first_reaching(curve, metric, target)) is not None]
-    choose = min if metric in LOWER_IS_BETTER else max
+    choose = min if is_lower_better(metric) else max
 
     def average(key: str) -> float | None:
         return mean(point[key] for point in points) if points else None

@@ -11,6 +11,7 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 from rgft.bench.acting import acted
+from rgft.bench.figures import figure, is_of
 from rgft.bench.fingerprint import require_equal
 from rgft.bench.group import Group, canonical, told_apart
 from rgft.bench.methods import METHODS
@@ -18,9 +19,6 @@ from rgft.bench.results import read_result
 from rgft.errors import DataError
 
 log = logging.getLogger("rgft")
-
-#: Metrics of which less is better.
-LOWER_IS_BETTER = frozenset({"loss", "calibration_error", "perplexity", "mse", "top1_error"})
 
 #: In a metric's place: the one that each task's tables show.
 SCORE = "score"
@@ -101,21 +99,22 @@ class Finals:
         return not self.by_seed or any(acted(result) for result in self.by_seed.values())
 
     def metric(self, name: str) -> dict[int, float]:
-        """Seed → value on the test split, of the runs in which it is defined."""
-        tested = {seed: result["metrics"].get("test", {}) for seed, result in self.by_seed.items()}
-        return {seed: float(values[name]) for seed, values in tested.items() if name in values}
+        """Seed → value (see `figures`), of the runs in which it is defined."""
+        values = {seed: figure(result, name) for seed, result in self.by_seed.items()}
+        return {seed: value for seed, value in values.items() if value is not None}
 
     def lacks(self, name: str) -> str:
         """Why a metric of it cannot be shown, in words; empty: it can.
 
         It is undefined in runs that end badly (`measures.undefined`): the mean of the others would flatter.
         """
-        values, seeds = self.metric(name), len(self.by_seed)
-        if not seeds:
+        if not self.by_seed:
             return "diverged"
-        if len(values) == seeds:
+        asked = [result for result in self.by_seed.values() if is_of(result, name)]
+        values, seeds = self.metric(name), len(asked)
+        if asked and len(values) == seeds:
             return ""
-        said = any(name in result.get("undefined_metrics", {}).get("test", {}) for result in self.by_seed.values())
+        said = any(name in result.get("undefined_metrics", {}).get("test", {}) for result in asked)
         return f"undefined ({seeds - len(values)} of {seeds} seeds)" if values or said else "not measured"
 
     @property

@@ -9,7 +9,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Literal
 
-from rgft.bench.finals import LOWER_IS_BETTER, Finals, Kind, final_results, metric_of
+from rgft.bench.figures import is_lower_better
+from rgft.bench.finals import Finals, Kind, final_results, metric_of
 from rgft.bench.group import Group, canonical
 from rgft.errors import DataError
 
@@ -132,7 +133,7 @@ def _cost(finals: Finals, against: Cost) -> float:
 
 
 def _points(contenders: Sequence[Finals], metric: str, against: Cost) -> list[Point]:
-    sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
+    sign = -1.0 if is_lower_better(metric) else 1.0
     values = [list(finals.metric(metric).values()) for finals in contenders]
     costs = [_cost(finals, against) for finals in contenders]
     qualities = [mean(of_seeds) for of_seeds in values]

@@ -9,7 +9,8 @@ from itertools import product
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast
 
-from rgft.bench.finals import LOWER_IS_BETTER, Kind
+from rgft.bench.figures import is_lower_better
+from rgft.bench.finals import Kind
 from rgft.bench.frontier import Cost, Frontier, Point
 from rgft.bench.group import Group
 from rgft.errors import DataError
@@ -183,12 +184,12 @@ def _panel(
     axes.set_xlabel(_COSTS[against], fontsize=8)
     axes.set_ylabel(f"test {frontier.metric.replace('_', ' ')}", fontsize=8)
     _limit(axes, frontier, style)
-    _label(axes, best, style, names, up=frontier.metric not in LOWER_IS_BETTER)
+    _label(axes, best, style, names, up=not is_lower_better(frontier.metric))
 
 
 def _limit(axes: Axes, frontier: Frontier, style: Mapping[Kind, Style]) -> None:
     """Shows what stands out and all that is not far behind; says how many are."""
-    up = frontier.metric not in LOWER_IS_BETTER
+    up = not is_lower_better(frontier.metric)
     ranked = sorted((point.quality for point in frontier.points), reverse=up)  # the best first
     shown = ranked[: math.ceil(0.9 * len(ranked))]
     shown += [point.quality for point in frontier.points if style[point.kind].is_strong]

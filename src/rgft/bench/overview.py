@@ -7,10 +7,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from rgft.bench.cells import line, mark
 from rgft.bench.finals import Finals, final_results
 from rgft.bench.group import Group, canonical
-from rgft.bench.paired import difference, lacking
-from rgft.bench.table import line
 
 #: With batches passed as RGFT passes them: no padding, no unread positions.
 _GROUPS: Mapping[str, Any] = {"config": {"execution": {"padding": "auto", "positions": "auto"}}}
@@ -25,8 +24,6 @@ COLUMNS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "LoRA, no padding": ("lora", _GROUPS),
     "last layers, with all that RGFT saves": ("last_n", {}),
 }
-
-_MARKS = {"better": "\\*", "worse": "†"}
 
 _NOTE = (
     "Test split, means over seeds (their number): each task's score, then held-out loss. Of the FLOPs of full "
@@ -85,7 +82,4 @@ def _cell(group: Group, rgft: Finals, finals: Finals) -> str:
 def _value(rgft: Finals, finals: Finals, metric: str) -> str:
     if lack := finals.lacks(metric):
         return lack
-    mark = "" if finals is rgft or lacking(rgft, finals, metric) else _MARKS.get(
-        difference(rgft, finals, metric).verdict, ""
-    )  # fmt: skip
-    return f"{mean(finals.metric(metric).values()):.3f}{mark}"
+    return f"{mean(finals.metric(metric).values()):.3f}{mark(rgft, finals, metric)}"

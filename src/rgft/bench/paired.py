@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from rgft.bench.finals import LOWER_IS_BETTER, Finals
+from rgft.bench.figures import is_lower_better
+from rgft.bench.finals import Finals
 from rgft.bench.statistics import Comparison, compare
 
 #: How much worse than tuned full fine-tuning's own score RGFT may be at a share of its FLOPs: half a point.
@@ -20,10 +21,10 @@ def difference(method: Finals, baseline: Finals, metric: str, *, margin: float =
     With a margin it is not enough that a score is no worse: the held-out loss must not say otherwise.
     """
     found = compare(
-        method.metric(metric), baseline.metric(metric), higher_is_better=metric not in LOWER_IS_BETTER, margin=margin,
+        method.metric(metric), baseline.metric(metric), higher_is_better=not is_lower_better(metric), margin=margin,
         examples=_examples(method, baseline) if metric in _BY_EXAMPLE or metric.startswith("pass@") else None,
     )  # fmt: skip
-    if margin <= 0.0 or metric in LOWER_IS_BETTER:
+    if margin <= 0.0 or is_lower_better(metric):
         return found
     if is_target(method, baseline) and not baseline.tuning:
         return _undecided(found, "full fine-tuning is untuned")
@@ -43,7 +44,7 @@ def lacking(method: Finals, baseline: Finals, metric: str) -> str:
     for finals in (method, baseline):
         if lack := finals.lacks(metric):
             return f"{metric} of {finals.label} {lack}"
-    return "" if len(set(method.by_seed) & set(baseline.by_seed)) >= 2 else "fewer than two common seeds"
+    return "" if len(set(method.metric(metric)) & set(baseline.metric(metric))) >= 2 else "fewer than two common seeds"
 
 
 def is_target(method: Finals, baseline: Finals) -> bool:
@@ -54,7 +55,7 @@ def is_target(method: Finals, baseline: Finals) -> bool:
 
 def target_margin(method: Finals, baseline: Finals, metric: str) -> float:
     """The margin that goes without saying: the target's, of scores."""
-    return TARGET_MARGIN if is_target(method, baseline) and metric not in LOWER_IS_BETTER else 0.0
+    return TARGET_MARGIN if is_target(method, baseline) and not is_lower_better(metric) else 0.0
 
 
 def said(comparison: Comparison) -> str:

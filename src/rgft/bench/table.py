@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean, stdev
 
+from rgft.bench import beside
+from rgft.bench.cells import line
 from rgft.bench.finals import Finals, final_results
 from rgft.bench.group import Group
 from rgft.bench.paired import difference, is_target, lacking, said, target_margin
@@ -20,8 +21,9 @@ _NOTE = (
     "contenders named -auto by rule, untuned. Tuning: FLOPs of the runs that the rate was chosen by, as multiples of "
     "one full fine-tuning. Differences with 95 % intervals, paired by seed; their number is there where it is not that "
     "of the row's seeds, and fewer than three decide nothing. Non-inferior: five pairs or more, the interval above "
-    "minus the margin, and the held-out loss not worse. Seconds are in the result files; they are comparable only "
-    "where nothing else ran beside."
+    "minus the margin, and the held-out loss not worse. Beside quality: means over the seeds that were asked; \\*: "
+    "RGFT has less of what is bad or more of what is good, †: the other way, by the same intervals. Seconds are in the "
+    "result files; they are comparable only where nothing else ran beside."
 )
 
 
@@ -33,14 +35,16 @@ def markdown(folder: Path) -> str:
     """
     parts: list[str] = []
     for group, contenders in final_results(folder).items():
-        parts += [_table(group, budget, contenders) for budget in sorted({finals.budget for finals in contenders})]
+        for budget in sorted({finals.budget for finals in contenders}):
+            rows = [finals for finals in contenders if finals.budget == budget]
+            reference = _reference(contenders, budget)
+            parts += [_table(group, budget, rows, reference), beside.table(group, budget, rows, reference)]
         if targets := _targets(group, contenders):
             parts.append(targets)
-    return "\n\n".join([*parts, _NOTE])
+    return "\n\n".join([*filter(None, parts), _NOTE])
 
 
-def _table(group: Group, budget: float, contenders: list[Finals]) -> str:
-    reference = _reference(contenders, budget)
+def _table(group: Group, budget: float, contenders: list[Finals], reference: Finals | None) -> str:
     name = group.metric.replace("_", " ")
     cuts = ", the cut fixed by hand" if group.fixes_cuts else ""
     whose = "RGFT's" if reference is None or reference.budget == budget else f"RGFT's at {reference.budget:g}:"
@@ -52,10 +56,9 @@ def _table(group: Group, budget: float, contenders: list[Finals]) -> str:
         f"**{group.title}{cuts}, {budget:g} of full fine-tuning's FLOPs**", "", line(headings),
         "|" + "---|" * len(headings),
     ]  # fmt: skip
-    rows = (finals for finals in contenders if finals.budget == budget)
     lines += [
         _row(finals, reference, group.metric)
-        for finals in sorted(rows, key=lambda row: (row is not reference, row.label))
+        for finals in sorted(contenders, key=lambda row: (row is not reference, row.label))
     ]
     return "\n".join(lines)
 
@@ -83,11 +86,6 @@ def _row(finals: Finals, reference: Finals | None, metric: str) -> str:
     told = [comparison for comparison in compared.values() if comparison is not None]
     told = told[:1] if told and told[0].margin > 0.0 else told
     return line([*cells, ", ".join(dict.fromkeys(_short(comparison) for comparison in told))])
-
-
-def line(cells: Iterable[str]) -> str:
-    """A line of a Markdown table."""
-    return f"| {' | '.join(cells)} |"
 
 
 def _compared(method: Finals, baseline: Finals, metric: str) -> Comparison | None:

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from itertools import product
 from pathlib import Path
 
+from rgft.bench.figures import names
 from rgft.bench.finals import SCORE, Finals, Kind, final_results, metric_of
 from rgft.bench.group import Group
 from rgft.bench.paired import agreeing, difference, lacking, target_margin
@@ -123,7 +124,7 @@ def _sides(groups: Mapping[Group, Collection[Finals]], label: str) -> list[_Side
 
 def _require_metric(groups: Mapping[Group, Collection[Finals]], metric: str) -> None:
     rows = [row for rows in groups.values() for row in rows]
-    known = {name for row in rows for result in row.by_seed.values() for name in result["metrics"].get("test", {})}
+    known = {name for row in rows for result in row.by_seed.values() for name in names(result)}
     if metric not in known | {SCORE}:
         raise DataError(f"expected results with the metric {metric!r}, found {sorted(known)}")
 

@@ -14,7 +14,7 @@ bench = typer.Typer(no_args_is_help=True, help="Compare methods: run experiments
 
 RESULTS = Path("benchmarks/results")
 Results = Annotated[Path, typer.Argument(help="folder with results of final runs")]
-Metric = Annotated[str, typer.Option(help="of the test split: loss, accuracy, f1, …; score: each task's own")]
+Metric = Annotated[str, typer.Option(help="loss, accuracy, f1, …; score: each task's own; others: docs/measures.md")]
 
 
 @bench.command("run")

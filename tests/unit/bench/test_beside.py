@@ -75,7 +75,7 @@ def test_what_stands_beside_quality_has_a_table_of_its_own(tmp_path: Path) -> No
 def test_without_any_there_is_no_such_table(tmp_path: Path) -> None:
     for seed in range(3):
         write(tmp_path, "rgft", seed, 0.4)
-    assert "Beside quality" not in markdown(tmp_path)
+    assert "Beside quality, at" not in markdown(tmp_path)
 
 
 def test_a_figure_that_no_run_has_is_refused_with_those_there_are(tmp_path: Path) -> None:

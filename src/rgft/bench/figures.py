@@ -36,6 +36,12 @@ def is_lower_better(name: str) -> bool:
     return name.rpartition(":")[2] in _LOWER
 
 
+def in_words(name: str) -> str:
+    """A figure's name for people, with the split that it is of, if it is one's."""
+    words = name.replace("_", " ")
+    return f"test {words}" if _place(name)[0] == "metrics" else words
+
+
 def figure(result: _Result, name: str) -> float | None:
     """A figure of a run; None: it has none of this name."""
     value = _within(result, _place(name))

@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast
 
-from rgft.bench.figures import is_lower_better
+from rgft.bench.figures import in_words, is_lower_better
 from rgft.bench.finals import Kind
 from rgft.bench.frontier import Cost, Frontier, Point
 from rgft.bench.group import Group
@@ -182,7 +182,7 @@ def _panel(
         axes.set_xlim(min(0.04, 0.8 * min(costs)), max(1.3, 1.3 * max(costs)))
     axes.tick_params(labelsize=8)
     axes.set_xlabel(_COSTS[against], fontsize=8)
-    axes.set_ylabel(f"test {frontier.metric.replace('_', ' ')}", fontsize=8)
+    axes.set_ylabel(in_words(frontier.metric), fontsize=8)
     _limit(axes, frontier, style)
     _label(axes, best, style, names, up=not is_lower_better(frontier.metric))
 

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from rgft.bench.figures import in_words
 from rgft.bench.frontier import Frontier
 from rgft.bench.group import Group
 from rgft.bench.paired import said
@@ -37,7 +38,7 @@ def show(found: Sequence[Verdict], *, metric: str) -> None:
     """A table for each budget, and which tasks are not in it."""
     for verdict in found:
         title = f"{verdict.method} at {verdict.budget:g} against {verdict.baseline} at {verdict.baseline_budget:g}"
-        table = Table(title=f"{title}: test {metric}")
+        table = Table(title=f"{title}: {in_words(metric)}")
         for heading in ("task", "better by", "95 % interval", "pairs", "verdict"):
             table.add_column(heading)
         for group, comparison in verdict.by_task.items():

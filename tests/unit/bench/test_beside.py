@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from rgft.bench.figures import figure, is_lower_better, is_of, names
+from rgft.bench.figures import figure, in_words, is_lower_better, is_of, names
 from rgft.bench.finals import final_results
 from rgft.bench.table import markdown
 from rgft.bench.verdict import verdicts
@@ -35,6 +35,10 @@ def test_figures_lie_where_runs_put_them() -> None:
     assert figure(result, "sst2:accuracy") is None
     assert (is_of(result, "imdb:accuracy"), is_of(result, "sst2:accuracy"), is_of(result, "f1")) == (True, False, True)
     assert not is_of({"metrics": {}, "measures": {}}, "similarity_drift")
+    assert [in_words(name) for name in ("imdb:accuracy", "calibration_error")] == [
+        "imdb:accuracy",
+        "test calibration error",
+    ]
     assert [is_lower_better(name) for name in ("imdb:loss", "imdb:accuracy", "forgetting")] == [True, False, True]
 
 

@@ -25,7 +25,7 @@ from rgft.execution.target_positions import TargetLoss
 from rgft.execution.views import bind
 from rgft.measurement import Measurement
 from rgft.memory import MemoryKeeper
-from rgft.parameterisation import spelled_out
+from rgft.model_defaults import spelled_out
 from rgft.partition import partition
 from rgft.plan import RunPlan, UpdatePlan
 from rgft.prober import Prober

@@ -4,14 +4,15 @@ A run that trains only what lies above a cut affords more steps for the same FLO
 measured, not assumed. With r_d the generalising decrease of all components of depth d (what a step gains on other
 examples):
 
-    bias(c)     = (1 − Σ_{d≥c} r_d / Σ_d r_d)³     signal that the cut puts out of reach
+    bias(c)     = (1 − Σ_{d≥c} r_d / Σ_d r_d)^a    signal that the cut puts out of reach
     variance(c) = worth(0) / worth(c)              noise of the steps, averaged over what they see
     cost(c)     = bias(c) + λ · variance(c)
 
-over the layers and what runs before them (what runs after the last layer is on at every cut). Of the n steps that the
-run's whole budget buys at cut c, those beyond one epoch of E see examples again, which bring their own noise again, and
-count for less with each repetition (as in Muennighoff et al. 2023, arXiv:2305.16264, equation 5, but for the first one,
-which counts for less than a new one from the start):
+over the layers and what runs before them (what runs after the last layer is on at every cut). The lowest layers are
+missed least (a = 3), under a pre-trained head sooner than under a new one (a = 2). Of the n steps that the run's whole
+budget buys at cut c, those beyond one epoch of E see examples again, which bring their own noise again, and count for
+less with each repetition (as in Muennighoff et al. 2023, arXiv:2305.16264, equation 5, but for the first one, which
+counts for less than a new one from the start):
 
     worth = n  up to E,  then  E · (1 + R · (1 − exp(1 − n / E)))
 
@@ -37,6 +38,9 @@ from rgft.allocation.selection import after_layers
 from rgft.allocation.shrinkage import shrunk
 from rgft.error_map import ENOUGH, ErrorMap
 from rgft.errors import ConfigError
+
+#: a where nothing is said: under a new head, and under a pre-trained one (`model_defaults` knows which it is).
+NEW_HEAD_EXPONENT, PRETRAINED_HEAD_EXPONENT = 3.0, 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +69,7 @@ class BudgetMask(Mask):
     """Everything above the best cut is on.
 
     Attributes:
+        bias_exponent: a, how little is missed of what a cut puts out of reach; of language models 1, if not given.
         noise_weight: λ, the weight of variance against bias.
         repetition: R, what a first repetition is worth, as a share of a new example; of all together, in epochs.
         spread: prior standard deviation of a layer's share, relative to the mean layer.
@@ -74,6 +79,7 @@ class BudgetMask(Mask):
 
     name: ClassVar[str] = "budget"
     min_observations: ClassVar[int] = ENOUGH
+    bias_exponent: float | None = None
     noise_weight: float = 1.0
     repetition: float = 0.7
     spread: float = 0.5
@@ -84,6 +90,10 @@ class BudgetMask(Mask):
         problems = [
             f"mask.{key}: expected {expected}, found {value}"
             for key, expected, value, good in (
+                (
+                    "bias_exponent", "a number >= 1", self.bias_exponent,
+                    self.bias_exponent is None or self.bias_exponent >= 1.0,
+                ),
                 ("noise_weight", "a number >= 0", self.noise_weight, self.noise_weight >= 0.0),
                 ("repetition", "0 <= repetition <= 1", self.repetition, 0.0 <= self.repetition <= 1.0),
                 ("spread", "a number >= 0", self.spread, self.spread >= 0.0),
@@ -123,12 +133,12 @@ class BudgetMask(Mask):
         if situation.costs is None or left is None or situation.flops_allowed is None or not _layer_depths(situation):
             return []
         signal = self._by_depth(situation)
-        total = sum(signal.values())
+        total, exponent = sum(signal.values()), self.bias_exponent or NEW_HEAD_EXPONENT
         choices: list[CutChoice] = []
         for cut in sorted({component.depth for component in situation.components}):
             flops, steps = _affords(situation, cut)
             worth = self._worth(steps, situation.steps_per_epoch)
-            bias = (1.0 - sum(value for depth, value in signal.items() if depth >= cut) / total) ** 3
+            bias = (1.0 - sum(value for depth, value in signal.items() if depth >= cut) / total) ** exponent
             variance = choices[0].worth / worth if choices else 1.0
             cost = bias + self.noise_weight * variance
             choices.append(

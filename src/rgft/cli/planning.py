@@ -23,8 +23,8 @@ from rgft.execution.binding import Binding
 from rgft.execution.low_rank import LowRank
 from rgft.execution.views import bind
 from rgft.forecast import Forecast, Length, forecast
+from rgft.model_defaults import usual_pairs
 from rgft.optimizer import kind_named
-from rgft.parameterisation import usual_pairs
 from rgft.partition import partition
 from rgft.tasks.models import require_causal_kind, require_positions
 from rgft.telemetry.energy import DEFAULT_WATTS, OTHER_WATTS, energy_text

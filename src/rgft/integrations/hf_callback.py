@@ -18,7 +18,7 @@ from rgft.guide import Guide
 from rgft.integrations.trainer_checks import chosen_config, refuse_unsupported, stop, unwrapped
 from rgft.integrations.trainer_data import LoaderStream, TrainerCourse, randomness_untouched
 from rgft.integrations.trainer_state import load_state, log_entries, save_state
-from rgft.parameterisation import without_usual_pairs
+from rgft.model_defaults import without_usual_pairs
 from rgft.signals.base import GradientSignal
 
 log = logging.getLogger("rgft")

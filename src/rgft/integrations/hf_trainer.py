@@ -46,7 +46,7 @@ from rgft.integrations.trainer_data import (
 )
 from rgft.integrations.trainer_examples import KEPT, TrainerPruning
 from rgft.integrations.trainer_state import load_state, log_entries, save_state
-from rgft.parameterisation import without_usual_pairs
+from rgft.model_defaults import without_usual_pairs
 from rgft.probe_schedule import ProbePool, set_aside
 from rgft.pruning import KeptRows
 from rgft.training_loss import model_loss

@@ -94,6 +94,14 @@ def test_without_a_map_layers_count_alike() -> None:
     assert BudgetMask().active(situation()) == {"3", "4", "5"}
 
 
+def test_what_is_out_of_reach_may_count_for_more() -> None:
+    for exponent, cut in ((1.0, 1), (2.0, 2)):
+        mask = BudgetMask(bias_exponent=exponent)
+        bias = [(1 - k / 4) ** exponent for k in (4, 4, 3, 2, 1, 0)]
+        assert [c.bias for c in mask.choices(situation())] == pytest.approx(bias)
+        assert mask.cut(situation()) == cut < BudgetMask().cut(situation())
+
+
 def test_with_certain_maps_costs_follow_the_scores() -> None:
     """Observations without scatter are believed as they are."""
     r = {0: 0.1, 1: 0.2, 2: 0.4, 3: 0.8, 4: 1.6, 5: 9.0}
@@ -264,6 +272,8 @@ def test_without_costs_or_layers_the_cut_in_force_stays() -> None:
 
 def test_all_problems_are_reported_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        BudgetMask(noise_weight=-1.0, repetition=1.5, spread=-0.1, hysteresis=1.0, frozen_fraction=1.5)
-    for key in ("noise_weight", "repetition", "spread", "hysteresis", "frozen_fraction"):
+        BudgetMask(
+            bias_exponent=0.5, noise_weight=-1.0, repetition=1.5, spread=-0.1, hysteresis=1.0, frozen_fraction=1.5
+        )
+    for key in ("bias_exponent", "noise_weight", "repetition", "spread", "hysteresis", "frozen_fraction"):
         assert f"mask.{key}: expected" in str(caught.value)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from peft import LoraConfig, get_peft_model
@@ -13,7 +14,7 @@ from rgft.config.sections import LowRankConfig
 from rgft.errors import AttachError
 from rgft.guide import Guide
 from rgft.integrations import RGFTCallback
-from rgft.parameterisation import spelled_out
+from rgft.model_defaults import spelled_out
 from rgft.partition import partition
 from tests.decoders import wide_decoder as decoder
 
@@ -92,3 +93,32 @@ def test_an_optimizer_without_the_pairs_is_told_what_it_lacks(is_early: bool) ->
     with pytest.raises(AttachError, match=f"the optimizer lacks {expected}") as refused:
         guide.set_optimizer(SGD(groups, lr=0.1))
     assert ("update.low_rank: null" in str(refused.value)) == is_early
+
+
+@pytest.mark.parametrize(
+    ("build", "mask", "exponent"),
+    [
+        (decoder, "budget", 2.0),
+        (decoder, {"name": "budget", "spread": 0.2}, 2.0),
+        (decoder, {"name": "budget", "bias_exponent": 1.5}, 1.5),
+        (classifier, "budget", None),
+        (classifier, {"name": "budget", "bias_exponent": 1.5}, 1.5),
+    ],
+)
+def test_under_a_pre_trained_head_less_is_cut(
+    build: Callable[[], nn.Module], mask: Any, exponent: float | None
+) -> None:
+    model = build()
+    resolved = Config(mask=mask, update={"low_rank": None}).resolved()
+    found = spelled_out(resolved, model, partition(model))
+    assert found.mask is not None
+    assert resolved.mask is not None
+    assert found.mask.params == {**resolved.mask.params, "bias_exponent": exponent}
+    # Said once is said: what is stored of a run is what it is resumed with.
+    assert spelled_out(found, model, partition(model)) == found
+
+
+def test_other_masks_stay_as_they_are() -> None:
+    model = decoder()
+    config = Config(mask={"name": "random", "q": 0.5}, update={"low_rank": None}).resolved()
+    assert spelled_out(config, model, partition(model)) == config

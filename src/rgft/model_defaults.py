@@ -1,4 +1,8 @@
-"""Dense weights or low-rank pairs: what layers are trained by where nothing is said (docs/decisions/0021)."""
+"""What a configuration leaves open and the model decides.
+
+Of language models, whose heads are pre-trained: layers train by low-rank pairs (docs/decisions/0021), and less is cut
+(docs/decisions/0022).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from itertools import chain
 
 from torch import nn
 
+from rgft.allocation.budget import PRETRAINED_HEAD_EXPONENT, BudgetMask
 from rgft.architectures.adapters import adapter_paths
 from rgft.architectures.output_head import output_head
 from rgft.assembly import build_signal, find_pair_sites
@@ -22,13 +27,14 @@ USUAL, SMALL = LowRankConfig(), 8
 
 
 def spelled_out(config: Config, model: nn.Module, partition: Partition) -> Config:
-    """The configuration with its low-rank pairs as this model has them: `update.low_rank` is a mapping or None.
+    """The configuration with all that this model decides: `update.low_rank` is a mapping or None.
 
     Args:
-        config: of the run.
+        config: of the run, resolved.
         model: plain.
         partition: of it.
     """
+    config = _with_mask_for(model, config)
     if config.update.low_rank != "auto":
         return config
     pairs = usual_pairs(config, model, partition)
@@ -38,6 +44,16 @@ def spelled_out(config: Config, model: nn.Module, partition: Partition) -> Confi
             "weights", pairs.rank, pairs.lr_multiplier,
         )  # fmt: skip
     return _with(config, pairs)
+
+
+def _with_mask_for(model: nn.Module, config: Config) -> Config:
+    mask = config.mask
+    if mask is None or mask.name != BudgetMask.name or output_head(model) is None:
+        return config
+    if mask.params.get("bias_exponent") is not None:
+        return config
+    params = {**mask.params, "bias_exponent": PRETRAINED_HEAD_EXPONENT}
+    return config.model_copy(update={"mask": mask.model_copy(update={"params": params})})
 
 
 def usual_pairs(config: Config, model: nn.Module, partition: Partition) -> LowRankConfig | None:

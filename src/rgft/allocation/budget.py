@@ -22,15 +22,16 @@ the cheapest. The cut with the lowest cost is taken. A linear rate per FLOP woul
 fine-tuning), a bare ratio the classifier alone. Measured against grids of fixed cuts: docs/decisions/0006.
 
 Scores are shrunk towards equal layers by their uncertainty: a short run, whose scores are noise, decides by the
-costs alone; a long one by what it measured.
+costs alone. A long one does by what it measured, where that makes a difference: early maps are top-heavy under a new
+head, and deeper cuts that were better by a few hundredths were worse in the end (docs/decisions/0023).
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from rgft.allocation.base import Mask, Situation
@@ -73,7 +74,8 @@ class BudgetMask(Mask):
         noise_weight: λ, the weight of variance against bias.
         repetition: R, what a first repetition is worth, as a share of a new example; of all together, in epochs.
         spread: prior standard deviation of a layer's share, relative to the mean layer.
-        hysteresis: a new cut must lower the cost by this share to replace the one in force.
+        hysteresis: a new cut must lower the cost by this share to replace the one in force; the first, that which costs
+            alone say.
         frozen_fraction: fixes the cut by hand: the share of layers below it.
     """
 
@@ -120,12 +122,18 @@ class BudgetMask(Mask):
         choices = self.choices(situation)
         if not choices:
             return max(situation.previous.cut if situation.previous else 0, situation.lowest_cut)
-        best = min(choices, key=lambda choice: (choice.cost, choice.cut))
-        if situation.previous is not None:
-            kept = next((choice for choice in choices if choice.cut == situation.previous.cut), None)
-            if kept is not None and best.cost > kept.cost * (1.0 - self.hysteresis):
-                return kept.cut
+        best, standing = _cheapest(choices), self._standing(situation)
+        kept = next((choice for choice in choices if choice.cut == standing), None)
+        if kept is not None and best.cost > kept.cost * (1.0 - self.hysteresis):
+            return kept.cut
         return best.cut
+
+    def _standing(self, situation: Situation) -> int:
+        """The cut that another one has to better: the one in force; before there is any, what costs alone say."""
+        if situation.previous is not None:
+            return situation.previous.cut
+        nothing = ErrorMap.empty(situation.error_map.names)
+        return _cheapest(self.choices(replace(situation, error_map=nothing))).cut
 
     def choices(self, situation: Situation) -> list[CutChoice]:
         """All candidate cuts that memory holds, with their costs; empty without a cost model, a budget or layers."""
@@ -172,6 +180,10 @@ class BudgetMask(Mask):
         }  # embeddings cost next to nothing and gain little: their prior is nothing
         result |= shrunk(before, {str(d): errors[int(d)] for d in values}, mean=0.0, spread=self.spread * mean)
         return {int(depth): max(0.0, value) for depth, value in result.items()}
+
+
+def _cheapest(choices: Sequence[CutChoice]) -> CutChoice:
+    return min(choices, key=lambda choice: (choice.cost, choice.cut))
 
 
 def _affords(situation: Situation, cut: int) -> tuple[float, float]:

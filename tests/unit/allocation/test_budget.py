@@ -113,6 +113,22 @@ def test_with_certain_maps_costs_follow_the_scores() -> None:
         assert choice.cost == pytest.approx(choice.bias + 0.5 * choice.variance)
 
 
+@pytest.mark.parametrize(
+    ("r", "bare", "cut"),
+    [
+        ({1: 1, 2: 1, 3: 3, 4: 8}, 4, 3),  # .527 against .569: not a tenth less
+        ({1: 1, 2: 1, 3: 1, 4: 8}, 4, 4),  # .491 against .572
+        ({1: 4, 2: 2, 3: 1, 4: 1}, 2, 2),  # .825 against .987
+    ],
+)
+def test_the_first_map_has_to_better_what_costs_alone_say(r: dict[int, float], bare: int, cut: int) -> None:
+    """By costs alone layers 3 and 4 are on, from the table above."""
+    assert BudgetMask().cut(situation()) == 3
+    assert BudgetMask(hysteresis=0.0).cut(situation(measured(r))) == bare
+    assert BudgetMask().cut(situation(measured(r))) == cut
+    assert BudgetMask().cut(situation(measured(r), previous=in_force(bare))) == bare  # which is no first one
+
+
 def test_uncertain_scores_count_for_less() -> None:
     """Scores of equal scatter are drawn towards the mean layer, the embedding's towards nothing."""
     values = {0: 1.0, 1: 1.0, 2: 1.0, 3: 1.0, 4: 5.0, 5: 1.0}

@@ -98,8 +98,8 @@ def test_an_optimizer_without_the_pairs_is_told_what_it_lacks(is_early: bool) ->
 @pytest.mark.parametrize(
     ("build", "mask", "exponent"),
     [
-        (decoder, "budget", 2.0),
-        (decoder, {"name": "budget", "spread": 0.2}, 2.0),
+        (decoder, "budget", 1.6),
+        (decoder, {"name": "budget", "spread": 0.2}, 1.6),
         (decoder, {"name": "budget", "bias_exponent": 1.5}, 1.5),
         (classifier, "budget", None),
         (classifier, {"name": "budget", "bias_exponent": 1.5}, 1.5),

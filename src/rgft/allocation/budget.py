@@ -9,7 +9,7 @@ examples):
     cost(c)     = bias(c) + λ · variance(c)
 
 over the layers and what runs before them (what runs after the last layer is on at every cut). The lowest layers are
-missed least (a = 3), under a pre-trained head sooner than under a new one (a = 2). Of the n steps that the run's whole
+missed least (a = 3), under a pre-trained head sooner than under a new one (a = 1.6). Of the n steps that the run's whole
 budget buys at cut c, those beyond one epoch of E see examples again, which bring their own noise again, and count for
 less with each repetition (as in Muennighoff et al. 2023, arXiv:2305.16264, equation 5, but for the first one, which
 counts for less than a new one from the start):
@@ -41,7 +41,7 @@ from rgft.error_map import ENOUGH, ErrorMap
 from rgft.errors import ConfigError
 
 #: a where nothing is said: under a new head, and under a pre-trained one (`model_defaults` knows which it is).
-NEW_HEAD_EXPONENT, PRETRAINED_HEAD_EXPONENT = 3.0, 2.0
+NEW_HEAD_EXPONENT, PRETRAINED_HEAD_EXPONENT = 3.0, 1.6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class BudgetMask(Mask):
     """Everything above the best cut is on.
 
     Attributes:
-        bias_exponent: a, how little is missed of what a cut puts out of reach; of language models 1, if not given.
+        bias_exponent: a, how little is missed of what a cut puts out of reach; None: 3, of language models 1.6.
         noise_weight: λ, the weight of variance against bias.
         repetition: R, what a first repetition is worth, as a share of a new example; of all together, in epochs.
         spread: prior standard deviation of a layer's share, relative to the mean layer.

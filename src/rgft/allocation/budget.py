@@ -9,9 +9,9 @@ examples):
     cost(c)     = bias(c) + λ · variance(c)
 
 over the layers and what runs before them (what runs after the last layer is on at every cut). The lowest layers are
-missed least (a = 3), under a pre-trained head sooner than under a new one (a = 1.6). Of the n steps that the run's whole
-budget buys at cut c, those beyond one epoch of E see examples again, which bring their own noise again, and count for
-less with each repetition (as in Muennighoff et al. 2023, arXiv:2305.16264, equation 5, but for the first one, which
+missed least (a = 3), under a pre-trained head sooner than under a new one (a = 1.6). Of the n steps that the run's
+whole budget buys at cut c, those beyond one epoch of E see examples again, which bring their own noise again, and count
+for less with each repetition (as in Muennighoff et al. 2023, arXiv:2305.16264, equation 5, but for the first one, which
 counts for less than a new one from the start):
 
     worth = n  up to E,  then  E · (1 + R · (1 − exp(1 − n / E)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import mean
 
-from rgft.bench.cells import line, mark
+from rgft.bench.cells import heading, line, mark
 from rgft.bench.figures import names
 from rgft.bench.finals import Finals
 from rgft.bench.group import Group
@@ -34,14 +34,12 @@ def table(group: Group, budget: float, contenders: Sequence[Finals], reference: 
     columns = _columns(group, asked)
     if not columns:
         return ""
-    headings = ["", *columns.values()]
     rows = [
         line([f"{finals.title} ({finals.seeds})", *(_cell(finals, name, reference) for name in columns)])
         for finals in sorted(asked, key=lambda row: (row is not reference, row.label))
     ]
-    return "\n".join(
-        [f"Beside quality, at {budget:g} ({group.title}):", "", line(headings), "|" + "---|" * len(headings), *rows]
-    )
+    title = f"Beside quality, at {budget:g} ({group.title}):"
+    return "\n".join([title, "", *heading(["", *columns.values()]), *rows])
 
 
 def _columns(group: Group, asked: Sequence[Finals]) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rgft.bench.finals import Finals
 from rgft.bench.paired import difference, lacking
@@ -13,6 +13,11 @@ _MARKS = {"better": "\\*", "worse": "†"}
 def line(cells: Iterable[str]) -> str:
     """A line of a Markdown table."""
     return f"| {' | '.join(cells)} |"
+
+
+def heading(cells: Sequence[str]) -> list[str]:
+    """The first two lines of a Markdown table."""
+    return [line(cells), "|" + "---|" * len(cells)]
 
 
 def mark(reference: Finals | None, finals: Finals, metric: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from rgft.bench.cells import line, mark
+from rgft.bench.cells import heading, line, mark
 from rgft.bench.finals import Finals, final_results
 from rgft.bench.group import Group, canonical
 
@@ -46,8 +46,7 @@ def overview(folder: Path) -> str:
         if not group.fixes_cuts
         for budget in sorted({finals.budget for finals in contenders})
     ]
-    heading = ["", *COLUMNS]
-    lines = [line(heading), "|" + "---|" * len(heading), *(row for row in rows if row)]
+    lines = [*heading(["", *COLUMNS]), *(row for row in rows if row)]
     return "\n".join([*lines, "", _NOTE])
 
 

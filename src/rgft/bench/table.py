@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from rgft.bench import beside
-from rgft.bench.cells import line
+from rgft.bench.cells import heading, line
 from rgft.bench.finals import Finals, final_results
 from rgft.bench.group import Group
 from rgft.bench.paired import difference, is_target, lacking, said, target_margin
@@ -53,8 +53,7 @@ def _table(group: Group, budget: float, contenders: list[Finals], reference: Fin
         f"{whose} loss lower by", "",
     ]  # fmt: skip
     lines = [
-        f"**{group.title}{cuts}, {budget:g} of full fine-tuning's FLOPs**", "", line(headings),
-        "|" + "---|" * len(headings),
+        f"**{group.title}{cuts}, {budget:g} of full fine-tuning's FLOPs**", "", *heading(headings),
     ]  # fmt: skip
     lines += [
         _row(finals, reference, group.metric)

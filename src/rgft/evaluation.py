@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +23,10 @@ class Metric(Protocol):
         ...
 
 
+#: Is shown each batch: places of its examples in the split, their losses, the model's logits, the batch on the CPU.
+Observer = Callable[[Sequence[int], Tensor, Tensor, Mapping[str, Any]], None]
+
+
 class Evaluated(Protocol):
     """What an evaluation needs of a task; see `rgft.tasks.base.PreparedTask`."""
 
@@ -34,8 +38,9 @@ class Evaluated(Protocol):
 
 @torch.no_grad()
 def evaluate(
-    task: Evaluated, dataset: SizedDataset, *, batch_size: int, loss: Callable[[nn.Module, Any], Tensor]
-) -> dict[str, float]:
+    task: Evaluated, dataset: SizedDataset, *, batch_size: int, loss: Callable[[nn.Module, Any], Tensor],
+    observer: Observer | None = None,
+) -> dict[str, float]:  # fmt: skip
     """Evaluates in order of length where examples have one (less padding); only rounding depends on it.
 
     Args:
@@ -43,6 +48,7 @@ def evaluate(
         dataset: the split.
         batch_size: examples per forward pass.
         loss: (model, batch) → losses whose mean is the batch's loss.
+        observer: is shown every batch that has something to be predicted.
 
     Returns:
         "loss": mean over what the task's `weight` counts (examples, or target tokens); and what its metric gives.
@@ -59,9 +65,13 @@ def evaluate(
             weight = task.weight(batch)
             if weight == 0:  # nothing to be predicted: the mean would be 0/0
                 continue
-            total += float(loss(model, batch).double().mean()) * weight
+            losses = loss(model, batch)
+            total += float(losses.double().mean()) * weight
             weights += weight
-            metric.update(_logits(outputs.pop()), batch)
+            logits = _logits(outputs.pop())
+            metric.update(logits, batch)
+            if observer is not None:
+                observer(indices, losses, logits, batch)
             outputs.clear()
     finally:
         handle.remove()

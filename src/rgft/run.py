@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rgft.batches import BatchStream, SizedDataset
 from rgft.config import Config
 from rgft.errors import BudgetError, ConfigError, RGFTError
-from rgft.evaluation import Evaluated, evaluate
+from rgft.evaluation import Evaluated, Observer, evaluate
 from rgft.execution.agreement import Loss
 from rgft.execution.target_positions import TargetLoss
 from rgft.following import StepsFollowed
@@ -411,7 +411,7 @@ class Run:
         self.folder.plans.rewind(self.guide.step_count)
         return self.guide.step_count
 
-    def evaluate(self, dataset: SizedDataset) -> dict[str, float]:
+    def evaluate(self, dataset: SizedDataset, observer: Observer | None = None) -> dict[str, float]:
         """Mean loss and the task's metrics (see `rgft.evaluation`). Not part of the budget; the ledger has it beside.
 
         Between two steps it changes nothing of the run, which goes on bit for bit.
@@ -426,7 +426,7 @@ class Run:
         # What a step holds is enough for a forward pass over as many rows.
         largest = min(self.settings.eval_batch_size, self._rows_per_pass or self.settings.eval_batch_size)
         with self.guide.evaluating():
-            metrics = evaluate(self.task, dataset, batch_size=largest, loss=loss)
+            metrics = evaluate(self.task, dataset, batch_size=largest, loss=loss, observer=observer)
         self.guide.ledger.add_evaluation(seconds=time.perf_counter() - started, flops=flops)
         return metrics
 

@@ -195,7 +195,7 @@ class Experiment(Section):
 
     def _wrong_settings(self, contender: Contender) -> Iterator[str]:
         for variant in (None, *contender.variants):
-            settings = self.with_common(contender.settings_of(variant))
+            settings = self.with_common(contender.method, contender.settings_of(variant))
             where = contender.label if variant is None else f"{contender.label}: variants.{variant}"
             chosen = method(contender.method)
             yield from (f"{where}: {problem}" for problem in chosen.problems_of(contender.settings_of(variant)))
@@ -204,9 +204,9 @@ class Experiment(Section):
             except ConfigError as error:
                 yield from (f"{where}: config.{problem}" for problem in error.problems)
 
-    def with_common(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+    def with_common(self, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         """A method's settings, with those of RGFT that all contenders share where it has none of its own."""
-        return laid_over({"config": self.config}, settings)
+        return laid_over({"config": laid_over(self.config, method(name).instead)}, settings)
 
     @classmethod
     def load(cls, path: Path) -> Experiment:

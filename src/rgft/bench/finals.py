@@ -50,6 +50,19 @@ class Kind(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Trials:
+    """The runs that a contender's learning rate was chosen by.
+
+    Attributes:
+        flops: of all of them, as multiples of one full fine-tuning; 0: there are none.
+        rates: that were tried in the contender's own settings or in the variant that was best.
+    """
+
+    flops: float = 0.0
+    rates: frozenset[float] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Finals:
     """A contender's final runs.
 
@@ -59,7 +72,7 @@ class Finals:
         budget: share of full fine-tuning's FLOPs that it was given.
         by_seed: results.
         diverged: seeds whose runs did, and have no figures.
-        tuning: FLOPs of the runs that its learning rate was chosen by, as multiples of one full fine-tuning; 0: none.
+        tuning: what its learning rate was chosen by.
     """
 
     label: str
@@ -67,7 +80,13 @@ class Finals:
     budget: float
     by_seed: Mapping[int, Mapping[str, Any]]
     diverged: tuple[int, ...] = ()
-    tuning: float = 0.0
+    tuning: Trials = Trials()
+
+    @property
+    def is_rate_at_edge(self) -> bool:
+        """Whether its rate is the lowest or highest of those that were tried, where there were several."""
+        rates, own = self.tuning.rates, {float(result["lr"]) for result in self.by_seed.values()}
+        return len(rates) > 1 and bool(own & {min(rates), max(rates)})
 
     @property
     def seeds(self) -> str:
@@ -151,6 +170,15 @@ class _Key(NamedTuple):
 _Place = tuple[Path, str]
 
 
+class _Trial(NamedTuple):
+    """A run by which a learning rate was chosen."""
+
+    place: _Place
+    rate: float
+    variant: str | None
+    flops: float
+
+
 def metric_of(group: Group, metric: str) -> str:
     """The metric of a task that is meant: `SCORE` is each task's own."""
     return group.metric if metric == SCORE else metric
@@ -181,11 +209,11 @@ def final_results(folder: Path) -> dict[Group, list[Finals]]:
         of_contender[result["seed"]] = result
     if not found:
         raise DataError(f"{folder}: expected results of final runs, found none; run the experiment first")
-    spent = _tuning_flops(folder)
+    trials = _trials(folder)
     titled = told_apart(found)
     groups = {
         group: [
-            _finals(label, key, found[group][key], tuning=sum(spent.get(place, 0.0) for place in places[group, key]))
+            _finals(label, key, found[group][key], trials=[t for t in trials if t.place in places[group, key]])
             for key, label in _labels(list(found[group])).items()
         ]
         for group in sorted(found, key=lambda group: (titled[group].title, group.fixes_cuts))
@@ -195,7 +223,14 @@ def final_results(folder: Path) -> dict[Group, list[Finals]]:
     }
 
 
-def _finals(label: str, key: _Key, results: Mapping[int, Mapping[str, Any]], *, tuning: float) -> Finals:
+def _finals(
+    label: str, key: _Key, results: Mapping[int, Mapping[str, Any]], *, trials: Sequence[_Trial]
+) -> Finals:  # fmt: skip
+    variants = {result.get("variant") for result in results.values()}
+    tuning = Trials(
+        flops=sum(trial.flops for trial in trials),
+        rates=frozenset(trial.rate for trial in trials if trial.variant in variants | {None}),
+    )
     finals = Finals(
         label=label, kind=key.kind, budget=key.budget, tuning=tuning,
         by_seed={seed: result for seed, result in results.items() if "diverged" not in result},
@@ -247,18 +282,15 @@ def _labels(keys: Sequence[_Key]) -> dict[_Key, str]:
     return labels
 
 
-def _tuning_flops(folder: Path) -> dict[_Place, float]:
-    """What choosing rates and variants took, as multiples of one full fine-tuning: of the contenders of experiments.
-
-    A run that diverged has no ledger, and was stopped early: it is left out.
-    """
-    spent: dict[_Place, float] = {}
-    for path, _, _, result in _results(folder, "tuning"):
-        if "ledger" in result:
-            flops = float(result["ledger"]["flops"]["fraction_of_full"])
-            place = path.parent, result["contender"]
-            spent[place] = spent.get(place, 0.0) + flops
-    return spent
+def _trials(folder: Path) -> list[_Trial]:
+    """All runs by which rates and variants were chosen. One that diverged has no ledger, and was stopped early."""
+    return [
+        _Trial(
+            place=(path.parent, result["contender"]), rate=float(result["lr"]), variant=result.get("variant"),
+            flops=float(result["ledger"]["flops"]["fraction_of_full"]) if "ledger" in result else 0.0,
+        )
+        for path, _, _, result in _results(folder, "tuning")
+    ]  # fmt: skip
 
 
 def _beside(cuts: Group, groups: Mapping[Group, list[Finals]]) -> list[Finals]:

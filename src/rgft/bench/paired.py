@@ -1,11 +1,14 @@
-"""Two contenders on one task, seed by seed; and the mission's first target, RGFT beside tuned full fine-tuning."""
+"""Two contenders on one task, by seed and by example; and the mission's first target, RGFT beside full fine-tuning."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+from torch import Tensor
+
 from rgft.bench.figures import is_lower_better
 from rgft.bench.finals import Finals
+from rgft.bench.outcomes import by_example, is_by_example
 from rgft.bench.statistics import Comparison, compare
 
 #: How much worse than tuned full fine-tuning's own score RGFT may be at a share of its FLOPs: half a point.
@@ -20,13 +23,16 @@ def difference(method: Finals, baseline: Finals, metric: str, *, margin: float =
 
     With a margin it is not enough that a score is no worse: the held-out loss must not say otherwise.
     """
+    differences = _by_example(method, baseline, metric)
     found = compare(
         method.metric(metric), baseline.metric(metric), higher_is_better=not is_lower_better(metric), margin=margin,
         examples=_examples(method, baseline) if metric in _BY_EXAMPLE or metric.startswith("pass@") else None,
+        by_example=differences,
     )  # fmt: skip
+    found = replace(found, over_seeds_alone=is_by_example(metric) and differences is None)
     if margin <= 0.0 or is_lower_better(metric):
         return found
-    if is_target(method, baseline) and not baseline.tuning:
+    if is_target(method, baseline) and not baseline.tuning.flops:
         return _undecided(found, "full fine-tuning is untuned")
     if lacking(method, baseline, "loss"):
         return _undecided(found, "held-out loss is undefined")
@@ -61,13 +67,30 @@ def target_margin(method: Finals, baseline: Finals, metric: str) -> float:
 def said(comparison: Comparison) -> str:
     """A verdict in words, with its margin."""
     margin = f"margin {comparison.margin:g}" if comparison.margin > 0.0 else ""
-    beside = ", ".join(part for part in (comparison.why, margin) if part)
+    alone = "over seeds alone" if is_decided_by_seeds(comparison) else ""
+    beside = ", ".join(part for part in (comparison.why, margin, alone) if part)
     return f"{comparison.verdict} ({beside})" if beside else comparison.verdict
+
+
+def is_decided_by_seeds(comparison: Comparison) -> bool:
+    """Whether something is decided without what the choice of test examples leaves open."""
+    return comparison.over_seeds_alone and comparison.verdict != "undecided"
 
 
 def _undecided(comparison: Comparison, why: str) -> Comparison:
     # What there is too little of is said first.
     return replace(comparison, verdict="undecided", why=comparison.why or why)
+
+
+def _by_example(method: Finals, baseline: Finals, metric: str) -> dict[int, Tensor] | None:
+    """Seed → differences of the two on each test example [N]; None: not all of their runs say."""
+    differences: dict[int, Tensor] = {}
+    for seed in set(method.metric(metric)) & set(baseline.metric(metric)):
+        ours, theirs = (by_example(finals.by_seed[seed], metric) for finals in (method, baseline))
+        if ours is None or theirs is None or len(ours) != len(theirs):
+            return None
+        differences[seed] = ours - theirs
+    return differences
 
 
 def _examples(method: Finals, baseline: Finals) -> int | None:

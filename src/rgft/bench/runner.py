@@ -20,6 +20,7 @@ from rgft.bench.measures import Extra, MeasuredRun
 from rgft.bench.measures.memory import forget_peak
 from rgft.bench.measures.undefined import finite
 from rgft.bench.methods import method
+from rgft.bench.outcomes import Outcomes
 from rgft.bench.tasks import bench_task
 from rgft.cost import trace_costs
 from rgft.errors import ConfigError, DataError
@@ -73,7 +74,8 @@ def run_cell(experiment: Experiment, cell: Cell, conditions: Conditions = ALONE)
     lr = cell.lr if followed is None else followed.lr_factor * cell.lr
     settings = Settings(**{"device": conditions.device, **experiment.run, "lr": _of_its_own(own) or lr})
     config = chosen.configuration(
-        budget=contender.budget, seed=cell.seed, followed=followed, settings=experiment.with_common(own),
+        budget=contender.budget, seed=cell.seed, followed=followed,
+        settings=experiment.with_common(contender.method, own),
     )  # fmt: skip
     full_flops = full_fine_tuning_flops(task, settings, seed=cell.seed) if chosen.changes_model else None
     # Test data are not the only ones that a tuning run must not look at; and looking costs time.
@@ -93,8 +95,11 @@ def run_cell(experiment: Experiment, cell: Cell, conditions: Conditions = ALONE)
         own_seconds = seconds - run.guide.ledger.seconds["evaluation"]
         measured.end(run, seconds=seconds)
         metrics = {"validation": run.evaluate(task.validation)} if task.validation is not None else {}
+        outcomes: dict[str, str] = {}
         if cell.is_final and task.test is not None:
-            metrics["test"] = {**run.evaluate(task.test), **judged(run, task)}
+            tested = Outcomes(task, task.test)
+            metrics["test"] = {**run.evaluate(task.test, tested.observe), **judged(run, task)}
+            outcomes = tested.to_dict()
         undefined = {split: reasons for split, values in metrics.items() if (reasons := finite(values)[1])}
         metrics = {split: finite(values)[0] for split, values in metrics.items()}
         result, found_lr = run.result(metrics), run.lr
@@ -115,6 +120,7 @@ def run_cell(experiment: Experiment, cell: Cell, conditions: Conditions = ALONE)
         "config": config.to_dict(),
         "metrics": metrics,
         "undefined_metrics": undefined,
+        "outcomes": outcomes,
         "measures": measured.after(task),
         "steps": result.steps,
         "found_lr": found_lr,

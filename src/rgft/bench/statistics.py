@@ -1,24 +1,33 @@
 """Paired comparisons: a mean difference over seeds, its interval, and a verdict in words.
 
-Two methods that ran with the same seeds (same data order, same initial classifier) are compared seed by seed. The
-interval is Student's t on the paired differences, the right small-sample choice for 3 to 10 seeds (a percentile
-bootstrap of five numbers is too narrow: it covers about 83 % where 95 % is claimed).
+Two methods that ran with the same seeds (same data order, same initial classifier) are compared seed by seed, and, all
+of them being tested on the same examples, example by example. A difference varies with both; its standard error is
+
+    √(s_seeds² / S + s_examples² / n)
+
+with s_seeds the standard deviation of the S differences of seeds, and s_examples that of the n differences of examples,
+each a mean over seeds. (Both hold what is neither's, which makes it a little too large.) The interval is Student's t
+with Satterthwaite's degrees of freedom: a percentile bootstrap of five seeds is too narrow, it covers about 83 % where
+95 % is claimed.
 
 Few seeds may agree by chance, and an accuracy moves by whole examples. So two or fewer pairs decide nothing, nor does
-a spread of zero; and differences of a metric that goes by single examples of n are taken to spread by no less than
-their test set alone would make them: a difference d means that at least |d|·n examples fell out differently, which
-has the variance |d|/n (McNemar's, with the fewest such examples); at least one example's, where d is less.
+a spread of zero. Where runs do not say what became of each example, differences of a metric that goes by single ones,
+n of them, have no smaller standard error than their test set alone would make: a difference d means that at least |d|·n
+examples fell out differently, which has the variance |d|/n (McNemar's, with the fewest such examples); at least one
+example's, where d is less. It is the same test set for all seeds, so that more of them do not lessen it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import mean, stdev
 from typing import Any, Literal
 
+import torch
 from scipy.stats import t as student_t
+from torch import Tensor
 
 from rgft.errors import DataError
 
@@ -37,10 +46,12 @@ class Comparison:
         low, high: its 95 % interval.
         seeds: how many pairs.
         standard_error: of the difference.
+        freedom: its degrees of freedom.
         margin: of non-inferiority, in the metric's unit.
         verdict: "better": interval above 0. "non-inferior": interval above −margin. "worse": interval below 0.
             "undecided": none of these, or there is not enough to decide by.
         why: what there is not enough of; empty: there is.
+        over_seeds_alone: whether it could have been over test examples too, and runs do not say what became of each.
     """
 
     difference: float
@@ -48,9 +59,11 @@ class Comparison:
     high: float
     seeds: int
     standard_error: float
+    freedom: float
     margin: float
     verdict: Verdict
     why: str = ""
+    over_seeds_alone: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -63,15 +76,17 @@ def min_pairs(margin: float) -> int:
 
 def compare(
     method: Mapping[int, float], baseline: Mapping[int, float], *, higher_is_better: bool, margin: float = 0.0,
-    examples: int | None = None,
+    examples: int | None = None, by_example: Mapping[int, Tensor] | None = None,
 ) -> Comparison:  # fmt: skip
-    """Compares two methods by seed.
+    """Compares two methods by seed, and by example where it is known what became of each.
 
     Args:
         method, baseline: seed → value; only seeds that both have are used.
         higher_is_better: False for losses.
         margin: how much worse still counts as non-inferior, in the metric's unit.
         examples: that were tested, of a metric that goes by single ones; None: it does not, or nobody knows.
+        by_example: seed → method minus baseline on each test example [N], whose mean is that of the metric; of all
+            common seeds. None: nobody knows.
 
     Raises:
         DataError: fewer than two common seeds.
@@ -81,12 +96,24 @@ def compare(
         raise DataError(f"a paired comparison needs at least 2 common seeds; found {common}")
     sign = 1.0 if higher_is_better else -1.0
     differences = [sign * (method[seed] - baseline[seed]) for seed in common]
-    centre = mean(differences)
-    least = 0.0 if examples is None else math.sqrt(max(abs(centre), 1.0 / examples) / examples)
+    centre, freedom = mean(differences), len(differences) - 1.0
     # What is equal but for rounding does not spread.
     spread = stdev(differences) if max(differences) - min(differences) > 1e-12 else 0.0
-    error = max(spread, least) / len(differences) ** 0.5
-    return _comparison(centre, error, freedom=len(differences) - 1, seeds=len(common), margin=margin)
+    error = spread / len(differences) ** 0.5
+    if by_example is not None:
+        error, freedom = _with_examples(error, freedom, torch.stack([by_example[seed] for seed in common]).mean(0))
+    elif examples is not None:
+        error = max(error, math.sqrt(max(abs(centre), 1.0 / examples) / examples))
+    return _comparison(centre, error, freedom=freedom, seeds=len(common), margin=margin)
+
+
+def _with_examples(error: float, freedom: float, of_examples: Tensor) -> tuple[float, float]:
+    """Standard error and degrees of freedom of seeds together with those of examples [N]."""
+    count = len(of_examples)
+    of_test_set = float(of_examples.std()) / count**0.5 if count > 1 else 0.0
+    quartic = error**4 / freedom + of_test_set**4 / max(1, count - 1)
+    both = math.hypot(error, of_test_set)
+    return both, both**4 / quartic if quartic else freedom
 
 
 def over_tasks(comparisons: Sequence[tuple[Collection[str], Comparison]]) -> Comparison | None:
@@ -105,13 +132,15 @@ def over_tasks(comparisons: Sequence[tuple[Collection[str], Comparison]]) -> Com
     if len(together) < 2:
         return None
     centre = mean(mean(c.difference for c in same) for same in together)
-    errors = [(mean(c.standard_error for c in same), min(c.seeds for c in same) - 1) for same in together]
+    errors = [(mean(c.standard_error for c in same), min(c.freedom for c in same)) for same in together]
+    counted = [comparison for same in together for comparison in same]
     variance = sum(error**2 for error, _ in errors)
     quartic = sum(error**4 / freedom for error, freedom in errors)
-    return _comparison(
+    found = _comparison(
         centre, math.sqrt(variance) / len(errors), freedom=variance**2 / quartic if quartic else math.inf,
-        seeds=min(freedom for _, freedom in errors) + 1, margin=together[0][0].margin,
+        seeds=min(c.seeds for c in counted), margin=counted[0].margin,
     )  # fmt: skip
+    return replace(found, over_seeds_alone=any(c.over_seeds_alone for c in counted))
 
 
 def counts(comparison: Comparison) -> bool:
@@ -137,7 +166,8 @@ def _comparison(centre: float, error: float, *, freedom: float, seeds: int, marg
     low, high = centre - half, centre + half
     why = f"fewer than {min_pairs(margin)} pairs" if seeds < min_pairs(margin) else "" if error else "no spread"
     return Comparison(
-        difference=centre, low=low, high=high, seeds=seeds, standard_error=error, margin=margin,
+        difference=centre, low=low, high=high, seeds=seeds, standard_error=error, freedom=freedom,
+        margin=margin,
         verdict="undecided" if why else _verdict(low, high, margin), why=why,
     )  # fmt: skip
 

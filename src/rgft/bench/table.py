@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from rgft.bench import beside
-from rgft.bench.cells import heading, line
+from rgft.bench.cells import OF_SEEDS_ALONE, heading, line, seeds_alone
 from rgft.bench.finals import Finals, final_results
 from rgft.bench.group import Group
 from rgft.bench.paired import difference, is_target, lacking, said, target_margin
@@ -16,14 +16,18 @@ from rgft.telemetry.atomic_write import write_bytes
 
 START, END = "<!-- results -->", "<!-- /results -->"
 
+#: Beside a learning rate that is the lowest or highest of those that were tried.
+_AT_EDGE = "‡"
+
 _NOTE = (
     "Test split, mean ± standard deviation over seeds; learning rates chosen on validation data with other seeds, of "
-    "contenders named -auto by rule, untuned. Tuning: FLOPs of the runs that the rate was chosen by, as multiples of "
-    "one full fine-tuning. Differences with 95 % intervals, paired by seed; their number is there where it is not that "
-    "of the row's seeds, and fewer than three decide nothing. Non-inferior: five pairs or more, the interval above "
-    "minus the margin, and the held-out loss not worse. Beside quality: means over the seeds that were asked; \\*: "
-    "RGFT has less of what is bad or more of what is good, †: the other way, by the same intervals. Seconds are in the "
-    "result files; they are comparable only where nothing else ran beside."
+    f"contenders named -auto by rule, untuned. {_AT_EDGE}: the lowest or highest rate tried: the best may lie beyond. "
+    "Tuning: FLOPs of the runs that the rate was chosen by, as multiples of one full fine-tuning. Differences with "
+    "95 % intervals over seeds and test examples, paired; the number of pairs is there where it is not that of the "
+    f"row's seeds, and fewer than three decide nothing. {OF_SEEDS_ALONE} Non-inferior: five pairs or more, the "
+    "interval above minus the margin, and the held-out loss not worse. Beside quality: means over the seeds that were "
+    "asked; \\*: RGFT has less of what is bad or more of what is good, †: the other way, by the same intervals. "
+    "Seconds are in the result files; they are comparable only where nothing else ran beside."
 )
 
 
@@ -74,7 +78,7 @@ def _row(finals: Finals, reference: Finals | None, metric: str) -> str:
     if not finals.by_seed:
         return line([title, *[""] * 9])
     cells = [
-        title, finals.rates, f"{finals.tuning:.1f}",
+        title, finals.rates + (f" {_AT_EDGE}" if finals.is_rate_at_edge else ""), f"{finals.tuning.flops:.1f}",
         f"{finals.flops:.2f}", f"{finals.steps:.0f}", _spread(finals, metric), _spread(finals, "loss"),
     ]  # fmt: skip
     if reference is None or finals is reference:
@@ -102,7 +106,7 @@ def _interval(comparison: Comparison | None, *, of: Finals | None = None) -> str
 
 
 def _short(comparison: Comparison) -> str:
-    return said(comparison) if comparison.margin > 0.0 else comparison.verdict
+    return said(comparison) if comparison.margin > 0.0 else comparison.verdict + seeds_alone(comparison)
 
 
 def _spread(finals: Finals, metric: str) -> str:
@@ -115,7 +119,7 @@ def _spread(finals: Finals, metric: str) -> str:
 def _targets(group: Group, contenders: list[Finals]) -> str:
     """RGFT's runs beside full fine-tuning at the highest budget that it has: whether its score is kept."""
     fulls = [finals for finals in contenders if finals.method == "full" and finals.is_plain]
-    full = max(fulls, key=lambda row: (row.budget, bool(row.tuning), len(row.by_seed)), default=None)
+    full = max(fulls, key=lambda row: (row.budget, row.tuning.flops > 0.0, len(row.by_seed)), default=None)
     if full is None or group.fixes_cuts:
         return ""
     lines = [

@@ -12,7 +12,8 @@ from rgft.bench.experiment import Cell, Choice, Contender, Edge, Experiment
 
 
 class Tuning:
-    """A contender's tuning: its rates, then those beyond an edge at which the best one lies, then its variants there.
+    """A contender's tuning: its rates, then those beyond an edge at which the best one lies, then its variants, each
+    from there to the rate that is best in it.
 
     Args:
         experiment: whose contender.
@@ -40,7 +41,11 @@ class Tuning:
         found = yield from self._best_rate()
         if found is None or found.has_diverged:
             return found
-        return (yield from self._best(replace(found, variant=name) for name in (None, *self._contender.variants)))
+        own: list[Choice | None] = [found]
+        for name in self._contender.variants:
+            own.append((yield from self._climbed(Choice(lr=found.lr, variant=name))))
+        known = [choice for choice in own if choice is not None]
+        return (yield from self._best(known)) if len(known) == len(own) else None
 
     def _best_rate(self) -> Generator[Cell, None, Choice | None]:
         """The best of the rates, one more of them as long as it is at an edge and the cap allows."""
@@ -53,6 +58,19 @@ class Tuning:
                 return best and replace(best, rate_at_edge=edge)
             left -= 1
             tried = sorted([*tried, beyond[edge].pop(0)])
+
+    def _climbed(self, choice: Choice) -> Generator[Cell, None, Choice | None]:
+        """From a choice to neighbouring rates, as long as one is better: a variant's best rate is its own."""
+        contender = self._contender
+        beyond = contender.rates_beyond(self._experiment.max_extensions)
+        rates = sorted({*contender.lrs, *beyond["low"], *beyond["high"]})
+        while True:
+            place = rates.index(choice.lr)
+            around = [*rates[max(0, place - 1) : place], *rates[place + 1 : place + 2]]
+            best = yield from self._best([choice, *(replace(choice, lr=lr) for lr in around)])
+            if best is None or best.lr == choice.lr:
+                return best and replace(best, rate_at_edge=_edge(best.lr, rates) if contender.has_grid else None)
+            choice = best
 
     def _best(self, choices: Iterable[Choice]) -> Generator[Cell, None, Choice | None]:
         """The choice with the lowest loss, the first (of rates the lowest) of equals; None while runs are missing."""

@@ -41,12 +41,15 @@ def classification(logits: Tensor, labels: Tensor) -> dict[str, float]:
         predictions have at least two classes; `calibration_error` (15 bins of equal width over the largest probability,
         Guo et al. 2017, eq. 3).
     """
-    predicted = logits.argmax(-1)
+    return {**of_predictions(logits.argmax(-1), labels), "calibration_error": calibration_error(logits, labels)}
+
+
+def of_predictions(predicted: Tensor, labels: Tensor) -> dict[str, float]:
+    """Those of `classification` that depend on the predicted classes alone. Both [N], integers."""
     metrics = {"accuracy": float((predicted == labels).double().mean()), "f1": _macro_f1(predicted, labels)}
-    matthews = _matthews(predicted, labels, logits.shape[-1])
+    matthews = _matthews(predicted, labels)
     if matthews is not None:
         metrics["matthews"] = matthews
-    metrics["calibration_error"] = calibration_error(logits, labels)
     return metrics
 
 
@@ -83,8 +86,9 @@ def _macro_f1(predicted: Tensor, labels: Tensor) -> float:
     return sum(scores) / len(scores)
 
 
-def _matthews(predicted: Tensor, labels: Tensor, classes: int) -> float | None:
+def _matthews(predicted: Tensor, labels: Tensor) -> float | None:
     """Multi-class Matthews correlation (Gorodkin 2004); None where it is undefined."""
+    classes = 1 + int(max(predicted.max(), labels.max()))
     table = torch.zeros(classes, classes, dtype=torch.float64)
     table.index_put_((labels, predicted), torch.ones(len(labels), dtype=torch.float64), accumulate=True)
     total, truth, guess = table.sum(), table.sum(1), table.sum(0)

@@ -169,7 +169,7 @@ def test_a_contenders_groups_keep_what_they_do_not_name(tmp_path: Path) -> None:
     given = contender(method="last_n_uncached", settings=settings)
     experiment = loaded(tmp_path, config={"execution": {"positions": "all"}}, contenders=[given])
     config = method("last_n_uncached").configuration(
-        budget=0.3, seed=0, settings=experiment.with_common(experiment.contenders[0].settings)
+        budget=0.3, seed=0, settings=experiment.with_common("last_n_uncached", experiment.contenders[0].settings)
     )
     execution = config.execution
     assert (execution.cache, execution.positions, execution.padding) == ("none", "all", "all")

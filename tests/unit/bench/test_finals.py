@@ -44,7 +44,7 @@ def test_a_mean_over_the_runs_in_which_a_metric_is_defined_would_flatter(tmp_pat
     assert "| undefined (2 of 3 seeds) |" in row(table, "lora")
     assert "| not measured |" in row(table, "last_n")
     for label in ("lora", "last_n"):
-        assert row(table, label).endswith("| better |")  # by the loss, which is there
+        assert row(table, label).endswith("| better° |")  # by the loss, which is there
         assert row(table, label).count("[") == 1
 
 
@@ -95,7 +95,7 @@ def test_one_label_with_two_settings_is_two_rows(tmp_path: Path) -> None:
         write(tmp_path / folder, "lora", 100, 0.4, settings={"rank": rank}, kind="tuning", budget=0.3)
     write(tmp_path / "b", "lora", 101, 0.4, settings={"rank": 16}, kind="tuning")
     (rows,) = final_results(tmp_path).values()
-    assert {finals.label: round(finals.tuning, 6) for finals in rows} == {
+    assert {finals.label: round(finals.tuning.flops, 6) for finals in rows} == {
         'lora {"rank": 8}': 0.3, 'lora {"rank": 16}': 0.6,
     }  # fmt: skip
 
@@ -108,6 +108,17 @@ def test_tuning_of_a_contender_without_any_is_nothing(tmp_path: Path) -> None:
     table = markdown(tmp_path)
     assert row(table, "rgft (1 seeds)").startswith("| rgft (1 seeds) | 0.0001 | 0.9 | 0.30 |")
     assert row(table, "rgft-auto").startswith("| rgft-auto (1 seeds) | 0.0001 | 0.0 | 0.30 |")
+
+
+def test_a_rate_at_the_edge_of_what_was_tried_is_marked(tmp_path: Path) -> None:
+    for label, rates in (("rgft", (5e-5, 1e-4, 2e-4)), ("lora", (1e-4, 2e-4)), ("last_n", (1e-4,))):
+        for rate in rates:
+            write(tmp_path, label, 100, 0.4, kind="tuning", lr=rate)
+        write(tmp_path, label, 0, 0.4, lr=1e-4)
+    table = markdown(tmp_path)
+    assert "| 0.0001 |" in row(table, "rgft")
+    assert "| 0.0001 ‡ |" in row(table, "lora")
+    assert "| 0.0001 |" in row(table, "last_n")
 
 
 def test_a_variant_that_won_on_one_task_is_the_same_contender_as_on_others(tmp_path: Path) -> None:

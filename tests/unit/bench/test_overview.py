@@ -28,8 +28,8 @@ def test_a_row_for_each_task_and_budget_at_which_rgft_has_runs(tmp_path: Path) -
     assert title == "SST-2, 2,000 examples, 3 epochs, 0.3"
     assert cells == dict.fromkeys(COLUMNS, "") | {
         "RGFT": "0.590, 0.410 (3)", "RGFT, untuned": "0.589, 0.411 (3)",
-        "full fine-tuning, stopped": "0.489\\*, 0.511\\* (3)",
-        "LoRA, no padding": "0.519\\*, 0.481\\* (3)", "last layers, with all that RGFT saves": "0.689†, 0.311† (3)",
+        "full fine-tuning, stopped": "0.489\\*°, 0.511\\*° (3)",
+        "LoRA, no padding": "0.519\\*°, 0.481\\*° (3)", "last layers, with all that RGFT saves": "0.689†°, 0.311†° (3)",
     }  # fmt: skip
 
 
@@ -39,7 +39,7 @@ def test_untuned_runs_stand_for_rgft_where_there_are_no_others(tmp_path: Path) -
         write(tmp_path, "full", seed, 0.50 + 1.1 * seed / 100)
     (cells,) = rows(overview(tmp_path)).values()
     assert (cells["RGFT"], cells["RGFT, untuned"]) == ("", "0.590, 0.410 (3)")
-    assert cells["full fine-tuning, stopped"] == "0.489\\*, 0.511\\* (3)"
+    assert cells["full fine-tuning, stopped"] == "0.489\\*°, 0.511\\*° (3)"
 
 
 def test_two_seeds_have_no_mark_and_a_missing_score_says_so(tmp_path: Path) -> None:

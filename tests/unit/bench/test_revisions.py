@@ -26,7 +26,8 @@ def digest_of(value: Any) -> str:
 def defaults_of(method: Method) -> dict[str, Any]:
     """Its own settings, and all RGFT settings that are not their fields' defaults, those of stages filled in."""
     config = method.configuration(budget=0.3, seed=0, settings={}, followed=Followed()).resolved()
-    return {"config": config.model_dump(exclude_defaults=True), "settings": method.settings}
+    instead = {"instead": method.instead} if method.instead else {}
+    return {"config": config.model_dump(exclude_defaults=True), "settings": method.settings, **instead}
 
 
 def test_each_method_is_noted() -> None:

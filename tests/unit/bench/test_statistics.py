@@ -1,6 +1,7 @@
 import random
 
 import pytest
+import torch
 from scipy.stats import ttest_rel
 
 from rgft.bench.statistics import Comparison, compare, over_tasks
@@ -58,15 +59,15 @@ def test_equal_differences_of_a_share_are_no_surer_than_its_test_set() -> None:
     two = compare(method, baseline, higher_is_better=True, examples=800)
     assert two.verdict == "undecided"
     assert two.low < 0 < two.high
-    # One example of 800, with 3 seeds and with 10: the spread is taken to be one example's.
+    # One example of 800, with 3 seeds and with 10: the error is taken to be one example's. All seeds have the same 800.
     for seeds in (3, 10):
         one = compare(dict.fromkeys(range(seeds), 0.90125), dict.fromkeys(range(seeds), 0.9), higher_is_better=True,
                       examples=800)  # fmt: skip
-        assert one.standard_error == pytest.approx(1 / 800 / seeds**0.5)
+        assert one.standard_error == pytest.approx(1 / 800)
     # 16 of 800: as if just these 16 had fallen out differently.
     many = compare(dict.fromkeys(range(3), 0.92), dict.fromkeys(range(3), 0.9), higher_is_better=True, examples=800)
-    assert many.standard_error == pytest.approx((0.02 / 800 / 3) ** 0.5)
-    assert many.verdict == "better"
+    assert many.standard_error == pytest.approx((0.02 / 800) ** 0.5)
+    assert many.verdict == "undecided"
     # Where seeds differ by more than that, they tell.
     wide = {0: 0.90, 1: 0.95, 2: 0.99}
     assert compare(wide, dict.fromkeys(wide, 0.9), higher_is_better=True, examples=800) == compare(
@@ -82,6 +83,37 @@ def test_the_least_spread_covers_the_truth_where_seeds_hardly_differ() -> None:
         found = compare(drawn, dict.fromkeys(drawn, 0.0), higher_is_better=True, examples=400)
         inside += found.low <= 0.01 <= found.high
     assert inside / trials >= 0.94
+
+
+def drawn(rng: random.Random, *, truth: float, seeds: int, examples: int) -> dict[int, torch.Tensor]:
+    """Seed → differences by example, of a part that goes with the seed, one with the example, and one with neither."""
+    of_examples = [rng.gauss(truth, 1.0) for _ in range(examples)]
+    return {
+        seed: torch.tensor([(of_seed + own + rng.gauss(0.0, 0.5)) for own in of_examples], dtype=torch.float64)
+        for seed in range(seeds)
+        for of_seed in [rng.gauss(0.0, 0.05)]
+    }
+
+
+def test_an_interval_over_seeds_and_examples_covers_the_truth_and_one_over_seeds_alone_does_not() -> None:
+    rng, inside, alone, trials = random.Random(3), 0, 0, 400
+    for _ in range(trials):
+        by_example = drawn(rng, truth=0.1, seeds=5, examples=100)
+        method = {seed: float(values.mean()) for seed, values in by_example.items()}
+        baseline = dict.fromkeys(method, 0.0)
+        both = compare(method, baseline, higher_is_better=True, by_example=by_example)
+        seeds = compare(method, baseline, higher_is_better=True)
+        assert both.difference == seeds.difference
+        inside += both.low < 0.1 < both.high
+        alone += seeds.low < 0.1 < seeds.high
+    assert 0.93 < inside / trials < 0.98
+    assert alone / trials < 0.75
+
+
+def test_of_equal_runs_nothing_is_decided_by_example_either() -> None:
+    same = {seed: torch.zeros(50, dtype=torch.float64) for seed in range(5)}
+    found = compare(dict.fromkeys(range(5), 0.5), dict.fromkeys(range(5), 0.5), higher_is_better=True, by_example=same)
+    assert (found.verdict, found.why, found.low, found.high) == ("undecided", "no spread", 0.0, 0.0)
 
 
 def test_over_tasks_only_what_has_enough_pairs_counts() -> None:

@@ -42,7 +42,7 @@ def test_table_compares_seed_by_seed_and_ignores_tuning_runs(tmp_path: Path) -> 
     rgft, full = (line for line in table.splitlines() if "3 seeds" in line)
     assert rgft.startswith("| rgft (3 seeds) | 0.0001 | 2.4 | 0.30 | 25 | 0.600 ± 0.100 | 0.400 ± 0.100 |")
     assert full.count("+0.050 [+0.025, +0.075]") == 2
-    assert full.endswith("| better |")
+    assert full.endswith("| better° |")
 
 
 def test_seeds_that_diverged_are_counted_and_in_no_mean(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -25,7 +25,10 @@ def tuned(experiment: Experiment, **losses: float) -> tuple[list[str], Choice | 
     try:
         while True:
             cell = next(steps)
-            loss = losses.get(cell.variant or f"lr{cell.lr:g}")
+            rate = f"lr{cell.lr:g}"
+            loss = losses.get(
+                rate if cell.variant is None else f"{cell.variant}-{rate}", losses.get(cell.variant or "")
+            )
             if loss is not None:
                 made[cell.file_name] = loss + 0.001 * (cell.seed - 100)
     except StopIteration as stop:
@@ -83,7 +86,7 @@ def test_every_run_that_tuning_asks_for_is_known_before(tmp_path: Path) -> None:
         found, choice = tuned(experiment, **losses, b=0.5, c=0.4)
         assert choice is not None
         assert choice.variant == "c"
-        assert len(found) == 8
+        assert len(found) >= 8
         final = experiment.final_cells(experiment.contenders[0], choice)
         assert {*found, *(cell.file_name for cell in final)} <= known
 
@@ -105,7 +108,7 @@ def test_without_a_grid_nothing_is_extended(tmp_path: Path, changes: dict[str, A
     assert choice == Choice(lr=changes["lrs"][-1])
 
 
-def test_variants_are_tried_at_the_best_rate_alone(tmp_path: Path) -> None:
+def test_variants_are_tried_from_the_best_rate_to_their_own(tmp_path: Path) -> None:
     variants = {"two": {"config": {"policy": {"layers": 2}}}, "four": {"config": {"policy": {"layers": 4}, "seed": 1}}}
     settings = {"config": {"policy": {"name": "last_n", "layers": 1}, "seed": 8}}
     experiment = of(
@@ -114,9 +117,18 @@ def test_variants_are_tried_at_the_best_rate_alone(tmp_path: Path) -> None:
     losses = {"lr0.0001": 0.5, "lr0.0002": 0.4, "lr0.0004": 0.6}
     found, choice = tuned(experiment, **losses, two=0.5, four=0.3)
     assert found[6:] == [
-        f"a--tuning--{variant}--lr0.0002--seed{seed}.json" for variant in variants for seed in (100, 101)
+        f"a--tuning--{variant}--lr{lr:g}--seed{seed}.json"
+        for variant in variants
+        for lr in (2e-4, 1e-4, 4e-4)
+        for seed in (100, 101)
     ]
     assert choice == Choice(lr=2e-4, variant="four")
+    slow = {"four-lr0.0004": 0.39, "four-lr0.0008": 0.37, "four-lr0.0016": 0.36, "four-lr0.0032": 0.38}
+    found, climbed = tuned(experiment, **losses, two=0.5, four=0.4, **slow)
+    assert [name.split("--")[3] for name in found if "four" in name][::2] == [
+        "lr0.0002", "lr0.0001", "lr0.0004", "lr0.0008", "lr0.0016", "lr0.0032",
+    ]  # fmt: skip
+    assert climbed == Choice(lr=1.6e-3, variant="four")
     assert tuned(experiment, **losses, two=0.5, four=0.45)[1] == Choice(lr=2e-4)
     assert tuned(experiment, **losses, two=0.5)[1] is None
     a = experiment.contenders[0]
@@ -127,9 +139,9 @@ def test_variants_are_tried_at_the_best_rate_alone(tmp_path: Path) -> None:
         tmp_path, method="last_n", settings=settings, variants={"lisa": {"config": {"policy": {"name": "lisa"}}}}
     )
     assert other.contenders[0].settings_of("lisa") == {"config": {"policy": {"name": "lisa"}, "seed": 8}}
-    assert choice is not None
-    assert [cell.file_name for cell in experiment.final_cells(a, choice)] == [
-        f"a--final--four--lr0.0002--seed{seed}.json" for seed in (0, 1)
+    assert climbed is not None
+    assert [cell.file_name for cell in experiment.final_cells(a, climbed)] == [
+        f"a--final--four--lr0.0016--seed{seed}.json" for seed in (0, 1)
     ]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from rgft.bench.methods.base import Change, Method
+from rgft.bench.methods.base import HEAD_AT_OWN_RATE, Change, Method
 from rgft.bench.methods.peft_kinds import of_model
 from rgft.partition import partition
 
@@ -66,7 +66,8 @@ def adapter(name: str, title: str, source: str, change: Change, *, cost: str = _
     """A method that trains adapters, and nothing of the body beside."""
     return Method(
         name=name, title=title, source=source, change=change, cost=cost,
-        config={"preset": "full", "granularity": "adapter", **more.pop("config", {})}, **more,
+        config={"preset": "full", "granularity": "adapter", **more.pop("config", {})}, instead=HEAD_AT_OWN_RATE,
+        revision=2, **more,
     )  # fmt: skip
 
 

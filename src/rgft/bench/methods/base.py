@@ -20,6 +20,10 @@ from rgft.run import Run, Settings
 #: Settings of every method: RGFT's own, and how it finds a learning rate by itself.
 COMMON = ("config", "lr")
 
+#: What adapters and the few numbers of BitFit have beside rates ten times those of dense weights: a new head trains at
+#: their own rate, as PEFT's do, and not at a multiple of it.
+HEAD_AT_OWN_RATE: Mapping[str, Any] = {"classifier_lr_multiplier": 1.0}
+
 #: (model, the method's settings) → the model that is trained.
 Change = Callable[[nn.Module, Mapping[str, Any]], nn.Module]
 
@@ -76,6 +80,7 @@ class Method:
         source: the paper.
         cost: what it saves of a step of full fine-tuning, and what it does not, in words.
         config: RGFT settings, without budget and seed.
+        instead: RGFT settings in place of those that an experiment's contenders share; a contender's own go before.
         settings: its own, beside those of every method, and their defaults; of what is a mapping here, no other keys
             are known either.
         change: wraps the model or freezes some of it; None: the model as it is.
@@ -92,6 +97,7 @@ class Method:
     source: str = ""
     cost: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
+    instead: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     change: Change | None = None
     loss: Callable[[Loss], Loss] = unchanged_loss

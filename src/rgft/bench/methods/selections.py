@@ -56,7 +56,7 @@ METHODS = (
     ),
     _selection("linear_probe", "the classifier alone", "Alain and Bengio 2016 (arXiv:1610.01644)"),
     _selection(
-        "layer_wise_decay", "rates decaying with depth", "Howard and Ruder 2018 (arXiv:1801.06146)",
+        "layer_wise_decay", "rates decaying with depth, by .95 a layer", "Sun et al. 2019 (arXiv:1905.05583)",
         cost="nothing",
     ),
     _selection(

@@ -140,6 +140,6 @@ METHODS = (
     ),
     _sparse(
         "lift", "LIFT: principal weights", "Liu et al. 2025 (arXiv:2506.00772)", LowRankMagnitude,
-        cost="nothing: dW is made whole, and masked; decompositions are added",
+        cost="nothing: dW is made whole, and masked; decompositions are added", every=0.2, revision=2,
     ),
 )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from rgft.architectures.patterns import find
-from rgft.bench.methods.base import Change, Method
+from rgft.bench.methods.base import HEAD_AT_OWN_RATE, Change, Method
 from rgft.bench.methods.peft_kinds import HEADS
 
 
@@ -36,10 +36,10 @@ _COST = "dW of the body's matrices; dX runs to the bottom"
 METHODS = (
     Method(
         name="bitfit", title="BitFit: biases alone", source="Ben Zaken et al. 2021 (arXiv:2106.10199)", cost=_COST,
-        change=training(_is_bias), config={"preset": "full"},
+        change=training(_is_bias), config={"preset": "full"}, instead=HEAD_AT_OWN_RATE, revision=2,
     ),
     Method(
         name="norm_tuning", title="norms alone", source="Zhao et al. 2023 (arXiv:2312.11420)", cost=_COST,
-        change=training(_is_of_norm), config={"preset": "full"},
+        change=training(_is_of_norm), config={"preset": "full"}, instead=HEAD_AT_OWN_RATE, revision=2,
     ),
 )  # fmt: skip

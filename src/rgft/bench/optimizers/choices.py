@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rgft.allocation.selection import require_at_least, require_fraction, share_of
 from rgft.allocation.turns import in_steps, require_stretch
-from rgft.bench.optimizers.galore import svd_flops
+from rgft.bench.optimizers.galore import is_charged, svd_flops
 from rgft.bench.optimizers.sparse import Choice, Matrix
 
 
@@ -111,20 +111,23 @@ class LowRankMagnitude(Choice):
     Attributes:
         fraction: of each matrix's entries.
         rank: of the approximation.
-        every: steps.
+        every: steps, or a share of the run (see `over`).
     """
 
     fraction: float = 0.05
     rank: int = 128
-    every: int = 100
+    every: float = 100
 
     def __post_init__(self) -> None:
         require_fraction("choice.fraction", self.fraction)
         require_at_least("choice.rank", self.rank, 1)
-        require_at_least("choice.every", self.every, 1)
+        require_stretch("choice.every", self.every)
+
+    def over(self, steps: int) -> LowRankMagnitude:
+        return replace(self, every=in_steps("choice.every", self.every, steps))
 
     def choose(self, step: int, matrices: Sequence[Matrix]) -> Sequence[Tensor] | None:
-        if step % self.every:
+        if step % in_steps("choice.every", self.every, None):
             return None
         chosen: list[Tensor] = []
         for matrix in matrices:
@@ -134,7 +137,7 @@ class LowRankMagnitude(Choice):
         return chosen
 
     def flops(self, step: int, shapes: Sequence[tuple[int, int]]) -> float:
-        if step % self.every:
+        if not is_charged(self.every, step):
             return 0.0
         return sum(svd_flops(shape) + 2.0 * math.prod(shape) * min(self.rank, *shape) for shape in shapes)
 

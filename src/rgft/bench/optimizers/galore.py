@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rgft.allocation.turns import in_steps
 from rgft.bench.optimizers.stand_ins import StandInAdamW
 from rgft.errors import ConfigError
 
@@ -22,29 +24,34 @@ class GaLoreAdamW(StandInAdamW):
     Args:
         params, lr, weight_decay: see `StandInAdamW`.
         rank: r, at most the shorter side is used.
-        every: T.
+        every: T, or a share of the run (see `over`).
         scale: α.
     """
 
     def __init__(
-        self, params: Iterable[Any], *, lr: float, weight_decay: float = 0.0, rank: int = 8, every: int = 200,
+        self, params: Iterable[Any], *, lr: float, weight_decay: float = 0.0, rank: int = 8, every: float = 200,
         scale: float = 0.25,
     ) -> None:  # fmt: skip
         problems = [
             f"galore.{name}: expected {what}, found {value!r}"
             for name, what, value, ok in (
-                ("rank", "an integer >= 1", rank, rank >= 1), ("every", "an integer >= 1", every, every >= 1),
+                ("rank", "an integer >= 1", rank, rank >= 1),
+                ("every", "a number > 0", every, every > 0),
                 ("scale", "a number > 0", scale, scale > 0),
             )
             if not ok
-        ]  # fmt: skip
+        ]
         if problems:
             raise ConfigError(problems)
         super().__init__(params, lr=lr, weight_decay=weight_decay)
         self.rank, self.every, self.scale = rank, every, scale
 
+    def over(self, steps: int) -> None:
+        """Makes steps of what is given as a share of a run of so many."""
+        self.every = in_steps("galore.every", self.every, steps)
+
     def _prepare(self, matrices: list[nn.Parameter]) -> None:
-        if self.steps_made % self.every == 0:
+        if self.steps_made % in_steps("galore.every", self.every, None) == 0:
             for matrix in matrices:
                 assert matrix.grad is not None
                 self.state[matrix]["projector"] = projector(matrix.grad, self.rank)
@@ -68,7 +75,15 @@ class GaLoreAdamW(StandInAdamW):
 
     def occasional_flops(self, step: int) -> float:
         """Of the decompositions, in the steps that make them."""
-        return sum(svd_flops(m.shape) for m in self.matrices) if step % self.every == 0 else 0.0
+        return sum(svd_flops(m.shape) for m in self.matrices) if is_charged(self.every, step) else 0.0
+
+
+def is_charged(every: float, step: int) -> bool:
+    """Whether a step pays for what is done every so many.
+
+    Of a share of a run whose length is not known yet, its first steps do, as many as there will be of them.
+    """
+    return step % int(every) == 0 if every >= 1 else step < math.ceil(1 / every)
 
 
 def projector(gradient: Tensor, rank: int) -> Tensor:

@@ -1,0 +1,129 @@
+"""What became of each example of the test split: its loss, and the class that was chosen.
+
+All runs of a task are tested on the same examples, so that a difference between two methods may be one of these
+examples and not of the methods, however many seeds agree on it. Final results keep the outcomes, packed, and
+comparisons take examples into account beside seeds.
+"""
+
+from __future__ import annotations
+
+from base64 import b64decode, b64encode
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rgft.batches import SizedDataset
+from rgft.tasks.base import PreparedTask, number_of_examples
+from rgft.tasks.metrics import of_predictions
+
+#: Field → how its numbers are stored, little-endian. Half precision keeps a loss to .05 %.
+_STORED = {"loss": "<f2", "weight": "<i4", "predicted": "<i2", "label": "<i2"}
+
+#: Metrics of predicted classes, and what top-1 error is one minus.
+_OF_CLASSES = {"accuracy": "accuracy", "top1_error": "accuracy", "f1": "f1", "matthews": "matthews"}
+
+
+class Outcomes:
+    """Collects outcomes while a split is evaluated: `observe` is an `evaluation.Observer`.
+
+    Args:
+        task: whose split.
+        split: what is evaluated.
+    """
+
+    def __init__(self, task: PreparedTask, split: SizedDataset) -> None:
+        self._task, self._split = task, split
+        count = len(split)
+        self._losses, self._weights = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.int32)
+        self._predicted, self._labels = (torch.full((count,), -1, dtype=torch.int16) for _ in range(2))
+        self._has_losses = self._has_classes = True
+
+    def observe(self, places: Sequence[int], losses: Tensor, logits: Tensor, batch: Mapping[str, Any]) -> None:
+        where, labels = torch.tensor(places), batch["labels"]
+        if losses.shape == (len(places),):
+            weights = torch.tensor([self._weight(place) for place in places])
+            # Losses are such that their mean is that of all that the batch weighs.
+            sums = losses.double().cpu() * (self._task.weight(batch) / len(places))
+            self._losses[where] = torch.where(weights > 0, sums / weights, 0.0)
+            self._weights[where] = weights.to(torch.int32)
+        else:
+            self._has_losses = False
+        if labels.dim() == 1 and logits.dim() == 2 and logits.shape[1] > 1 and not labels.is_floating_point():
+            self._predicted[where] = logits.argmax(-1).cpu().to(torch.int16)
+            self._labels[where] = labels.cpu().to(torch.int16)
+        else:
+            self._has_classes = False
+
+    def _weight(self, place: int) -> int:
+        if self._task.weight is number_of_examples:
+            return 1
+        return self._task.weight(self._task.collate([self._split[place]]))
+
+    def to_dict(self) -> dict[str, str]:
+        """Field → its numbers in the split's order, packed; a field that there is not is left out.
+
+        `loss`: mean of the example; `weight`: what it counts for in the split's (not said where all count alike);
+        `predicted`, `label`: classes.
+        """
+        found: dict[str, Tensor] = {}
+        if self._has_losses:
+            found["loss"] = self._losses
+            if bool((self._weights != 1).any()):
+                found["weight"] = self._weights
+        if self._has_classes:
+            found |= {"predicted": self._predicted, "label": self._labels}
+        return {name: _packed(values, name) for name, values in found.items()}
+
+
+def is_by_example(metric: str) -> bool:
+    """Whether it can be said what single examples bring to a metric."""
+    return metric == "loss" or metric in _OF_CLASSES
+
+
+def by_example(result: Mapping[str, Any], metric: str) -> Tensor | None:
+    """What each test example brings to a metric of a run: values [N] in float64 whose mean is the metric.
+
+    Of a metric that is no mean over examples these are the jackknife's pseudo-values (Efron and Tibshirani 1993,
+    chapter 11), whose mean is the metric but for its bias.
+
+    Returns:
+        None where the run does not say, or the metric is undefined without some example.
+    """
+    stored = result.get("outcomes") or {}
+    if metric == "loss" and "loss" in stored:
+        losses = _unpacked(stored, "loss")
+        weights = _unpacked(stored, "weight") if "weight" in stored else torch.ones_like(losses)
+        mean = (losses * weights).sum() / weights.sum()
+        return mean + (losses - mean) * weights / weights.mean()
+    if metric in _OF_CLASSES and "predicted" in stored:
+        values = _pseudo_values(_unpacked(stored, "predicted").long(), _unpacked(stored, "label").long(), metric)
+        return 1.0 - values if metric == "top1_error" and values is not None else values
+    return None
+
+
+def _pseudo_values(predicted: Tensor, labels: Tensor, metric: str) -> Tensor | None:
+    name, count = _OF_CLASSES[metric], len(labels)
+    if name == "accuracy":
+        return (predicted == labels).double()
+    values = torch.zeros(count, dtype=torch.float64)
+    whole = of_predictions(predicted, labels).get(name)
+    for label, guess in torch.stack([labels, predicted], 1).unique(dim=0).tolist():
+        alike = (labels == label) & (predicted == guess)  # leaving out any of these makes the same metric
+        rest = torch.ones(count, dtype=torch.bool)
+        rest[int(alike.nonzero()[0])] = False
+        without = of_predictions(predicted[rest], labels[rest]).get(name)
+        if whole is None or without is None:
+            return None
+        values[alike] = count * whole - (count - 1) * without
+    return values
+
+
+def _packed(values: Tensor, field: str) -> str:
+    return b64encode(values.numpy().astype(_STORED[field]).tobytes()).decode("ascii")
+
+
+def _unpacked(stored: Mapping[str, str], field: str) -> Tensor:
+    return torch.from_numpy(np.frombuffer(b64decode(stored[field]), dtype=_STORED[field]).astype(np.float64))

@@ -113,18 +113,27 @@ def _read_texts(path: Path, columns: Sequence[str]) -> list[Row]:
 
 
 def _read_hub(name: str, columns: Sequence[str], split: str) -> list[Row]:
+    data = hub_split(name, split)
+    require_columns(name, columns, data.column_names)
+    return [dict(row) for row in data.select_columns(list(dict.fromkeys(columns)))]
+
+
+def hub_split(name: str, split: str) -> Any:
+    """A split of a data set on the hub (`datasets.Dataset`).
+
+    Raises:
+        DataError: it could not be loaded.
+    """
     from datasets import load_dataset
 
     try:
-        data = load_dataset(name, split=split)
+        return load_dataset(name, split=split)
     except Exception as error:  # the hub's client raises many kinds
         raise DataError(
             f"{name!r} is no file here, and could not be loaded from the hub ({type(error).__name__}: {error}). "
             f"Give the path of a file ending in {', '.join(_SUFFIXES)}, or check the name, the network and "
             "HF_HUB_OFFLINE"
         ) from error
-    require_columns(name, columns, data.column_names)
-    return [dict(row) for row in data.select_columns(list(dict.fromkeys(columns)))]
 
 
 def require_columns(where: str, wanted: Iterable[str], found: Iterable[str]) -> None:

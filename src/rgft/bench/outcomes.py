@@ -23,7 +23,9 @@ from rgft.tasks.metrics import of_predictions
 _STORED = {"loss": "<f2", "weight": "<i4", "predicted": "<i2", "label": "<i2"}
 
 #: Metrics of predicted classes, and what top-1 error is one minus.
-_OF_CLASSES = {"accuracy": "accuracy", "top1_error": "accuracy", "f1": "f1", "matthews": "matthews"}
+_OF_CLASSES = {
+    "accuracy": "accuracy", "top1_error": "accuracy", "f1": "f1", "macro_f1": "f1", "matthews": "matthews"
+}  # fmt: skip
 
 
 class Outcomes:
@@ -90,7 +92,7 @@ def by_example(result: Mapping[str, Any], metric: str) -> Tensor | None:
     chapter 11), whose mean is the metric but for its bias.
 
     Returns:
-        None where the run does not say, or the metric is undefined without some example.
+        None where the run does not say, the metric is undefined without some example, or it is the F1 of one class.
     """
     stored = result.get("outcomes") or {}
     if metric == "loss" and "loss" in stored:
@@ -98,7 +100,8 @@ def by_example(result: Mapping[str, Any], metric: str) -> Tensor | None:
         weights = _unpacked(stored, "weight") if "weight" in stored else torch.ones_like(losses)
         mean = (losses * weights).sum() / weights.sum()
         return mean + (losses - mean) * weights / weights.mean()
-    if metric in _OF_CLASSES and "predicted" in stored:
+    is_of_one_class = metric == "f1" and "macro_f1" in result["metrics"]["test"]
+    if metric in _OF_CLASSES and "predicted" in stored and not is_of_one_class:
         values = _pseudo_values(_unpacked(stored, "predicted").long(), _unpacked(stored, "label").long(), metric)
         return 1.0 - values if metric == "top1_error" and values is not None else values
     return None

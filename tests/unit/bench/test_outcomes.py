@@ -56,7 +56,7 @@ def test_values_by_example_have_the_metrics_of_the_split_as_their_means() -> Non
     task = of_classes(rows)
     outcomes = Outcomes(task, rows)
     metrics = evaluate(task, rows, batch_size=4, loss=task.loss, observer=outcomes.observe)
-    result = {"outcomes": outcomes.to_dict()}
+    result = {"outcomes": outcomes.to_dict(), "metrics": {"test": metrics}}
     assert set(result["outcomes"]) == {"loss", "predicted", "label"}
     values = {name: by_example(result, name) for name in ("loss", "accuracy", "top1_error", "f1", "matthews")}
     means = {name: float(found.mean()) for name, found in values.items() if found is not None}
@@ -71,6 +71,11 @@ def test_values_by_example_have_the_metrics_of_the_split_as_their_means() -> Non
     assert values["loss"] is not None
     assert values["loss"].tolist() == pytest.approx(alone, rel=1e-3, abs=1e-3)
     assert by_example(result, "pass@1") is None
+    of_one_class = {**result, "metrics": {"test": {"f1": 0.5, "macro_f1": metrics["f1"]}}}
+    assert by_example(of_one_class, "f1") is None
+    macro = by_example(of_one_class, "macro_f1")
+    assert macro is not None
+    assert macro.tolist() == (values["f1"].tolist() if values["f1"] is not None else None)
     assert by_example({}, "loss") is None
 
 

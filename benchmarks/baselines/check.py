@@ -52,12 +52,15 @@ def prepared(task: str, seed: int) -> PreparedTask:
     return made
 
 
+def shared_settings(name: str) -> dict[str, Any]:
+    """What the bench's experiments give to a method."""
+    return {"classifier_lr_multiplier": HEAD_MULTIPLIER, **method(name).instead}
+
+
 def ours(name: str, task: PreparedTask, *, seed: int, budget: float | None) -> dict[str, Any]:
     """A run as the bench makes it; without a budget its schedule goes by steps."""
     chosen, losses = method(name), list[float]()
-    config = Config.from_dict(
-        {**chosen.config, "classifier_lr_multiplier": HEAD_MULTIPLIER, "budget": budget, "seed": seed}
-    )
+    config = Config.from_dict({**chosen.config, **shared_settings(name), "budget": budget, "seed": seed})
     settings = Settings(lr=RATES[name], **RUN)
     full = full_fine_tuning_flops(task, settings, seed=seed) if chosen.changes_model else None
     torch.manual_seed(seed)
@@ -90,7 +93,8 @@ def job_of(name: str, task: PreparedTask, *, seed: int) -> dict[str, Any]:
     return {
         "method": name, "model_folder": str(model_folder()), "classes": len(task.label_names), "seed": seed,
         "train": list(task.train), "test": [task.test[i] for i in range(len(task.test))],  # pyright: ignore
-        "batches": list(stream.indices()), "lr": RATES[name], "head_lr_multiplier": HEAD_MULTIPLIER,
+        "batches": list(stream.indices()), "lr": RATES[name],
+        "head_lr_multiplier": shared_settings(name)["classifier_lr_multiplier"],
         "weight_decay": RUN["weight_decay"], "warmup": RUN["warmup"], "max_grad_norm": 1.0, "rank": RANK,
     }  # fmt: skip
 

@@ -60,6 +60,7 @@ def test_the_bench_makes_the_steps_of_a_plain_loop(
         )  # fmt: skip
 
     job = check.job_of(name, task(), seed=3)
+    assert job["head_lr_multiplier"] == {"full": 10.0, "lora": 1.0}[name]
     expected = plain.train(job)
     found = check.ours(name, task(), seed=3, budget=None)
     assert len(job["batches"]) == len(expected["losses"]) == 3

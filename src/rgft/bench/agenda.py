@@ -10,7 +10,7 @@ from typing import Any
 from rgft.bench.durations import Durations
 from rgft.bench.experiment import Cell, Choice, Contender, Experiment
 from rgft.bench.fingerprint import DataCheck
-from rgft.bench.results import Results, set_aside, unlike, write_result
+from rgft.bench.results import Results, set_aside, unlike
 from rgft.bench.runner import ALONE, Conditions, identity_of
 from rgft.bench.tasks import bench_task
 from rgft.bench.tuning import Tuning, validation_loss
@@ -111,8 +111,6 @@ class Agenda:
         for path, result in self.results.finals(contender.label):
             if (result["lr"], result.get("variant")) != (choice.lr, choice.variant):
                 log.warning("%s: superseded, kept as %s", path, set_aside(path, result).name)
-            elif result.get("rate_at_edge") != choice.rate_at_edge:
-                write_result(path, {**result, "rate_at_edge": choice.rate_at_edge})
 
     def _require_same_settings(self, cell: Cell, result: Mapping[str, Any]) -> None:
         wanted, path = identity_of(self.experiment, cell), self.results.path(cell)

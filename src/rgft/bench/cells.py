@@ -13,7 +13,7 @@ _MARKS = {"better": "\\*", "worse": "†"}
 #: What tables say of verdicts over seeds alone, and what that means.
 SEEDS_ALONE = "°"
 OF_SEEDS_ALONE = (
-    "°: over seeds alone, of runs that do not say what became of each test example: less sure than it looks."
+    f"{SEEDS_ALONE}: over seeds alone, where what single test examples bring is not known: less sure than it looks."
 )
 
 

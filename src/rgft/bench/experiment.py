@@ -109,13 +109,11 @@ class Choice:
     Attributes:
         lr: learning rate.
         variant: its name; None: the contender's own settings.
-        rate_at_edge: whether the rate is the lowest or highest that was tried.
         has_diverged: whether a run diverged at this and at every other choice.
     """
 
     lr: float
     variant: str | None = None
-    rate_at_edge: Edge | None = None
     has_diverged: bool = False
 
 
@@ -128,7 +126,6 @@ class Cell:
     seed: int
     is_final: bool
     variant: str | None = None
-    rate_at_edge: Edge | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -252,10 +249,7 @@ class Experiment(Section):
     @staticmethod
     def _cells(contender: Contender, choice: Choice, seeds: Seeds, *, is_final: bool) -> Iterator[Cell]:
         for seed in seeds:
-            yield Cell(
-                contender=contender, lr=choice.lr, seed=seed, is_final=is_final, variant=choice.variant,
-                rate_at_edge=choice.rate_at_edge,
-            )  # fmt: skip
+            yield Cell(contender=contender, lr=choice.lr, seed=seed, is_final=is_final, variant=choice.variant)
 
 
 class _Budgets(Section):

@@ -20,6 +20,9 @@ _LOWER = frozenset(
     }
 )  # fmt: skip
 
+#: What is measured on the model itself, and not on examples.
+_OF_MODEL = frozenset({"weight_change", "updated_per_step", "updated_in_all"})
+
 #: Name → where the figure lies in a result, if not in the test split's metrics.
 _BESIDE: Mapping[str, tuple[str, ...]] = {
     "forgetting": ("measures", "general", "general_loss", "forgetting"),
@@ -40,6 +43,11 @@ def in_words(name: str) -> str:
     """A figure's name for people, with the split that it is of, if it is one's."""
     words = name.replace("_", " ")
     return f"test {words}" if _place(name)[0] == "metrics" else words
+
+
+def is_of_texts(name: str) -> bool:
+    """Whether a figure is measured on examples, which another draw of them would change."""
+    return name not in _OF_MODEL
 
 
 def figure(result: _Result, name: str) -> float | None:

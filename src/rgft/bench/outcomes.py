@@ -22,10 +22,11 @@ from rgft.tasks.metrics import of_predictions
 #: Field → how its numbers are stored, little-endian. Half precision keeps a loss to .05 %.
 _STORED = {"loss": "<f2", "weight": "<i4", "predicted": "<i2", "label": "<i2"}
 
+#: What half precision holds.
+MAX_LOSS = 65504.0
+
 #: Metrics of predicted classes, and what top-1 error is one minus.
-_OF_CLASSES = {
-    "accuracy": "accuracy", "top1_error": "accuracy", "f1": "f1", "macro_f1": "f1", "matthews": "matthews"
-}  # fmt: skip
+_OF_CLASSES = {"accuracy": "accuracy", "top1_error": "accuracy", "f1": "f1", "matthews": "matthews"}
 
 
 class Outcomes:
@@ -45,6 +46,10 @@ class Outcomes:
 
     def observe(self, places: Sequence[int], losses: Tensor, logits: Tensor, batch: Mapping[str, Any]) -> None:
         where, labels = torch.tensor(places), batch["labels"]
+        if "groups" in batch and bool(
+            (batch["groups"] >= 0).any()
+        ):  # rows of one question are no examples by themselves
+            self._has_losses = self._has_classes = False
         if losses.shape == (len(places),):
             weights = torch.tensor([self._weight(place) for place in places])
             # Losses are such that their mean is that of all that the batch weighs.
@@ -71,18 +76,13 @@ class Outcomes:
         `predicted`, `label`: classes.
         """
         found: dict[str, Tensor] = {}
-        if self._has_losses:
+        if self._has_losses and not bool((self._losses.abs() > MAX_LOSS).any()):
             found["loss"] = self._losses
             if bool((self._weights != 1).any()):
                 found["weight"] = self._weights
         if self._has_classes:
             found |= {"predicted": self._predicted, "label": self._labels}
         return {name: _packed(values, name) for name, values in found.items()}
-
-
-def is_by_example(metric: str) -> bool:
-    """Whether it can be said what single examples bring to a metric."""
-    return metric == "loss" or metric in _OF_CLASSES
 
 
 def by_example(result: Mapping[str, Any], metric: str) -> Tensor | None:
@@ -92,7 +92,8 @@ def by_example(result: Mapping[str, Any], metric: str) -> Tensor | None:
     chapter 11), whose mean is the metric but for its bias.
 
     Returns:
-        None where the run does not say, the metric is undefined without some example, or it is the F1 of one class.
+        None where the run does not say, the metric is undefined without some example, or is another one of this name
+        (the F1 of one class, the accuracy of choosing among rows).
     """
     stored = result.get("outcomes") or {}
     if metric == "loss" and "loss" in stored:
@@ -100,25 +101,29 @@ def by_example(result: Mapping[str, Any], metric: str) -> Tensor | None:
         weights = _unpacked(stored, "weight") if "weight" in stored else torch.ones_like(losses)
         mean = (losses * weights).sum() / weights.sum()
         return mean + (losses - mean) * weights / weights.mean()
-    is_of_one_class = metric == "f1" and "macro_f1" in result["metrics"]["test"]
-    if metric in _OF_CLASSES and "predicted" in stored and not is_of_one_class:
-        values = _pseudo_values(_unpacked(stored, "predicted").long(), _unpacked(stored, "label").long(), metric)
-        return 1.0 - values if metric == "top1_error" and values is not None else values
+    if metric in _OF_CLASSES and "predicted" in stored:
+        predicted, labels = (_unpacked(stored, field).long() for field in ("predicted", "label"))
+        name, told = _OF_CLASSES[metric], result["metrics"]["test"].get(metric)
+        is_error = metric == "top1_error"
+        whole = of_predictions(predicted, labels).get(name)
+        if whole is None or told is None or abs((1.0 - whole if is_error else whole) - told) > 1e-6:
+            return None
+        values = _pseudo_values(predicted, labels, name, whole)
+        return 1.0 - values if is_error and values is not None else values
     return None
 
 
-def _pseudo_values(predicted: Tensor, labels: Tensor, metric: str) -> Tensor | None:
-    name, count = _OF_CLASSES[metric], len(labels)
+def _pseudo_values(predicted: Tensor, labels: Tensor, name: str, whole: float) -> Tensor | None:
     if name == "accuracy":
         return (predicted == labels).double()
+    count = len(labels)
     values = torch.zeros(count, dtype=torch.float64)
-    whole = of_predictions(predicted, labels).get(name)
     for label, guess in torch.stack([labels, predicted], 1).unique(dim=0).tolist():
         alike = (labels == label) & (predicted == guess)  # leaving out any of these makes the same metric
         rest = torch.ones(count, dtype=torch.bool)
         rest[int(alike.nonzero()[0])] = False
         without = of_predictions(predicted[rest], labels[rest]).get(name)
-        if whole is None or without is None:
+        if without is None:
             return None
         values[alike] = count * whole - (count - 1) * without
     return values

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from rgft.bench.cells import heading, line, mark
+from rgft.bench.cells import OF_SEEDS_ALONE, heading, line, mark
 from rgft.bench.finals import Finals, final_results
 from rgft.bench.group import Group, canonical
 
@@ -29,8 +29,8 @@ _NOTE = (
     "Test split, means over seeds (their number): each task's score, then held-out loss. Of the FLOPs of full "
     "fine-tuning of the same run each method had the share that the row says; learning rates are tuned on validation "
     'data, but for "untuned", where a rule gives them. \\*: RGFT is better, †: worse, by the 95 % interval of '
-    "differences paired by seed, three pairs at least; no mark: undecided. Where RGFT was not tuned it is held against "
-    "others as it is."
+    f"differences paired by seed and test example, three pairs at least; no mark: undecided. {OF_SEEDS_ALONE} Where "
+    "RGFT was not tuned it is held against others as it is."
 )
 
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from rgft.bench.figures import is_lower_better
+from rgft.bench.figures import is_lower_better, is_of_texts
 from rgft.bench.finals import Finals
-from rgft.bench.outcomes import by_example, is_by_example
+from rgft.bench.outcomes import by_example
 from rgft.bench.statistics import Comparison, compare
 
 #: How much worse than tuned full fine-tuning's own score RGFT may be at a share of its FLOPs: half a point.
@@ -29,7 +29,7 @@ def difference(method: Finals, baseline: Finals, metric: str, *, margin: float =
         examples=_examples(method, baseline) if metric in _BY_EXAMPLE or metric.startswith("pass@") else None,
         by_example=differences,
     )  # fmt: skip
-    found = replace(found, over_seeds_alone=is_by_example(metric) and differences is None)
+    found = replace(found, over_seeds_alone=differences is None and is_of_texts(metric))
     if margin <= 0.0 or is_lower_better(metric):
         return found
     if is_target(method, baseline) and not baseline.tuning.flops:
@@ -83,8 +83,11 @@ def _undecided(comparison: Comparison, why: str) -> Comparison:
 
 
 def _by_example(method: Finals, baseline: Finals, metric: str) -> dict[int, Tensor] | None:
-    """Seed → differences of the two on each test example [N]; None: not all of their runs say."""
+    """Seed → differences of the two on each test example [N]; None: not all of their runs say, or of the same test."""
     differences: dict[int, Tensor] = {}
+    tests = {str((result.get("data") or {}).get("test")) for f in (method, baseline) for result in f.by_seed.values()}
+    if len(tests) > 1:
+        return None
     for seed in set(method.metric(metric)) & set(baseline.metric(metric)):
         ours, theirs = (by_example(finals.by_seed[seed], metric) for finals in (method, baseline))
         if ours is None or theirs is None or len(ours) != len(theirs):

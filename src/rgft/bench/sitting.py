@@ -147,11 +147,10 @@ def _of_pool(error: BaseException) -> Failure:
 
 def _result(experiment: Experiment, cell: Cell, conditions: Conditions) -> dict[str, Any]:
     try:
-        result = run_cell(experiment, cell, conditions)
+        return run_cell(experiment, cell, conditions)
     except NonFiniteError as error:
         log.warning("%s: diverged: %s", cell.file_name, error)
-        result = {**identity_of(experiment, cell), "metrics": {}, "diverged": str(error)}
-    return {**result, "rate_at_edge": cell.rate_at_edge} if cell.is_final and cell.rate_at_edge else result
+        return {**identity_of(experiment, cell), "metrics": {}, "diverged": str(error)}
 
 
 def make_run(experiment: Experiment, cell: Cell, folder: Path, conditions: Conditions) -> Failure | None:

@@ -6,7 +6,7 @@ of them being tested on the same examples, example by example. A difference vari
     √(s_seeds² / S + s_examples² / n)
 
 with s_seeds the standard deviation of the S differences of seeds, and s_examples that of the n differences of examples,
-each a mean over seeds. (Both hold what is neither's, which makes it a little too large.) The interval is Student's t
+each a mean over seeds. (Both include the residual, so that it is slightly too large.) The interval is Student's t
 with Satterthwaite's degrees of freedom: a percentile bootstrap of five seeds is too narrow, it covers about 83 % where
 95 % is claimed.
 
@@ -51,7 +51,7 @@ class Comparison:
         verdict: "better": interval above 0. "non-inferior": interval above −margin. "worse": interval below 0.
             "undecided": none of these, or there is not enough to decide by.
         why: what there is not enough of; empty: there is.
-        over_seeds_alone: whether it could have been over test examples too, and runs do not say what became of each.
+        over_seeds_alone: whether it leaves out what the choice of test examples leaves open.
     """
 
     difference: float

@@ -55,7 +55,7 @@ class Tuning:
             best = yield from self._best([Choice(lr=lr) for lr in tried])
             edge = None if best is None or not self._contender.has_grid else _edge(best.lr, tried)
             if best is None or edge is None or not left:
-                return best and replace(best, rate_at_edge=edge)
+                return best
             left -= 1
             tried = sorted([*tried, beyond[edge].pop(0)])
 
@@ -69,7 +69,7 @@ class Tuning:
             around = [*rates[max(0, place - 1) : place], *rates[place + 1 : place + 2]]
             best = yield from self._best([choice, *(replace(choice, lr=lr) for lr in around)])
             if best is None or best.lr == choice.lr:
-                return best and replace(best, rate_at_edge=_edge(best.lr, rates) if contender.has_grid else None)
+                return best
             choice = best
 
     def _best(self, choices: Iterable[Choice]) -> Generator[Cell, None, Choice | None]:

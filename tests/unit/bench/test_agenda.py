@@ -40,18 +40,13 @@ def run(experiment: Experiment, folder: Path, monkeypatch: pytest.MonkeyPatch, b
     return begun
 
 
-def test_only_the_settled_rate_has_final_runs_and_they_say_that_it_is_at_an_edge(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_settled_rate_has_final_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     experiment = one(tmp_path, max_extensions=1)
     begun = run(experiment, tmp_path, monkeypatch)
     assert begun == [
         *(f"a--tuning--lr{lr}--seed100" for lr in ("0.0001", "0.0002", "0.0004")),
         "a--final--lr0.0004--seed0",
     ]
-    stored = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "x").iterdir()}
-    assert {name for name, result in stored.items() if "rate_at_edge" in result} == {"a--final--lr0.0004--seed0"}
-    assert stored["a--final--lr0.0004--seed0"]["rate_at_edge"] == "high"
     assert run(experiment, tmp_path, monkeypatch) == []
 
 
@@ -73,7 +68,6 @@ def test_final_runs_at_a_rate_that_lost_are_kept_and_not_counted(
     run(one(tmp_path, max_extensions=0), tmp_path, monkeypatch)
     old = tmp_path / "x" / "a--final--lr0.0002--seed0.json"
     before = json.loads(old.read_text())
-    assert before["rate_at_edge"] == "high"
     begun = run(one(tmp_path, max_extensions=3), tmp_path, monkeypatch, best=4e-4)
     assert begun == ["a--tuning--lr0.0004--seed100", "a--tuning--lr0.0008--seed100", "a--final--lr0.0004--seed0"]
     assert not old.exists()
@@ -85,13 +79,6 @@ def test_final_runs_at_a_rate_that_lost_are_kept_and_not_counted(
     old.write_text(json.dumps(before))
     assert run(one(tmp_path, max_extensions=3), tmp_path, monkeypatch) == []
     assert len(list((tmp_path / "x").glob("a--superseded--lr0.0002--seed0*.json"))) == 2
-
-
-def test_stored_final_runs_say_where_their_rate_lies_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "x" / "a--final--lr0.0002--seed0.json"
-    for cap, edge in ((0, "high"), (1, None)):
-        run(one(tmp_path, max_extensions=cap), tmp_path, monkeypatch, best=2e-4)
-        assert json.loads(path.read_text()).get("rate_at_edge") == edge
 
 
 def test_where_every_rate_diverges_there_are_no_final_runs(

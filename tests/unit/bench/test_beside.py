@@ -73,7 +73,7 @@ def test_what_stands_beside_quality_has_a_table_of_its_own(tmp_path: Path) -> No
         "change of weights", "accuracy on imdb",
     ]  # fmt: skip
     assert ours == ["rgft (3 seeds)", "2.000", "-0.110", "0.110", "0.011", "0.750"]
-    assert theirs == ["lora (3 seeds)", "0.150", "-0.311†", "0.311\\*", "0.031\\*", "0.640\\*"]
+    assert theirs == ["lora (3 seeds)", "0.150", "-0.311†°", "0.311\\*°", "0.031\\*", "0.640\\*°"]
 
 
 def test_without_any_there_is_no_such_table(tmp_path: Path) -> None:

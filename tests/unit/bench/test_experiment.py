@@ -176,6 +176,19 @@ def test_a_contenders_groups_keep_what_they_do_not_name(tmp_path: Path) -> None:
     assert config.policy == StageConfig(name="last_n", params={"layers": 2})
 
 
+@pytest.mark.parametrize(
+    ("name", "own", "multiplier"),
+    [("full", {}, 10.0), ("lora", {}, 1.0), ("lora", {"classifier_lr_multiplier": 3.0}, 3.0)],
+)  # fmt: skip
+def test_a_new_head_trains_at_an_adapter_s_own_rate_unless_a_contender_says_otherwise(
+    tmp_path: Path, name: str, own: dict[str, Any], multiplier: float
+) -> None:
+    given = contender(method=name, settings={"config": own} if own else {})
+    experiment = loaded(tmp_path, config={"classifier_lr_multiplier": 10.0}, contenders=[given])
+    settings = experiment.with_common(name, experiment.contenders[0].settings)
+    assert method(name).configuration(budget=0.3, seed=0, settings=settings).classifier_lr_multiplier == multiplier
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_has_a_valid_configuration(name: str) -> None:
     config = METHODS[name].configuration(

@@ -62,6 +62,36 @@ MADE: dict[str, Callable[[Sequence[nn.Parameter]], StandInAdamW]] = {
 }
 
 
+@pytest.mark.parametrize("name", ["lift", "galore"])
+def test_what_is_renewed_by_shares_of_a_run_is_charged_as_often_before_and_after_its_length_is_known(name: str) -> None:
+    held, made = matrices(), list[int]()
+    optimizer = (
+        GaLoreAdamW(groups(held), lr=1e-2, rank=2, every=0.2)
+        if name == "galore"
+        else sparse(held, LowRankMagnitude(fraction=0.2, rank=2, every=0.2))
+    )
+    before = [step for step in range(23) if optimizer.occasional_flops(step)]
+    assert len(before) == 5
+    give_gradients(held, 0)
+    with pytest.raises(ConfigError, match=r"every: expected a number of steps"):
+        optimizer.step()
+    if isinstance(optimizer, GaLoreAdamW):
+        optimizer.over(23)
+    else:
+        optimizer.choice = optimizer.choice.over(23)
+    assert [step for step in range(23) if optimizer.occasional_flops(step)] == [0, 5, 10, 15, 20]
+    last: list[Tensor] = []
+    for step in range(23):
+        give_gradients(held, step)
+        for p in held:
+            p.data.add_(torch.randn_like(p))  # so that another choice would be made at every step
+        optimizer.step()
+        now = [optimizer.state[p]["projector" if name == "galore" else INDEX].clone() for p in held]
+        made += [step] if not last or any(not torch.equal(a, b) for a, b in zip(now, last, strict=True)) else []
+        last = now
+    assert made == [0, 5, 10, 15, 20]
+
+
 @pytest.mark.parametrize("name", CHOICES)
 def test_only_chosen_entries_move_and_have_state(name: str) -> None:
     held = matrices()

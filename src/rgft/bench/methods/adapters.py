@@ -67,7 +67,7 @@ def adapter(name: str, title: str, source: str, change: Change, *, cost: str = _
     return Method(
         name=name, title=title, source=source, change=change, cost=cost,
         config={"preset": "full", "granularity": "adapter", **more.pop("config", {})}, instead=HEAD_AT_OWN_RATE,
-        revision=2, **more,
+        revision=more.pop("revision", 2), **more,
     )  # fmt: skip
 
 

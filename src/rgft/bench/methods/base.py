@@ -80,7 +80,7 @@ class Method:
         source: the paper.
         cost: what it saves of a step of full fine-tuning, and what it does not, in words.
         config: RGFT settings, without budget and seed.
-        instead: RGFT settings in place of those that an experiment's contenders share; a contender's own go before.
+        instead: RGFT settings in place of those that an experiment's contenders share; a contender's own precede.
         settings: its own, beside those of every method, and their defaults; of what is a mapping here, no other keys
             are known either.
         change: wraps the model or freezes some of it; None: the model as it is.

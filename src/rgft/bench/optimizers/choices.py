@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rgft.allocation.selection import require_at_least, require_fraction, share_of
 from rgft.allocation.turns import in_steps, require_stretch
-from rgft.bench.optimizers.galore import is_charged, svd_flops
+from rgft.bench.optimizers.galore import is_charged, stretch_of, svd_flops
 from rgft.bench.optimizers.sparse import Choice, Matrix
 
 
@@ -124,7 +124,7 @@ class LowRankMagnitude(Choice):
         require_stretch("choice.every", self.every)
 
     def over(self, steps: int) -> LowRankMagnitude:
-        return replace(self, every=in_steps("choice.every", self.every, steps))
+        return replace(self, every=stretch_of(self.every, steps))
 
     def choose(self, step: int, matrices: Sequence[Matrix]) -> Sequence[Tensor] | None:
         if step % in_steps("choice.every", self.every, None):

@@ -36,7 +36,7 @@ class GaLoreAdamW(StandInAdamW):
             f"galore.{name}: expected {what}, found {value!r}"
             for name, what, value, ok in (
                 ("rank", "an integer >= 1", rank, rank >= 1),
-                ("every", "a number > 0", every, every > 0),
+                ("every", "a number of steps, or a share of the run", every, 0 < every < 1 or every == int(every) >= 1),
                 ("scale", "a number > 0", scale, scale > 0),
             )
             if not ok
@@ -48,7 +48,7 @@ class GaLoreAdamW(StandInAdamW):
 
     def over(self, steps: int) -> None:
         """Makes steps of what is given as a share of a run of so many."""
-        self.every = in_steps("galore.every", self.every, steps)
+        self.every = stretch_of(self.every, steps)
 
     def _prepare(self, matrices: list[nn.Parameter]) -> None:
         if self.steps_made % in_steps("galore.every", self.every, None) == 0:
@@ -78,10 +78,15 @@ class GaLoreAdamW(StandInAdamW):
         return sum(svd_flops(m.shape) for m in self.matrices) if is_charged(self.every, step) else 0.0
 
 
-def is_charged(every: float, step: int) -> bool:
-    """Whether a step pays for what is done every so many.
+def stretch_of(every: float, steps: int) -> float:
+    """What is done `every` so many steps, or every such share of a run of `steps`, in steps; rounded up."""
+    return every if every >= 1 else max(1, math.ceil(every * steps))
 
-    Of a share of a run whose length is not known yet, its first steps do, as many as there will be of them.
+
+def is_charged(every: float, step: int) -> bool:
+    """Whether a step is charged with what is done every so many steps, or every such share of a run.
+
+    While the length of the run is not known, the first steps are charged, once for each time that it will be done.
     """
     return step % int(every) == 0 if every >= 1 else step < math.ceil(1 / every)
 

@@ -63,7 +63,7 @@ def read_problems(source: str) -> list[Problem]:
     if source == "humaneval":
         return list(_humaneval())
     path = Path(source).expanduser()
-    if path.exists() or path.name.endswith((".jsonl", ".jsonl.gz")):
+    if path.exists() or path.suffix:
         return _read(path)
     rows = hub_split(source, "test")
     return _problems(source, ((f"row {number}", partial(dict, row)) for number, row in enumerate(rows, start=1)))
@@ -76,8 +76,9 @@ def _humaneval() -> tuple[Problem, ...]:
 
 
 def _read(path: Path) -> list[Problem]:
-    if not path.is_file():
-        raise DataError(f"{path}: expected a .jsonl file with problems, found nothing there")
+    if not path.is_file() or not path.name.endswith((".jsonl", ".jsonl.gz")):
+        found = "a folder" if path.is_dir() else "another kind of file" if path.exists() else "nothing there"
+        raise DataError(f"{path}: expected a .jsonl or .jsonl.gz file with problems, found {found}")
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
             lines = [(number, line) for number, line in enumerate(file, start=1) if line.strip()]

@@ -67,8 +67,13 @@ def test_all_broken_rows_are_named(tmp_path: Path) -> None:
     assert "line 2: expected a problem like HumanEval's or MBPP's, found no text in 'code'" in text
     assert "line 3: expected a list of tests in 'test_list', found []" in text
     assert "line 4: expected an object, found list" in text
-    with pytest.raises(DataError, match=r"expected a \.jsonl file with problems, found nothing"):
+    with pytest.raises(DataError, match=r"expected a \.jsonl or \.jsonl\.gz file with problems, found nothing"):
         read_problems(str(tmp_path / "none.jsonl"))
+    with pytest.raises(DataError, match="found a folder"):
+        read_problems(str(tmp_path))
+    (tmp_path / "p.json").write_text("[]")
+    with pytest.raises(DataError, match="found another kind of file"):
+        read_problems(str(tmp_path / "p.json"))
     with gzip.open(tmp_path / "empty.jsonl.gz", "wt") as file:
         file.write("\n")
     with pytest.raises(DataError, match="expected at least one problem, found none"):

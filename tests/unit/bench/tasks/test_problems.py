@@ -55,8 +55,8 @@ def test_problems_of_the_hub_are_those_of_its_test_split(monkeypatch: pytest.Mon
     found = read_problems("google-research-datasets/mbpp")
     assert [problem.name for problem in found] == ["7", "8"]
     monkeypatch.setattr(problems, "hub_split", lambda name, split: [MBPP, {"prompt": "x"}])
-    with pytest.raises(DataError, match=r"owner/problems, row 2: expected a problem like"):
-        read_problems("owner/problems")
+    with pytest.raises(DataError, match=r"owner/problems-v1.0, row 2: expected a problem like"):
+        read_problems("owner/problems-v1.0")
 
 
 def test_all_broken_rows_are_named(tmp_path: Path) -> None:

@@ -45,10 +45,8 @@ class Outcomes:
         self._has_losses = self._has_classes = True
 
     def observe(self, places: Sequence[int], losses: Tensor, logits: Tensor, batch: Mapping[str, Any]) -> None:
-        where, labels = torch.tensor(places), batch["labels"]
-        if "groups" in batch and bool(
-            (batch["groups"] >= 0).any()
-        ):  # rows of one question are no examples by themselves
+        where, labels, groups = torch.tensor(places), batch["labels"], batch.get("groups")
+        if groups is not None and bool((groups >= 0).any()):  # rows of one question are no examples by themselves
             self._has_losses = self._has_classes = False
         if losses.shape == (len(places),):
             weights = torch.tensor([self._weight(place) for place in places])

@@ -6,9 +6,14 @@ from rgft.allocation.base import Situation
 from rgft.errors import ConfigError
 
 
+def is_stretch(value: float) -> bool:
+    """Whether value is a whole number of steps, or a share of the run below 1."""
+    return 0.0 < value < 1.0 or (value >= 1 and value == int(value))
+
+
 def require_stretch(setting: str, value: float) -> None:
-    """Raises ConfigError unless value is a whole number of steps, or a share of the run below 1."""
-    if not (0.0 < value < 1.0 or (value >= 1 and value == int(value))):
+    """Raises ConfigError unless value is one (`is_stretch`)."""
+    if not is_stretch(value):
         raise ConfigError(
             f"{setting}: expected a number of steps (an integer >= 1) or a share of the run (between 0 and 1), found "
             f"{value}"

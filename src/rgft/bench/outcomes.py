@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from rgft.batches import SizedDataset
-from rgft.tasks.base import PreparedTask, number_of_examples
+from rgft.memory.passes import pieces
+from rgft.tasks.base import PreparedTask
 from rgft.tasks.metrics import of_predictions
 
 #: Field → how its numbers are stored, little-endian. Half precision keeps a loss to .05 %.
@@ -38,8 +39,7 @@ class Outcomes:
     """
 
     def __init__(self, task: PreparedTask, split: SizedDataset) -> None:
-        self._task, self._split = task, split
-        count = len(split)
+        self._task, count = task, len(split)
         self._losses, self._weights = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.int32)
         self._predicted, self._labels = (torch.full((count,), -1, dtype=torch.int16) for _ in range(2))
         self._has_losses = self._has_classes = True
@@ -49,7 +49,7 @@ class Outcomes:
         if groups is not None and bool((groups >= 0).any()):  # rows of one question are no examples by themselves
             self._has_losses = self._has_classes = False
         if losses.shape == (len(places),):
-            weights = torch.tensor([self._weight(place) for place in places])
+            weights = torch.tensor([self._task.weight(row) for _, row in pieces(batch, 1)])
             # Losses are such that their mean is that of all that the batch weighs.
             sums = losses.double().cpu() * (self._task.weight(batch) / len(places))
             self._losses[where] = torch.where(weights > 0, sums / weights, 0.0)
@@ -61,11 +61,6 @@ class Outcomes:
             self._labels[where] = labels.cpu().to(torch.int16)
         else:
             self._has_classes = False
-
-    def _weight(self, place: int) -> int:
-        if self._task.weight is number_of_examples:
-            return 1
-        return self._task.weight(self._task.collate([self._split[place]]))
 
     def to_dict(self) -> dict[str, str]:
         """Field → its numbers in the split's order, packed; a field that there is not is left out.

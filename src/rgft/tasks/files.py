@@ -19,7 +19,7 @@ _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 #: Characters of a field; the csv module's own limit of 131,072 is less than a book.
 _FIELD_LIMIT = 2**31 - 1
-_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
 
 
 def read_rows(source: str, columns: Sequence[str], *, split: str = "train") -> list[Row]:
@@ -36,7 +36,7 @@ def read_rows(source: str, columns: Sequence[str], *, split: str = "train") -> l
             rows; or the hub cannot be reached.
     """
     path = Path(source)
-    is_file = path.exists() or path.suffix in _SUFFIXES
+    is_file = path.exists() or path.suffix in SUFFIXES
     rows = _read_file(path, columns) if is_file else _read_hub(source, columns, split)
     if not rows:
         raise DataError(f"{source}: expected at least one row, found none")
@@ -47,7 +47,7 @@ def _read_file(path: Path, columns: Sequence[str]) -> list[Row]:
     if not path.is_file():
         raise DataError(f"{path}: expected a file, found {'a folder' if path.is_dir() else 'nothing'} there")
     try:
-        if path.suffix in _SUFFIXES and path.stat().st_size == 0:
+        if path.suffix in SUFFIXES and path.stat().st_size == 0:
             raise DataError(f"{path}: expected rows, found an empty file; check what wrote it")
         if path.suffix in _DELIMITERS:
             with path.open(encoding="utf-8-sig", newline="") as file, _long_fields():
@@ -73,7 +73,7 @@ def _read_file(path: Path, columns: Sequence[str]) -> list[Row]:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: cannot be read: {error}") from error
-    raise DataError(f"{path}: expected a file ending in {', '.join(_SUFFIXES)}, found {path.suffix or 'no ending'!r}")
+    raise DataError(f"{path}: expected a file ending in {', '.join(SUFFIXES)}, found {path.suffix or 'no ending'!r}")
 
 
 @contextmanager
@@ -131,7 +131,7 @@ def hub_split(name: str, split: str) -> Any:
     except Exception as error:  # the hub's client raises many kinds
         raise DataError(
             f"{name!r} is no file here, and could not be loaded from the hub ({type(error).__name__}: {error}). "
-            f"Give the path of a file ending in {', '.join(_SUFFIXES)}, or check the name, the network and "
+            f"Give the path of a file ending in {', '.join(SUFFIXES)}, or check the name, the network and "
             "HF_HUB_OFFLINE"
         ) from error
 

@@ -163,7 +163,7 @@ def test_what_few_test_examples_say_is_undecided_whatever_seeds_agree_on(tmp_pat
             metrics = {"test": {"loss": 1 - sum(mine) / 40, "accuracy": sum(mine) / 40}}
             write(tmp_path, label, seed, 0.0, outcomes=packed(mine), data=OF_40, metrics=metrics)
     found = difference(*two(tmp_path), "accuracy")
-    # Sixteen of forty fell out differently, nine in favour: each seed says the same of them.
+    # Ten of forty fell out differently, six in favour: each seed says the same of them.
     differing = torch.tensor([0.0] * 24 + [1.0] * 6 + [0.0] * 4 + [-1.0] * 4 + [0.0, 0.0], dtype=torch.float64)
     assert found.difference == pytest.approx(float(differing.mean()))
     assert found.standard_error == pytest.approx(float(differing.std()) / 40**0.5)

@@ -62,12 +62,14 @@ def _with_ia3(model: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
     return wrapped(model, "IA3", target_modules=None)  # PEFT's own for the model
 
 
-def adapter(name: str, title: str, source: str, change: Change, *, cost: str = _DW, **more: Any) -> Method:
+def adapter(
+    name: str, title: str, source: str, change: Change, *, cost: str = _DW, revision: int = 2, **more: Any
+) -> Method:  # fmt: skip
     """A method that trains adapters, and nothing of the body beside."""
     return Method(
         name=name, title=title, source=source, change=change, cost=cost,
         config={"preset": "full", "granularity": "adapter", **more.pop("config", {})}, instead=HEAD_AT_OWN_RATE,
-        revision=more.pop("revision", 2), **more,
+        revision=revision, **more,
     )  # fmt: skip
 
 

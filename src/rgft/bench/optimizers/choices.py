@@ -12,7 +12,8 @@ from torch import Tensor
 
 from rgft.allocation.selection import require_at_least, require_fraction, share_of
 from rgft.allocation.turns import in_steps, require_stretch
-from rgft.bench.optimizers.galore import is_charged, stretch_of, svd_flops
+from rgft.bench.optimizers.galore import svd_flops
+from rgft.bench.optimizers.renewal import is_charged, stretch_of
 from rgft.bench.optimizers.sparse import Choice, Matrix
 
 

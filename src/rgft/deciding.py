@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from rgft.allocation.base import Policy, Situation
-from rgft.allocation.selection import decides_every_step, depends_on_map, observations_needed
+from rgft.allocation.selection import decides_every_step, depends_on_map, observations_needed, readout_share
 from rgft.components import Partition
 from rgft.config import Config
 from rgft.error_map import ErrorMap
@@ -19,6 +19,7 @@ from rgft.memory import MemoryKeeper
 from rgft.plan import UpdatePlan
 from rgft.prober import Prober
 from rgft.progress import Progress
+from rgft.readout import Readout
 from rgft.spending import Spending
 
 
@@ -39,6 +40,7 @@ class Decisions:
         is_measuring: whether everything is still on, to be scored.
         has_decided: whether the plan in force was decided.
         follows_map: whether the policy waits for scores.
+        readout: what was read of the layers before the first step; None: nothing.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Decisions:
         self._scales_by_norm = config.scaling is not None and config.scaling.name == "gradient_normalised"
         self._nothing = ErrorMap.empty(partition.names)
         self._cheapest: UpdatePlan | None = None
+        self.readout: Readout | None = None
         self.follows_map = policy is not None and depends_on_map(policy)
         self.has_decided = self._is_held = False
         self.is_measuring = self.follows_map
@@ -197,8 +200,21 @@ class Decisions:
             batches=course.total_batches if course else None,
             batches_per_epoch=course.batches_per_epoch if course else None, accumulation=spending.accumulation,
             rows=rows, tokens=tokens,
-            is_cached=spending.is_cached, lowest_cut=0 if self._memory is None else self._memory.lowest_cut,
+            is_cached=spending.is_cached, unexplained=self._unexplained,
+            lowest_cut=0 if self._memory is None else self._memory.lowest_cut,
         )  # fmt: skip
+
+    @property
+    def readout_share(self) -> float:
+        """What share of the run's FLOPs the policy gives for a readout before the first step; 0: it wants none."""
+        return 0.0 if self._policy is None else readout_share(self._policy)
+
+    @property
+    def _unexplained(self) -> Mapping[int, float]:
+        if self.readout is None:
+            return {}
+        depths = {c.layer: c.depth for c in self._partition if c.layer is not None}
+        return {depths[layer]: self.readout.at_most(layer) for layer in self.readout.unexplained}
 
     # ---------------------------------------------------------------- what there is at least
 
@@ -246,6 +262,7 @@ class Decisions:
             "has_decided": self.has_decided,
             "plans": [plan.to_dict() for plan in self.plans],
             "gradient_norm_squared": self._gradient_norm_squared,
+            "readout": None if self.readout is None else self.readout.to_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -255,3 +272,4 @@ class Decisions:
         self.has_decided = state["has_decided"]
         self.plans = [UpdatePlan.from_dict(plan) for plan in state["plans"]]
         self._gradient_norm_squared = state["gradient_norm_squared"]
+        self.readout = None if state["readout"] is None else Readout.from_dict(state["readout"])

@@ -52,7 +52,7 @@ class Guide(GuidedRun):
     """Fine-tunes a model where it errs, within a budget.
 
     Beside its methods it shows `plan` (in force), `plans` (all that acted differently, in order), `error_map`,
-    `map_history` (step and values at each probe), `run_plan`, `ledger` and `partition`.
+    `map_history` (step and values at each probe), `readout`, `run_plan`, `ledger` and `partition`.
 
     Args:
         model: changed in place while attached; `detach` (or leaving the context) leaves no trace but trained weights.
@@ -200,6 +200,9 @@ class Guide(GuidedRun):
         spending.allow(costs, workload, full=full_flops, pace=pace)
         steps = spending.full_steps(stream.total_batches)
         spending.require(self._decisions.plan_cheapest(steps), workload)
+        if own_loss and self.step_count == 0 and self._decisions.readout_share:
+            rows = stream.batch_size if memory is None or memory.plan is None else memory.plan.rows_per_pass
+            self._decisions.readout = self._reader.read(stream, share=self._decisions.readout_share, rows=rows)
         if self._measurement is not None and self._decisions.follows_map:
             self._prober.plan(steps=steps, measuring=self.config.warmup_fraction, examples=len(stream.dataset))
             if memory is not None and memory.plan is not None:

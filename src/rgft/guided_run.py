@@ -31,6 +31,7 @@ from rgft.plan import RunPlan, UpdatePlan
 from rgft.prober import Prober
 from rgft.progress import Progress
 from rgft.pruning import ExamplePruning, TokenPruning
+from rgft.readout import Reader, Readout
 from rgft.spending import Spending
 from rgft.step import Step
 from rgft.telemetry.ledger import Ledger
@@ -80,6 +81,7 @@ class GuidedRun:
         self._progress = Progress(self._spending)
         self._weighted = self._build_weighted_loss()
         self._prober = Prober(self._measurement, self.config.probe, self._spending)
+        self._reader = Reader(model, self._binding, self._loss.mean, self._spending)
         self._decisions = Decisions(
             self.config, self.partition, policy, self._measurement, self._prober, self._memory, self._progress,
             self._spending, low_rank=tuple(sites),
@@ -145,6 +147,11 @@ class GuidedRun:
     def error_map(self) -> ErrorMap:
         """The map that the next decision is made from."""
         return self._decisions.error_map
+
+    @property
+    def readout(self) -> Readout | None:
+        """What a linear readout of each layer left unexplained before the first step; None: nothing was read."""
+        return self._decisions.readout
 
     def situation(self) -> Situation:
         """All that the next decision depends on."""

@@ -11,7 +11,7 @@ from itertools import chain
 
 from torch import nn
 
-from rgft.allocation.budget import PRETRAINED_HEAD_EXPONENT, BudgetMask
+from rgft.allocation.budget import PRETRAINED_HEAD_EXPONENT, PRETRAINED_HEAD_READOUT, BudgetMask
 from rgft.architectures.adapters import adapter_paths
 from rgft.architectures.output_head import output_head
 from rgft.assembly import build_signal, find_pair_sites
@@ -50,9 +50,8 @@ def _with_mask_for(model: nn.Module, config: Config) -> Config:
     mask = config.mask
     if mask is None or mask.name != BudgetMask.name or output_head(model) is None:
         return config
-    if mask.params.get("bias_exponent") is not None:
-        return config
-    params = {**mask.params, "bias_exponent": PRETRAINED_HEAD_EXPONENT}
+    usual = {"bias_exponent": PRETRAINED_HEAD_EXPONENT, "readout": PRETRAINED_HEAD_READOUT}
+    params = {**usual, **{key: value for key, value in mask.params.items() if value is not None}}
     return config.model_copy(update={"mask": mask.model_copy(update={"params": params})})
 
 

@@ -15,7 +15,7 @@ from tests.integration.cli_inputs import invoke, refused, save_inputs
 
 OPTIONS = (
     "--budget", "0.5", "--epochs", "12", "--lr", "3e-3", "--json", "--quiet", "--low-rank", "2",
-    "--set", "update.low_rank.lr_multiplier=1",
+    "--set", "update.low_rank.lr_multiplier=1", "--set", "mask.readout=0.0",
 )  # fmt: skip
 
 
@@ -81,7 +81,8 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
 
 def test_the_learning_rate_is_searched_among_pairs(inputs: list[str], tmp_path: Path) -> None:
     # one that learns on any machine, and one that diverges at once
-    options = ("--budget", "0.9", "--epochs", "12", "--lr", "3e-3,3.0", "--json", "--quiet", "--low-rank", "2")
+    options = ("--budget", "0.9", "--epochs", "12", "--lr", "3e-3,3.0", "--json", "--quiet", "--low-rank", "2",
+               "--set", "mask.readout=0.0")  # fmt: skip
     report = json.loads(invoke(*inputs, "--output", str(tmp_path / "run"), *options).stdout)
     assert report["lr"] == 3e-3
     assert report["flops"]["search"] > 0.0

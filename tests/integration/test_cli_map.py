@@ -134,7 +134,7 @@ def test_bad_input(options: list[str]) -> None:
 
 @pytest.fixture
 def run(folder: Path, task: PreparedTask) -> Iterator[Run]:
-    request = request_for(folder, "rgft.budget=0.5", "execution.positions=all")
+    request = request_for(folder, "rgft.budget=0.5", "execution.positions=all", "mask.readout=0.0")
     run = Run(task, request.config, run_settings(request.settings))
     run.prepare()
     yield run

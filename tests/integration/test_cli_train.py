@@ -211,7 +211,7 @@ def test_what_is_said_goes_to_standard_error_and_tables_to_standard_output(input
     result = invoke(*inputs, "--output", str(tmp_path / "c"), "--epochs", "1", "--quiet")
     assert (result.stdout, result.stderr) == ("", "")
     result = invoke(*inputs, "--output", str(tmp_path / "d"), "--dry-run")
-    assert "first plan, if nothing were measured" in result.stdout
+    assert "first plan, before anything is scored" in result.stdout
     assert not (tmp_path / "d").exists()
 
 

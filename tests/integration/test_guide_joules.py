@@ -51,7 +51,7 @@ def test_the_energy_is_used_and_kept_to(preset: Any, guess: float, grain: float)
     guide = metered(counter, {"joules": 60.0}, pace=guess, preset=preset)
     guided(guide, adamw(guide), Examples(BERT, 40), epochs=50)
     spent = guide.ledger.spent_joules
-    assert 0.95 * 60.0 - grain <= spent <= 60.0 + grain
+    assert 0.94 * 60.0 - grain <= spent <= 60.0 + grain
     assert guide.step_count > 10
     assert guide.budget_spent == pytest.approx(spent / 60.0)
     assert counter.readings <= guide.step_count + 3  # once a step, and at the beginning

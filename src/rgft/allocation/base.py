@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from rgft.components import Component
@@ -40,6 +40,8 @@ class Situation:
         accumulation: micro-batches per optimizer step.
         rows, tokens: shape of a typical micro-batch, for `costs`.
         is_cached: whether an activation cache keeps what lies below a cut.
+        unexplained: depth of a layer → share of the targets' variance that a linear map of its output left
+            unexplained before the first step, at most (`Readout.at_most`); empty where that was not read.
         lowest_cut: memory holds no plan that trains anything below it; 0: it holds all.
     """
 
@@ -60,6 +62,7 @@ class Situation:
     rows: int = 1
     tokens: int = 1
     is_cached: bool = False
+    unexplained: Mapping[int, float] = field(default_factory=dict)
     lowest_cut: int = 0
 
     @property

@@ -4,15 +4,19 @@ A run that trains only what lies above a cut affords more steps for the same FLO
 measured, not assumed. With r_d the generalising decrease of all components of depth d (what a step gains on other
 examples):
 
-    bias(c)     = (1 − Σ_{d≥c} r_d / Σ_d r_d)^a    signal that the cut puts out of reach
-    variance(c) = worth(0) / worth(c)              noise of the steps, averaged over what they see
+    bias(c)     = (u_c · (1 − Σ_{d≥c} r_d / Σ_d r_d))^a    signal that the cut puts out of reach, and that is missed
+    variance(c) = worth(0) / worth(c)                      noise of the steps, averaged over what they see
     cost(c)     = bias(c) + λ · variance(c)
 
 over the layers and what runs before them (what runs after the last layer is on at every cut). The lowest layers are
-missed least (a = 3), under a pre-trained head sooner than under a new one (a = 1.6). Of the n steps that the run's
-whole budget buys at cut c, those beyond one epoch of E see examples again, which bring their own noise again, and count
-for less with each repetition (as in Muennighoff et al. 2023, arXiv:2305.16264, equation 5, but for the first one, which
-counts for less than a new one from the start):
+missed least (a = 3), under a pre-trained head sooner than under a new one (a = 1.6). u_c is what a linear map of the
+output of the layer just below the cut leaves unexplained of the targets before anything is trained (`rgft.readout`), 1
+where that was not read: where frozen features tell the targets already, nothing below the cut need change
+(docs/decisions/0025).
+
+Of the n steps that the run's whole budget buys at cut c, those beyond one epoch of E see examples again, which bring
+their own noise again, and count for less with each repetition (as in Muennighoff et al. 2023, arXiv:2305.16264,
+equation 5, but for the first one, which counts for less than a new one from the start):
 
     worth = n  up to E,  then  E · (1 + R · (1 − exp(1 − n / E)))
 
@@ -42,6 +46,9 @@ from rgft.errors import ConfigError
 
 #: a where nothing is said: under a new head, and under a pre-trained one (`model_defaults` knows which it is).
 NEW_HEAD_EXPONENT, PRETRAINED_HEAD_EXPONENT = 3.0, 1.6
+#: Share of the FLOPs for a readout, likewise. Of a pre-trained language model it would say that nothing is explained:
+#: what its layers tell of the next token, its head uses already.
+NEW_HEAD_READOUT, PRETRAINED_HEAD_READOUT = 0.08, 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +84,8 @@ class BudgetMask(Mask):
         hysteresis: a new cut must lower the cost by this share to replace the one in force; the first, that which costs
             alone say.
         frozen_fraction: fixes the cut by hand: the share of layers below it.
+        readout: share of the run's FLOPs that a readout before the first step may take; 0: none. None: 0.08, of
+            language models 0, whose own head has read their layers already.
     """
 
     name: ClassVar[str] = "budget"
@@ -87,6 +96,7 @@ class BudgetMask(Mask):
     spread: float = 0.5
     hysteresis: float = 0.1
     frozen_fraction: float | None = None
+    readout: float | None = None
 
     def __post_init__(self) -> None:
         problems = [
@@ -101,6 +111,10 @@ class BudgetMask(Mask):
                 ("spread", "a number >= 0", self.spread, self.spread >= 0.0),
                 ("hysteresis", "0 <= hysteresis < 1", self.hysteresis, 0.0 <= self.hysteresis < 1.0),
                 (
+                    "readout", "0 <= readout < 1", self.readout,
+                    self.readout is None or 0.0 <= self.readout < 1.0,
+                ),
+                (
                     "frozen_fraction", "0 <= frozen_fraction <= 1", self.frozen_fraction,
                     self.frozen_fraction is None or 0.0 <= self.frozen_fraction <= 1.0,
                 ),
@@ -109,6 +123,12 @@ class BudgetMask(Mask):
         ]  # fmt: skip
         if problems:
             raise ConfigError(problems)
+
+    @property
+    def readout_share(self) -> float:
+        if self.frozen_fraction is not None:
+            return 0.0
+        return NEW_HEAD_READOUT if self.readout is None else self.readout
 
     def active(self, situation: Situation) -> frozenset[str]:
         cut = self.cut(situation)
@@ -129,7 +149,7 @@ class BudgetMask(Mask):
         return best.cut
 
     def _standing(self, situation: Situation) -> int:
-        """The cut that another one has to better: the one in force; before there is any, what costs alone say."""
+        """The cut that another one has to better: the one in force; before there is any, what is best without a map."""
         if situation.previous is not None:
             return situation.previous.cut
         nothing = ErrorMap.empty(situation.error_map.names)
@@ -146,7 +166,8 @@ class BudgetMask(Mask):
         for cut in sorted({component.depth for component in situation.components}):
             flops, steps = _affords(situation, cut)
             worth = self._worth(steps, situation.steps_per_epoch)
-            bias = (1.0 - sum(value for depth, value in signal.items() if depth >= cut) / total) ** exponent
+            out_of_reach = 1.0 - sum(value for depth, value in signal.items() if depth >= cut) / total
+            bias = (_missed_below(cut, situation) * out_of_reach) ** exponent
             variance = choices[0].worth / worth if choices else 1.0
             cost = bias + self.noise_weight * variance
             choices.append(
@@ -180,6 +201,12 @@ class BudgetMask(Mask):
         }  # embeddings cost next to nothing and gain little: their prior is nothing
         result |= shrunk(before, {str(d): errors[int(d)] for d in values}, mean=0.0, spread=self.spread * mean)
         return {int(depth): max(0.0, value) for depth, value in result.items()}
+
+
+def _missed_below(cut: int, situation: Situation) -> float:
+    """u_c: what the readout of the last layer below the cut leaves unexplained; 1 where that is not known."""
+    below = max((depth for depth in _layer_depths(situation) if depth < cut), default=None)
+    return 1.0 if below is None else situation.unexplained.get(below, 1.0)
 
 
 def _cheapest(choices: Sequence[CutChoice]) -> CutChoice:

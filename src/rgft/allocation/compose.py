@@ -8,7 +8,15 @@ from typing import ClassVar
 from rgft.allocation.base import Mask, Period, Policy, Scaling, Situation
 from rgft.allocation.periods import EveryStep
 from rgft.allocation.scaling import MeanPreserved, Uniform
-from rgft.allocation.selection import CandidateMask, depends_on_map, make_plan, matching, narrowed, observations_needed
+from rgft.allocation.selection import (
+    CandidateMask,
+    depends_on_map,
+    make_plan,
+    matching,
+    narrowed,
+    observations_needed,
+    readout_share,
+)
 from rgft.errors import ConfigError
 from rgft.plan import UpdatePlan
 
@@ -46,6 +54,10 @@ class Composed(Policy):
     @property
     def min_observations(self) -> int:
         return min(map(observations_needed, self._following), default=1)
+
+    @property
+    def readout_share(self) -> float:
+        return 0.0 if self.mask is None else readout_share(self.mask)
 
     @property
     def _following(self) -> list[Scaling | Mask | Period]:

@@ -176,6 +176,11 @@ def observations_needed(stage: Policy | Mask | Scaling | Period) -> int:
     return int(getattr(stage, "min_observations", 1))
 
 
+def readout_share(stage: Policy | Mask) -> float:
+    """What share of the run's FLOPs it gives for a readout (`rgft.readout`) before the first step; 0: it wants none."""
+    return float(getattr(stage, "readout_share", 0.0))
+
+
 class CandidateMask(Mask):
     """A mask that looks at nothing but the components it is given.
 

@@ -105,6 +105,7 @@ def run_cell(experiment: Experiment, cell: Cell, conditions: Conditions = ALONE)
         result, found_lr = run.result(metrics), run.lr
         plans = [plan.to_dict() for plan in run.guide.plans]
         error_map, map_history = run.guide.error_map.to_dict(), run.guide.map_history
+        readout = None if run.guide.readout is None else run.guide.readout.to_dict()
     finally:
         run.close()
     log.info("%s: %s in %.0f s", cell.file_name, metrics, own_seconds)
@@ -134,6 +135,7 @@ def run_cell(experiment: Experiment, cell: Cell, conditions: Conditions = ALONE)
         "plans": plans,
         "error_map": error_map,
         "map_history": map_history,
+        "readout": readout,
         "environment": environment(),
     }
 

@@ -23,10 +23,11 @@ def preview(run: Run) -> dict[str, Any]:
     """Components, run plan, first plan and costs of a run that was prepared; trains nothing.
 
     Returns:
-        Fit for JSON. `components`; `run_plan`; `first_plan`: what would be decided if nothing were measured;
+        Fit for JSON. `components`; `run_plan`; `first_plan`: what would be decided before anything is scored;
         `steps_in_full`: optimizer steps of full fine-tuning; `learning_rates`: what the run takes, or searches among;
         where it follows the rule (`is_rate_by_rule`), of the first plan; `by_depth`: for a cut at each depth, what lies
-        there and what a step on a typical batch costs (the prefix computed, and read from the cache).
+        there, what a step on a typical batch costs (the prefix computed, and read from the cache), and, where it was
+        read, what a linear map of that layer's output leaves unexplained of the targets.
     """
     guide = run.guide
     assert guide.run_plan is not None
@@ -79,6 +80,7 @@ def _by_depth(run: Run, costs: CostModel, rows: int, tokens: int) -> list[dict[s
         depth = depth_of.get(name, 0)
         old = at[depth]
         at[depth] = StepCost(forward=old.forward + cost.forward, dx=old.dx + cost.dx, dw=old.dw + cost.dw)
+    readout = run.guide.readout
     table: list[dict[str, Any]] = []
     for depth in sorted({component.depth for component in partition}):
         above = frozenset(component.name for component in partition.above(depth))
@@ -94,6 +96,7 @@ def _by_depth(run: Run, costs: CostModel, rows: int, tokens: int) -> list[dict[s
                 "step_fraction": step / full,
                 "cached_step_fraction": cached / full if run.guide.cache is not None else None,
                 "steps": int(run_plan.flops / (step * run.settings.accumulation)),
+                "unexplained": readout.unexplained.get(here[0].layer) if readout and here[0].layer else None,
             }
         )  # fmt: skip
     return table
@@ -119,13 +122,17 @@ def show(data: dict[str, Any], console: Console) -> None:
         f"Cost by depth: FLOPs of a full step on {data['typical_batch']['rows']} × {data['typical_batch']['tokens']} "
         "tokens; a step cut there, as a share of it; steps the budget buys"
     )
-    costs = Table("cut", "at this depth", "F", "dX", "dW", "step", "cached", "steps", title=title)
+    is_read = any(row["unexplained"] is not None for row in data["by_depth"])
+    if is_read:
+        title += "; share of the targets that a linear map of the layer's output leaves unexplained"
+    names = ("cut", "at this depth", "F", "dX", "dW", "step", "cached", "steps", *(("unexplained",) if is_read else ()))
+    costs = Table(*names, title=title)
     for row in data["by_depth"]:
-        cached = row["cached_step_fraction"]
+        cached, left = row["cached_step_fraction"], row["unexplained"]
         costs.add_row(
             str(row["depth"]), short(row["layer"]), f"{row['forward_flops']:.2g}", f"{row['dx_flops']:.2g}",
             f"{row['dw_flops']:.2g}", f"{row['step_fraction']:.2f}", "" if cached is None else f"{cached:.2f}",
-            f"{row['steps']:,}",
+            f"{row['steps']:,}", *(("" if left is None else f"{left:.2f}",) if is_read else ()),
         )  # fmt: skip
     console.print(costs)
     if plan["memory"] is not None:
@@ -154,7 +161,7 @@ def show(data: dict[str, Any], console: Console) -> None:
         f"this run: at most {plan['flops']:.4g} FLOPs ({data['budget']:.1%}), {probes}; "
         f"cache: {plan['cache']}{skipping}\n"
         f"learning rate: {among}{rates}\n"
-        f"first plan, if nothing were measured: cut at depth {data['first_plan']['cut']}, "
+        f"first plan, before anything is scored: cut at depth {data['first_plan']['cut']}, "
         f"{len(active)} of {model['components']} components on ({data['first_plan']['reason']})",
         highlight=False, soft_wrap=True,
     )  # fmt: skip

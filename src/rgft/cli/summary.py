@@ -33,7 +33,7 @@ def show(report: Mapping[str, Any], console: Console) -> None:
         ("full fine-tuning, same batches", flops["same_batches_in_full"]), *padding,
         ("dW skipped", -saved["dw_skipped"]), ("dX truncated", -saved["dx_truncated"]),
         ("F cached", -saved["forward_cached"]), ("positions not read", -saved["unread_positions"]),
-        *skipped, ("probes", flops["probes"]),
+        *skipped, ("probes", flops["probes"]), ("readout", flops.get("readout", 0.0)),
         ("cache filling", flops["cache_filling"]), ("search", flops["search"]), ("spent", flops["spent"]),
     )  # fmt: skip
     added = (

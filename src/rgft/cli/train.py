@@ -240,13 +240,14 @@ def finished(folder: RunFolder) -> dict[str, Any] | None:
 
 
 def error_map(run: Run) -> dict[str, Any]:
-    """The map as it is, its uncertainty, and what it was at each probe."""
+    """The map as it is, its uncertainty, what it was at each probe, and what was read before the first step."""
     now = run.guide.error_map
     return {
         "schema": "rgft.error_map/1", "values": now.values(),
         "standard_errors": {name: now.standard_error(name) for name in now.observed},
         "map": now.to_dict(),
         "history": [{"step": step + 1, "values": values} for step, values in run.guide.map_history],
+        "readout": None if run.guide.readout is None else run.guide.readout.to_dict(),
     }  # fmt: skip
 
 

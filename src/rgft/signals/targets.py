@@ -38,6 +38,11 @@ class Targets:
     labels: Tensor
     shifted: bool = False
 
+    @property
+    def counting(self) -> Tensor:
+        """The targets that count: integers [N], or [B, D] floats."""
+        return self.labels if self.task == "regression" else self.labels[self.labels != IGNORED]
+
     def residual(self) -> Tensor:
         """R = ‖y − ŷ‖², a scalar with a graph.
 

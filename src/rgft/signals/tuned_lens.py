@@ -53,21 +53,21 @@ class TunedLens(Signal):
         if len(seen.outputs) != 1:
             raise DataError(f"expected the loss to call the model once; it was called {len(seen.outputs)} times")
         targets = targets_of(probe.model, probe.batch, seen.outputs[0], outputs=self.outputs, shift=self.shift)
-        wanted_NC = _target_matrix(targets, self.samples)
+        wanted_NC = target_matrix(targets.counting[: self.samples])
         if wanted_NC.shape[0] < 3:
             raise DataError(f"tuned_lens needs at least 3 targets in its batch; found {wanted_NC.shape[0]}")
 
         def loss(tensor: Tensor, cut: Callable[[Tensor], Tensor]) -> Tensor | None:
-            states_ND = _states(cut(tensor), targets, probe.batch)
+            states_ND = hidden_states(cut(tensor), targets, probe.batch)
             if states_ND is None:
                 return None
-            return leave_one_out_error(states_ND[: self.samples], wanted_NC, ridge=self.ridge)
+            return leave_one_out_errors(states_ND[: self.samples], wanted_NC, ridge=self.ridge).mean()
 
         return as_floats(unit_scores(probe, seen, loss))
 
 
-def leave_one_out_error(states_ND: Tensor, targets_NC: Tensor, *, ridge: float) -> Tensor:
-    """Mean over samples of the squared leave-one-out error, for ridge regression with intercept on centred data.
+def leave_one_out_errors(states_ND: Tensor, targets_NC: Tensor, *, ridge: float) -> Tensor:
+    """[N] squared leave-one-out error of each sample, for ridge regression with intercept on centred data.
 
     With H = 11ᵀ/N + K(K + λI)⁻¹, K the centred Gram matrix and λ = ridge · tr K / N, sample i's error without itself is
     ((I − H)Y)_i / (1 − H_ii); exact for intercept and weights refitted at the same λ.
@@ -80,19 +80,18 @@ def leave_one_out_error(states_ND: Tensor, targets_NC: Tensor, *, ridge: float) 
     penalty = ridge * gram.trace().clamp_min(torch.finfo(gram.dtype).tiny) / count
     hat = torch.linalg.solve(gram + penalty * identity, gram) + 1.0 / count
     errors = (targets - hat @ targets) / (1.0 - hat.diagonal()).unsqueeze(-1)
-    return errors.square().sum(-1).mean()
+    return errors.square().sum(-1)
 
 
-def _target_matrix(targets: Targets, samples: int) -> Tensor:
-    """[N, C]: one-hot over the classes that occur, or the regression targets."""
-    if targets.task == "regression":
-        return targets.labels[:samples]
-    labels = targets.labels[targets.labels != IGNORED][:samples]
-    return torch.nn.functional.one_hot(labels.unique(return_inverse=True)[1]).to(torch.float64)
+def target_matrix(counting: Tensor) -> Tensor:
+    """[N, C]: one-hot over the classes that occur among integers [N], or regression targets as they are."""
+    if counting.is_floating_point():
+        return counting
+    return torch.nn.functional.one_hot(counting.unique(return_inverse=True)[1]).to(torch.float64)
 
 
-def _states(tensor: Tensor, targets: Targets, batch: Any) -> Tensor | None:
-    """[N, D] hidden states, one per target, or None where positions do not match."""
+def hidden_states(tensor: Tensor, targets: Targets, batch: Any) -> Tensor | None:
+    """[N, D] hidden states, one per target that counts, or None where positions do not match."""
     if targets.task == "language_model":
         rows, tokens = targets.labels.shape
         length = tokens + 1 if targets.shifted else tokens

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from rgft.errors import DataError
+from rgft.tasks.kept_files import kept_files
 
 log = logging.getLogger("rgft")
 
@@ -31,7 +32,7 @@ def converted(path: Path) -> Path:
     """
     if not path.is_file():
         raise DataError(f"{path}: expected a GGUF file, found {'a folder' if path.is_dir() else 'nothing'}")
-    root = Path(os.environ.get("RGFT_CACHE") or Path.home() / ".cache" / "rgft").expanduser() / "models"
+    root = kept_files("models")
     folder = root / f"{path.stem}-{_fingerprint(path)}"
     if (folder / "config.json").is_file():
         return folder

@@ -88,11 +88,11 @@ class Ledger:
         recomputed_flops: forward work done again: by gradient checkpointing, where a memory budget turned it on, and
             where nothing is dropped at random in attention's fused kernel.
         optimizer_flops: products in the optimizer's own steps (Muon's).
-        probe_flops, fill_flops, search_flops: scoring, filling the activation cache, and candidates of a search that
-            lost; part of what is spent.
+        probe_flops, readout_flops, fill_flops, search_flops: scoring, reading layers out before the first step, filling
+            the activation cache, and candidates of a search that lost; part of what is spent.
         evaluation_flops: not part of it.
         audited_flops, audited_modelled_flops, audits: counted and modelled FLOPs of the same audited pieces of work.
-        seconds: wall-clock by part; "probe" is all scoring, of training gradients too.
+        seconds: wall-clock by part; "probe" is all scoring, of training gradients too, and the readout.
         joules: energy by part, as `seconds`.
         measured_joules: of these, counted by the hardware; the others are an estimate.
         energy_notes: how energy was found, in words; one for each way.
@@ -134,6 +134,7 @@ class Ledger:
     optimizer_flops: float = 0.0
     probe_flops: float = 0.0
     probes: int = 0
+    readout_flops: float = 0.0
     fill_flops: float = 0.0
     search_flops: float = 0.0
     evaluation_flops: float = 0.0
@@ -249,6 +250,11 @@ class Ledger:
         self.probe_flops += flops
         self.seconds["probe"] += seconds
 
+    def add_readout(self, *, flops: float, seconds: float) -> None:
+        """Books passes that read layers out before the first step."""
+        self.readout_flops += flops
+        self.seconds["probe"] += seconds
+
     def add_fill(self, *, flops: float, seconds: float) -> None:
         """Books passes that filled the activation cache and trained nothing."""
         self.fill_flops += flops
@@ -313,9 +319,13 @@ class Ledger:
 
     @property
     def spent_flops(self) -> float:
-        """What counts against the budget: training, its optimizer's products, probes, cache filling and search;
-        evaluation does not."""
-        return self.training_flops + self.optimizer_flops + self.probe_flops + self.fill_flops + self.search_flops
+        """What counts against the budget: training and what is beside it; evaluation does not."""
+        return self.training_flops + self.optimizer_flops + self.beside_flops
+
+    @property
+    def beside_flops(self) -> float:
+        """Spent by passes that train nothing: probes, readout, cache filling and a search's losers."""
+        return self.probe_flops + self.readout_flops + self.fill_flops + self.search_flops
 
     @property
     def elapsed(self) -> float:
@@ -355,7 +365,7 @@ class Ledger:
 
         Returns:
             Nested by topic: `flops` (`spent` and its parts; `saved` against full fine-tuning on the *same* batches, by
-            axis, with probes, filling and search as `added`; the fractions), `audit`, `seconds`, `energy` (without
+            axis, with all that is beside training as `added`; the fractions), `audit`, `seconds`, `energy` (without
             evaluation's), `memory`, `data`, `parameters`.
         """
         return ledger_figures.summary(self, full_flops)

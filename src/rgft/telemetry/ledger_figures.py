@@ -14,8 +14,7 @@ def summary(ledger: Ledger, full_flops: float | None) -> dict[str, Any]:
     """See `Ledger.summary`."""
     saved = ledger.forward_cached_flops + ledger.dx_truncated_flops + ledger.dw_skipped_flops + ledger.unread_flops
     saved += ledger.examples_flops + ledger.targets_flops + ledger.padding_flops
-    added = ledger.probe_flops + ledger.fill_flops + ledger.search_flops + ledger.recomputed_flops + ledger.pair_flops
-    added += ledger.optimizer_flops
+    added = ledger.beside_flops + ledger.recomputed_flops + ledger.pair_flops + ledger.optimizer_flops
     return {
         "steps": ledger.steps,
         "flops": {
@@ -26,7 +25,8 @@ def summary(ledger: Ledger, full_flops: float | None) -> dict[str, Any]:
             "fraction_of_same_batches": ledger.spent_flops / ledger.reference_flops if ledger.reference_flops else None,
             "forward": ledger.forward_flops, "dx": ledger.dx_flops, "dw": ledger.dw_flops,
             "head_at_targets": ledger.head_flops,
-            "probes": ledger.probe_flops, "cache_filling": ledger.fill_flops, "search": ledger.search_flops,
+            "probes": ledger.probe_flops, "readout": ledger.readout_flops, "cache_filling": ledger.fill_flops,
+            "search": ledger.search_flops,
             "recomputed": ledger.recomputed_flops, "low_rank_pairs": ledger.pair_flops,
             "optimizer": ledger.optimizer_flops,
             "scoring_fraction": ledger.probe_flops / ledger.spent_flops if ledger.spent_flops else None,
@@ -107,6 +107,7 @@ def as_rows(ledger: Ledger, full_flops: float | None) -> list[tuple[str, float, 
         ("low-rank pairs", ledger.pair_flops),
         ("optimizer's products", ledger.optimizer_flops),
         ("probes", ledger.probe_flops),
+        ("readout", ledger.readout_flops),
         ("cache filling", ledger.fill_flops),
         ("search", ledger.search_flops),
         ("spent", ledger.spent_flops),

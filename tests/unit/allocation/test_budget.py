@@ -13,6 +13,9 @@ from hypothesis import strategies as st
 
 from rgft.allocation.base import Situation
 from rgft.allocation.budget import BudgetMask
+from rgft.allocation.compose import Composed
+from rgft.allocation.peers.fixed import AllOn
+from rgft.allocation.selection import readout_share
 from rgft.components import Component
 from rgft.error_map import ErrorMap
 from rgft.errors import ConfigError
@@ -100,6 +103,43 @@ def test_what_is_out_of_reach_may_count_for_more() -> None:
         bias = [(1 - k / 4) ** exponent for k in (4, 4, 3, 2, 1, 0)]
         assert [c.bias for c in mask.choices(situation())] == pytest.approx(bias)
         assert mask.cut(situation()) == cut < BudgetMask().cut(situation())
+
+
+def test_what_frozen_features_tell_already_is_not_missed() -> None:
+    """Of layers 1 to 4; below a cut at 1 there is the embedding alone, which is not read."""
+    unexplained = {1: 1.0, 2: 0.8, 3: 0.4, 4: 0.5}
+    choices = BudgetMask().choices(situation(unexplained=unexplained))
+    without = BudgetMask().choices(situation())
+    bias = [(1 - k / 4) ** 3 for k in (4, 4, 3, 2, 1, 0)]
+    missed = [1.0, 1.0, 1.0, 0.8, 0.4, 0.5]
+    assert [c.bias for c in choices] == pytest.approx([b * u**3 for b, u in zip(bias, missed, strict=True)])
+    assert [c.variance for c in choices] == [c.variance for c in without]
+    assert BudgetMask().cut(situation()) == 3
+    assert BudgetMask().cut(situation(unexplained=unexplained)) == 4
+    assert BudgetMask().cut(situation(unexplained=dict.fromkeys(unexplained, 1.0))) == 3
+    assert [c.bias for c in BudgetMask().choices(situation(unexplained={3: 0.4}))] == pytest.approx(
+        [*bias[:4], bias[4] * 0.4**3, bias[5]]
+    )
+
+
+def test_a_first_map_has_to_better_what_the_readout_says() -> None:
+    """Alone, this map would keep layer 3 on; features that tell the targets below it weigh more."""
+    map_of = measured({1: 1, 2: 1, 3: 3, 4: 8})
+    readout = {2: 0.9, 3: 0.3, 4: 0.9}
+    assert BudgetMask().cut(situation(map_of)) == 3
+    assert (
+        BudgetMask().cut(situation(unexplained=readout))
+        == BudgetMask().cut(situation(map_of, unexplained=readout))
+        == 4
+    )
+
+
+def test_which_masks_want_a_readout() -> None:
+    assert BudgetMask().readout_share == 0.08
+    assert BudgetMask(readout=0.0).readout_share == 0.0
+    assert BudgetMask(readout=0.01).readout_share == readout_share(Composed(mask=BudgetMask(readout=0.01))) == 0.01
+    assert BudgetMask(readout=0.01, frozen_fraction=0.5).readout_share == 0.0
+    assert readout_share(Composed()) == readout_share(AllOn()) == 0.0
 
 
 def test_with_certain_maps_costs_follow_the_scores() -> None:
@@ -289,7 +329,13 @@ def test_without_costs_or_layers_the_cut_in_force_stays() -> None:
 def test_all_problems_are_reported_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         BudgetMask(
-            bias_exponent=0.5, noise_weight=-1.0, repetition=1.5, spread=-0.1, hysteresis=1.0, frozen_fraction=1.5
+            bias_exponent=0.5,
+            noise_weight=-1.0,
+            repetition=1.5,
+            spread=-0.1,
+            hysteresis=1.0,
+            frozen_fraction=1.5,
+            readout=1.0,
         )
-    for key in ("bias_exponent", "noise_weight", "repetition", "spread", "hysteresis", "frozen_fraction"):
+    for key in ("bias_exponent", "noise_weight", "repetition", "spread", "hysteresis", "frozen_fraction", "readout"):
         assert f"mask.{key}: expected" in str(caught.value)

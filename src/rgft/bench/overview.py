@@ -18,6 +18,7 @@ _GROUPS: Mapping[str, Any] = {"config": {"execution": {"padding": "auto", "posit
 COLUMNS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "RGFT": ("rgft", {}),
     "RGFT, untuned": ("rgft", {"lr": "auto"}),
+    "RGFT, cut by costs alone": ("rgft", {"config": {"mask": {"readout": 0.0}}}),
     "full fine-tuning, stopped": ("full", {}),
     "the same, no padding": ("full", _GROUPS),
     "LoRA": ("lora", {}),

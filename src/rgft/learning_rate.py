@@ -17,18 +17,20 @@ from rgft.architectures.matrices import has_matrix, matrix_size
 
 #: AdamW's rate for a run of up to one pass, and the width that it suits.
 REFERENCE_RATE, REFERENCE_WIDTH = 3e-4, 384
-#: The power of the passes, beyond the first, that the rate falls with.
-POWER = 1.75
+#: The power of the passes, beyond the first, that the rate falls with where half of the layers or more are trained;
+#: where fewer are, less, by their share: the less is trained, the less a repetition spoils (decision 25).
+POWER, ENOUGH_LAYERS = 1.75, 0.5
 #: Of adapters, against dense weights.
 ADAPTERS = 4.0
 
 
-def usual_rate(model: nn.Module, *, passes: float = 1.0, factor: float = 1.0) -> float:
+def usual_rate(model: nn.Module, *, passes: float = 1.0, trained: float = 1.0, factor: float = 1.0) -> float:
     """A learning rate that suits a run.
 
     Args:
         model: to be trained. One that carries adapters trains them.
         passes: how often the run sees each training example, in the mean.
+        trained: share of the layers that are trained.
         factor: of the optimizer's usual rate against AdamW's.
     """
     carriers = adapter_paths(model)
@@ -37,7 +39,8 @@ def usual_rate(model: nn.Module, *, passes: float = 1.0, factor: float = 1.0) ->
         if has_matrix(module) and adapter_of(f"{path}.weight", carriers) is None
     ]  # fmt: skip
     width = median(widths) if widths else REFERENCE_WIDTH
-    rate = factor * REFERENCE_RATE * REFERENCE_WIDTH / width / max(1.0, passes) ** POWER
+    power = POWER * min(1.0, trained / ENOUGH_LAYERS)
+    rate = factor * REFERENCE_RATE * REFERENCE_WIDTH / width / max(1.0, passes) ** power
     return float(f"{rate * (ADAPTERS if carriers else 1.0):.2g}")
 
 

@@ -180,9 +180,9 @@ class Run:
         if self.was_stopped and not is_saved:
             self.checkpoint()
 
-    def rate_for(self, passes: float) -> float:
-        """What the run begins with where it makes so many passes over the data."""
-        return self.settings.first_lr(self.task.model, passes=passes)
+    def rate_for(self, passes: float, *, trained: float = 1.0) -> float:
+        """What the run begins with where it makes so many passes over the data, and trains that share of the layers."""
+        return self.settings.first_lr(self.task.model, passes=passes, trained=trained)
 
     def rate_text(self, lr: float) -> str:
         """A learning rate as it is shown: that of dense weights, and of low-rank pairs where there are any."""
@@ -194,7 +194,7 @@ class Run:
         if self._is_lr_settled or (guide.is_measuring and guide.step_count > 1):
             return
         passes = guide.passes * (CUT_BUYS if guide.is_measuring else 1.0)
-        lr = self.rate_for(passes)
+        lr = self.rate_for(passes, trained=guide.partition.share_of_layers(guide.plan.active_set()))
         scale_rates(self.optimizer, self.scheduler, lr / self.lr)
         self.lr, self._is_lr_settled = lr, guide.step_count > 0 and not guide.is_measuring
         if self._is_lr_settled:

@@ -16,6 +16,12 @@ class Net(nn.Module):
         self.down, self.norm = nn.Linear(4 * width, width), nn.LayerNorm(width)
 
 
+def test_the_less_is_trained_the_less_repetitions_count() -> None:
+    net = Net(384)
+    rates = [usual_rate(net, passes=2.0, trained=share) for share in (1.0, 0.5, 0.25, 0.0)]
+    assert rates == [8.9e-5, 8.9e-5, 1.6e-4, 3e-4]
+
+
 def test_rates_fall_with_the_width() -> None:
     assert usual_rate(Net(384)) == 3e-4
     assert usual_rate(Net(768)) == 1.5e-4

@@ -9,7 +9,7 @@ How a model is split is `partition.py`'s matter; nothing here touches a module.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -150,10 +150,9 @@ class Partition:
         """Components at or above the cut."""
         return tuple(component for component in self.components if component.depth >= cut)
 
-    def share_of_layers(self, names: Collection[str]) -> float:
-        """Share of the layers of which some component is among the names; 1 without layers."""
-        reached = {component.layer for component in self.components if component.layer and component.name in names}
-        return len(reached) / len(self.layers) if self.layers else 1.0
+    def share_above(self, cut: int) -> float:
+        """Share of the layers that lie at or above the cut; 1 without layers."""
+        return min(1.0, (len(self.layers) + 1 - cut) / len(self.layers)) if self.layers else 1.0
 
     def check_cover(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raises PartitionError unless every element of `shapes` (parameter name → shape) has exactly one owner."""

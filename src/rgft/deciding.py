@@ -210,11 +210,16 @@ class Decisions:
         return 0.0 if self._policy is None else readout_share(self._policy)
 
     @property
+    def wants_readout(self) -> bool:
+        """Whether there is none yet, and the first decision would look at one."""
+        return self.readout_share > 0.0 and self.readout is None and self._progress.step == 0
+
+    @property
     def _unexplained(self) -> Mapping[int, float]:
         if self.readout is None:
             return {}
-        depths = {c.layer: c.depth for c in self._partition if c.layer is not None}
-        return {depths[layer]: self.readout.at_most(layer) for layer in self.readout.unexplained}
+        layers, readout = self._partition.layers, self.readout
+        return {depth: readout.at_most(layer) for depth, layer in enumerate(layers, 1) if layer in readout.unexplained}
 
     # ---------------------------------------------------------------- what there is at least
 
@@ -272,4 +277,5 @@ class Decisions:
         self.has_decided = state["has_decided"]
         self.plans = [UpdatePlan.from_dict(plan) for plan in state["plans"]]
         self._gradient_norm_squared = state["gradient_norm_squared"]
-        self.readout = None if state["readout"] is None else Readout.from_dict(state["readout"])
+        readout = state.get("readout")
+        self.readout = None if readout is None else Readout.from_dict(readout)

@@ -13,6 +13,7 @@ guide.detach()
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -43,6 +44,8 @@ from rgft.schedule import check_scheduler, learning_rate_schedule
 from rgft.telemetry.energy import EnergyMeter
 from rgft.training_loss import Loss
 from rgft.workload import Workload
+
+log = logging.getLogger("rgft")
 
 #: Batches among which one with padding is looked for.
 BATCHES_LOOKED_AT = 8
@@ -199,10 +202,14 @@ class Guide(GuidedRun):
             self.ledger.carbon_intensity = energy.carbon_intensity
         spending.allow(costs, workload, full=full_flops, pace=pace)
         steps = spending.full_steps(stream.total_batches)
-        spending.require(self._decisions.plan_cheapest(steps), workload)
-        if own_loss and self.step_count == 0 and self._decisions.readout_share:
+        first_step = spending.require(self._decisions.plan_cheapest(steps), workload)
+        if self._decisions.wants_readout and not self.ledger.readout_flops:
+            limit = min(self._decisions.readout_share * spending.allowed, spending.allowed - first_step)
             rows = stream.batch_size if memory is None or memory.plan is None else memory.plan.rows_per_pass
-            self._decisions.readout = self._reader.read(stream, share=self._decisions.readout_share, rows=rows)
+            if own_loss:
+                self._decisions.readout = self._reader.read(stream, flops=limit, rows=rows)
+            else:
+                log.info("readout: the loss of this loop is not the guide's: decided by costs")
         if self._measurement is not None and self._decisions.follows_map:
             self._prober.plan(steps=steps, measuring=self.config.warmup_fraction, examples=len(stream.dataset))
             if memory is not None and memory.plan is not None:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from rgft.execution.probing import still
 from rgft.measurement import Loss
 from rgft.signals.base import Probe
 from rgft.signals.captures import capture
-from rgft.signals.targets import targets_of
+from rgft.signals.targets import IGNORED, Targets, targets_of
 from rgft.signals.tuned_lens import hidden_states, leave_one_out_errors, target_matrix
 from rgft.spending import Spending
 from rgft.workload import batch_shape
@@ -36,8 +37,6 @@ log = logging.getLogger("rgft")
 MOST_EXAMPLES = 48
 #: Fewer say more about the draw than about the features.
 FEWEST_EXAMPLES = 16
-#: Targets that are fitted at most, where an example has several.
-MOST_TARGETS = 512
 #: λ of the ridge regression, relative to the mean eigenvalue of the centred Gram matrix.
 RIDGE = 1.0
 
@@ -50,8 +49,8 @@ class Readout:
         unexplained: layer path → leave-one-out squared error of a ridge regression from its output to the targets, as a
             share of that of their mean alone: 1 and more is nothing explained. Layers whose positions do not match the
             targets' are left out.
-        standard_errors: of these shares, over the targets.
-        targets: how many it was fitted to.
+        standard_errors: of these shares, over the examples.
+        targets: how many it was fitted to, one of each example.
     """
 
     unexplained: Mapping[str, float]
@@ -74,9 +73,10 @@ class Readout:
 
 
 class Reader:
-    """Reads a run's own training examples out, by forward passes alone, and books them.
+    """Reads a run's own training examples out, by forward passes alone, and books them (not the regressions).
 
-    Leave-one-out errors are of examples that the regression has not seen, so that none need be set aside.
+    Leave-one-out errors are of examples that the regression has not seen, so that none need be set aside. Of an example
+    with several targets, a text's tokens, the middle one is read: others of the same text would tell it.
 
     Args:
         model, binding: of the run.
@@ -87,41 +87,39 @@ class Reader:
     def __init__(self, model: nn.Module, binding: Binding, loss: Loss, spending: Spending) -> None:
         self._model, self._binding, self._loss, self._spending = model, binding, loss, spending
 
-    def read(self, stream: BatchStream, *, share: float, rows: int) -> Readout | None:
-        """Reads the first examples of the stream; None where the share does not pay for enough, or nothing can be read.
+    def read(self, stream: BatchStream, *, flops: float, rows: int) -> Readout | None:
+        """Reads the first examples of the stream; None where too few are paid for, or nothing can be read.
 
         Args:
             stream: of the run; its place is left alone.
-            share: of what the run may spend.
+            flops: that it may spend.
             rows: of a pass, at most.
         """
         costs, spending = self._spending.costs, self._spending
         if costs is None:
             return None
         of_one = costs.forward_flops(1, spending.typical[1])
-        paid = share * spending.allowed / of_one if of_one else MOST_EXAMPLES
-        number = int(min(paid, MOST_EXAMPLES, len(stream.dataset)))
-        if number < FEWEST_EXAMPLES:
-            log.info("readout: %d examples are too few, %d are wanted: decided by costs", number, FEWEST_EXAMPLES)
+        paid = flops / of_one if of_one else MOST_EXAMPLES
+        ids = _first(stream, int(min(max(0.0, paid), MOST_EXAMPLES)))
+        if len(ids) < FEWEST_EXAMPLES:
+            log.info("readout: %d examples are too few, %d are wanted: decided by costs", len(ids), FEWEST_EXAMPLES)
             return None
-        started, flops = time.perf_counter(), 0.0
+        started, spent = time.perf_counter(), 0.0
         seen: list[tuple[Tensor, dict[str, Tensor]]] = []
         try:
-            for ids in _pieces(stream, number, rows):
-                batch = stream.load(ids)
-                flops += costs.forward_flops(*batch_shape(batch))
+            for start in range(0, len(ids), min(rows, stream.batch_size)):
+                batch = stream.load(ids[start : start + min(rows, stream.batch_size)])
+                spent += costs.forward_flops(*batch_shape(batch))
                 seen.append(self._states(batch))
-                if sum(len(counting) for counting, _ in seen) >= MOST_TARGETS:
-                    break
             found = _unexplained(seen)
         except DataError as error:
             log.info("readout: %s: decided by costs", error)
             found = None
-        spending.ledger.add_readout(flops=flops, seconds=time.perf_counter() - started)
+        spending.ledger.add_readout(flops=spent, seconds=time.perf_counter() - started)
         return found
 
     def _states(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """The targets that count, and the hidden states of each layer that it has called once, one for each of them."""
+        """A target of each example that has any, and its hidden states in each layer that was called once."""
         binding = self._binding
         probe = Probe(
             model=self._model, partition=binding.partition, parameters=binding.parameters, batch=batch, loss=self._loss
@@ -133,27 +131,34 @@ class Reader:
                     f"expected the loss to call the model once; it was called {len(captured.outputs)} times"
                 )
             targets = targets_of(self._model, batch, captured.outputs[0], outputs=None, shift=None)
+            chosen = _one_of_each_row(targets)
             states = {
-                path: found.detach()
+                path: found[chosen.to(found.device)].detach()
                 for path, calls in captured.layers.items()
                 if len(calls) == 1 and (found := hidden_states(calls[0], targets, batch)) is not None
             }
-        return targets.counting, states
+        return targets.counting[chosen.to(targets.labels.device)], states
 
 
-def _pieces(stream: BatchStream, number: int, rows: int) -> Iterator[Sequence[int]]:
-    """The ids of the stream's first `number` examples, at most `rows` at a time."""
-    left = number
-    for ids in stream.indices():
-        for start in range(0, min(len(ids), left), rows):
-            yield ids[start : min(start + rows, left)]
-        left -= len(ids)
-        if left <= 0:
-            return
+def _first(stream: BatchStream, number: int) -> list[int]:
+    """The first ids of the stream's first epoch, each once: what stands there twice would tell itself."""
+    ids = chain.from_iterable(islice(stream.indices(), stream.batches_per_epoch))
+    return list(islice(dict.fromkeys(ids), number))
+
+
+def _one_of_each_row(targets: Targets) -> Tensor:
+    """Which of the targets that count are read: the middle one of each row's; of rows with one, that."""
+    counting = (
+        targets.labels != IGNORED if targets.task != "regression" else targets.labels.new_ones(len(targets.labels))
+    )
+    rows_N = counting.nonzero()[:, 0].cpu()
+    starts = torch.cat([torch.ones(1, dtype=torch.bool), rows_N[1:] != rows_N[:-1]]).nonzero()[:, 0]
+    ends = torch.cat([starts[1:], torch.tensor([len(rows_N)])])
+    return (starts + ends) // 2
 
 
 def _unexplained(seen: Sequence[tuple[Tensor, Mapping[str, Tensor]]]) -> Readout:
-    counting = torch.cat([targets for targets, _ in seen])[:MOST_TARGETS]
+    counting = torch.cat([targets for targets, _ in seen])
     if len(counting) < FEWEST_EXAMPLES:
         raise DataError(f"{len(counting)} targets count, {FEWEST_EXAMPLES} are wanted")
     wanted_NC = target_matrix(counting)
@@ -169,7 +174,7 @@ def _unexplained(seen: Sequence[tuple[Tensor, Mapping[str, Tensor]]]) -> Readout
     for path, found in by_layer.items():
         if len(found) < len(seen) or len({states.shape[1:] for states in found}) > 1:
             continue
-        states_ND = torch.cat(found)[:MOST_TARGETS]
+        states_ND = torch.cat(found)
         if not bool(states_ND.isfinite().all()):
             continue
         left_N = leave_one_out_errors(states_ND, wanted_NC, ridge=RIDGE)

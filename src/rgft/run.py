@@ -194,7 +194,7 @@ class Run:
         if self._is_lr_settled or (guide.is_measuring and guide.step_count > 1):
             return
         passes = guide.passes * (CUT_BUYS if guide.is_measuring else 1.0)
-        lr = self.rate_for(passes, trained=guide.partition.share_of_layers(guide.plan.active_set()))
+        lr = self.rate_for(passes, trained=guide.partition.share_above(guide.plan.cut))
         scale_rates(self.optimizer, self.scheduler, lr / self.lr)
         self.lr, self._is_lr_settled = lr, guide.step_count > 0 and not guide.is_measuring
         if self._is_lr_settled:

@@ -108,8 +108,8 @@ class Spending:
         if self.costs is not None:
             self.costs = self.costs.with_dropout(drops)
 
-    def require(self, plan: UpdatePlan, workload: Workload) -> None:
-        """Makes sure that a first step on any batch of the workload can be paid for.
+    def require(self, plan: UpdatePlan, workload: Workload) -> float:
+        """Makes sure that a first step on any batch of the workload can be paid for; returns its FLOPs.
 
         Args:
             plan: the cheapest.
@@ -144,6 +144,7 @@ class Spending:
                 f"one step of the cheapest plan ({flops:.3g}){self._of_so_many}; the smallest budget of this run is "
                 f"{smallest:.4f}"
             )
+        return flops
 
     @property
     def _of_so_many(self) -> str:

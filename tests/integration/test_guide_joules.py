@@ -51,6 +51,7 @@ def test_the_energy_is_used_and_kept_to(preset: Any, guess: float, grain: float)
     guide = metered(counter, {"joules": 60.0}, pace=guess, preset=preset)
     guided(guide, adamw(guide), Examples(BERT, 40), epochs=50)
     spent = guide.ledger.spent_joules
+    # What is left does not pay for another step, which takes up to a twentieth.
     assert 0.94 * 60.0 - grain <= spent <= 60.0 + grain
     assert guide.step_count > 10
     assert guide.budget_spent == pytest.approx(spent / 60.0)

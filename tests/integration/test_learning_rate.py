@@ -30,7 +30,7 @@ def test_the_rate_is_that_of_the_passes_that_are_made(
     run.train()
     passes = run.guide.step_count * run.settings.batch_size * run.settings.accumulation / EXAMPLES
     assert passes > 1.5
-    trained = run.guide.partition.share_of_layers(run.guide.plan.active_set())
+    trained = run.guide.partition.share_above(run.guide.plan.cut)
     lowest, highest = (
         usual_rate(run.task.model, passes=passes * factor, trained=trained) for factor in (1.15, 1 / 1.15)
     )

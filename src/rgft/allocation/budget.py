@@ -25,8 +25,8 @@ what was measured, not on how far the run is. A cut of which the FLOPs left buy 
 the cheapest. The cut with the lowest cost is taken. A linear rate per FLOP would take everything (early-stopped full
 fine-tuning), a bare ratio the classifier alone. Measured against grids of fixed cuts: docs/decisions/0006.
 
-Scores are shrunk towards equal layers by their uncertainty: a short run, whose scores are noise, decides by the
-costs alone. A long one does by what it measured, where that makes a difference: early maps are top-heavy under a new
+Scores are shrunk towards equal layers by their uncertainty: a short run, whose scores are noise, decides by costs and
+readout. A long one does by what it measured, where that makes a difference: early maps are top-heavy under a new
 head, and deeper cuts that were better by a few hundredths were worse in the end (docs/decisions/0023).
 """
 
@@ -81,8 +81,8 @@ class BudgetMask(Mask):
         noise_weight: λ, the weight of variance against bias.
         repetition: R, what a first repetition is worth, as a share of a new example; of all together, in epochs.
         spread: prior standard deviation of a layer's share, relative to the mean layer.
-        hysteresis: a new cut must lower the cost by this share to replace the one in force; the first, that which costs
-            alone say.
+        hysteresis: a new cut must lower the cost by this share to replace the one in force; the first, that which is
+            best without a map.
         frozen_fraction: fixes the cut by hand: the share of layers below it.
         readout: share of the run's FLOPs that a readout before the first step may take; 0: none. None: 0.08, of
             language models 0, whose own head has read their layers already.
@@ -205,7 +205,8 @@ class BudgetMask(Mask):
 
 def _missed_below(cut: int, situation: Situation) -> float:
     """u_c: what the readout of the last layer below the cut leaves unexplained; 1 where that is not known."""
-    below = max((depth for depth in _layer_depths(situation) if depth < cut), default=None)
+    depths = {*_layer_depths(situation), *situation.unexplained}  # of layers that are frozen anyway, too
+    below = max((depth for depth in depths if depth < cut), default=None)
     return 1.0 if below is None else situation.unexplained.get(below, 1.0)
 
 

@@ -44,7 +44,7 @@ def preview(run: Run) -> dict[str, Any]:
         ],
         "run_plan": guide.run_plan.to_dict(),
         "learning_rates": _learning_rates(
-            run, next(row["steps"] for row in by_depth if row["depth"] >= first.cut), first.active_set()
+            run, next(row["steps"] for row in by_depth if row["depth"] >= first.cut), first.cut
         ),
         "is_rate_by_rule": run.settings.is_lr_by_rule,
         "budget": guide.run_plan.flops / guide.run_plan.full_flops,
@@ -56,10 +56,10 @@ def preview(run: Run) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _learning_rates(run: Run, steps: int, active: frozenset[str]) -> list[float]:
+def _learning_rates(run: Run, steps: int, cut: int) -> list[float]:
     settings = run.settings
     passes = min(steps * settings.accumulation, run.batches_in_full) / run.batches_in_epoch
-    lr = run.rate_for(passes, trained=run.guide.partition.share_of_layers(active))
+    lr = run.rate_for(passes, trained=run.guide.partition.share_above(cut))
     return list(settings.candidate_lrs(lr)) if settings.is_lr_searched else [lr]
 
 

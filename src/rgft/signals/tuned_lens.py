@@ -73,8 +73,8 @@ def leave_one_out_errors(states_ND: Tensor, targets_NC: Tensor, *, ridge: float)
     ((I − H)Y)_i / (1 − H_ii); exact for intercept and weights refitted at the same λ.
     """
     centred = at_least_float32(states_ND) - at_least_float32(states_ND).mean(0)
-    gram = (centred @ centred.T).double().cpu()
-    targets = targets_NC.double().cpu()
+    gram = (centred @ centred.T).cpu().double()
+    targets = targets_NC.cpu().double()
     count = gram.shape[0]
     identity = torch.eye(count, dtype=gram.dtype)
     penalty = ridge * gram.trace().clamp_min(torch.finfo(gram.dtype).tiny) / count
@@ -97,15 +97,19 @@ def hidden_states(tensor: Tensor, targets: Targets, batch: Any) -> Tensor | None
         length = tokens + 1 if targets.shifted else tokens
         if tensor.dim() != 3 or tensor.shape[:2] != (rows, length):
             return None
-        return tensor[:, :tokens][targets.labels != IGNORED]
+        return tensor[:, :tokens][(targets.labels != IGNORED).to(tensor.device)]
     if tensor.shape[0] != targets.labels.shape[0]:
         return None
     pooled = _pooled(tensor, batch)
-    return pooled if targets.task == "regression" else pooled[targets.labels != IGNORED]
+    return pooled if targets.task == "regression" else pooled[(targets.labels != IGNORED).to(pooled.device)]
 
 
 def _pooled(tensor: Tensor, batch: Any) -> Tensor:
-    """[B, D]: mean over the tokens of [B, T, D], or the pixels of [B, D, H, W]."""
+    """[B, D]: mean over the tokens of [B, T, D], or the pixels of [B, D, H, W].
+
+    Where channels stand elsewhere ([B, H, W, D], [B, D, T]) positions are left in their place: a probe of those tells
+    less than the layer does.
+    """
     if tensor.dim() == 4:
         return tensor.flatten(2).mean(-1)
     if tensor.dim() != 3:

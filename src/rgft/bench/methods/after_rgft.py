@@ -55,11 +55,11 @@ METHODS = (
     Method(
         name="rgft_static", title="RGFT's last plan from the start", follows=last_plan, settings=_OF_RGFT,
         cost="as RGFT, without probes and measuring; the run that found the plan is not counted",
-        revision=RGFT_REVISION + 1,
+        revision=RGFT_REVISION,
     ),
     Method(
         name="uniform_rate", title="RGFT's last cut from the start, all at its mean learning rate", follows=mean_rate,
         cost="as RGFT, without probes and measuring; the run that found the rate is not counted", settings=_OF_RGFT,
-        revision=RGFT_REVISION + 2,
+        revision=RGFT_REVISION + 1,
     ),
 )  # fmt: skip

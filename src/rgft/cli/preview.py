@@ -126,7 +126,7 @@ def show(data: dict[str, Any], console: Console) -> None:
     )
     is_read = any(row["unexplained"] is not None for row in data["by_depth"])
     if is_read:
-        title += "; share of the targets that a linear map of the layer's output leaves unexplained"
+        title += "; share of the targets that a linear map of the layer's output leaves unexplained, the readout"
     names = ("cut", "at this depth", "F", "dX", "dW", "step", "cached", "steps", *(("unexplained",) if is_read else ()))
     costs = Table(*names, title=title)
     for row in data["by_depth"]:

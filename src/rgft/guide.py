@@ -203,13 +203,7 @@ class Guide(GuidedRun):
         spending.allow(costs, workload, full=full_flops, pace=pace)
         steps = spending.full_steps(stream.total_batches)
         first_step = spending.require(self._decisions.plan_cheapest(steps), workload)
-        if self._decisions.wants_readout and not self.ledger.readout_flops:
-            limit = min(self._decisions.readout_share * spending.allowed, spending.allowed - first_step)
-            rows = stream.batch_size if memory is None or memory.plan is None else memory.plan.rows_per_pass
-            if own_loss:
-                self._decisions.readout = self._reader.read(stream, flops=limit, rows=rows)
-            else:
-                log.info("readout: the loss of this loop is not the guide's: decided by costs")
+        self._read_out(stream, spare=spending.allowed - first_step, own_loss=own_loss)
         if self._measurement is not None and self._decisions.follows_map:
             self._prober.plan(steps=steps, measuring=self.config.warmup_fraction, examples=len(stream.dataset))
             if memory is not None and memory.plan is not None:
@@ -225,6 +219,19 @@ class Guide(GuidedRun):
             skips="" if self._weighted is None else self._weighted.says,
         )  # fmt: skip
         return run_plan
+
+    def _read_out(self, stream: BatchStream, *, spare: float, own_loss: bool) -> None:
+        """Reads layers out for the first decision, where the policy looks at that, for at most `spare` FLOPs."""
+        decisions, memory = self._decisions, self._memory
+        if not decisions.wants_readout or self.ledger.readout_flops:
+            return
+        if not own_loss:
+            log.info("readout: the loss of this loop is not the guide's: decided by costs")
+            return
+        decisions.readout = self._reader.read(
+            stream, flops=min(decisions.readout_share * self._spending.allowed, spare),
+            rows=stream.batch_size if memory is None or memory.plan is None else memory.plan.rows_per_pass,
+        )  # fmt: skip
 
     def _find_groups(self, stream: BatchStream) -> LengthGroups | None:
         """How batches of the run are taken apart by length; None: they are not."""

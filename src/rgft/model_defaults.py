@@ -51,7 +51,7 @@ def _with_mask_for(model: nn.Module, config: Config) -> Config:
     if mask is None or mask.name != BudgetMask.name or output_head(model) is None:
         return config
     usual = {"bias_exponent": PRETRAINED_HEAD_EXPONENT, "readout": PRETRAINED_HEAD_READOUT}
-    params = {**usual, **{key: value for key, value in mask.params.items() if value is not None}}
+    params = {**mask.params, **{key: value for key, value in usual.items() if mask.params.get(key) is None}}
     return config.model_copy(update={"mask": mask.model_copy(update={"params": params})})
 
 

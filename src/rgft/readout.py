@@ -26,7 +26,7 @@ from rgft.execution.probing import still
 from rgft.measurement import Loss
 from rgft.signals.base import Probe
 from rgft.signals.captures import capture
-from rgft.signals.targets import IGNORED, Targets, targets_of
+from rgft.signals.targets import Targets, targets_of
 from rgft.signals.tuned_lens import hidden_states, leave_one_out_errors, target_matrix
 from rgft.spending import Spending
 from rgft.workload import batch_shape
@@ -107,8 +107,8 @@ class Reader:
         started, spent = time.perf_counter(), 0.0
         seen: list[tuple[Tensor, dict[str, Tensor]]] = []
         try:
-            for start in range(0, len(ids), min(rows, stream.batch_size)):
-                batch = stream.load(ids[start : start + min(rows, stream.batch_size)])
+            for start in range(0, len(ids), rows):
+                batch = stream.load(ids[start : start + rows])
                 spent += costs.forward_flops(*batch_shape(batch))
                 seen.append(self._states(batch))
             found = _unexplained(seen)
@@ -148,10 +148,7 @@ def _first(stream: BatchStream, number: int) -> list[int]:
 
 def _one_of_each_row(targets: Targets) -> Tensor:
     """Which of the targets that count are read: the middle one of each row's; of rows with one, that."""
-    counting = (
-        targets.labels != IGNORED if targets.task != "regression" else targets.labels.new_ones(len(targets.labels))
-    )
-    rows_N = counting.nonzero()[:, 0].cpu()
+    rows_N = targets.counts.nonzero()[:, 0].cpu()
     starts = torch.cat([torch.ones(1, dtype=torch.bool), rows_N[1:] != rows_N[:-1]]).nonzero()[:, 0]
     ends = torch.cat([starts[1:], torch.tensor([len(rows_N)])])
     return (starts + ends) // 2

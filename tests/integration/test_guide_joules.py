@@ -48,11 +48,11 @@ def metered(counter: Counter, budget: Any, *, watts: float = 10.0, pace: float |
 @pytest.mark.parametrize("preset", ["rgft", "full"])
 def test_the_energy_is_used_and_kept_to(preset: Any, guess: float, grain: float) -> None:
     counter = Counter(1e-6, grain)
-    guide = metered(counter, {"joules": 60.0}, pace=guess, preset=preset)
+    without_readout = {"mask": {"readout": 0.0}} if preset == "rgft" else {}  # a shallower cut's steps fill it better
+    guide = metered(counter, {"joules": 60.0}, pace=guess, preset=preset, **without_readout)
     guided(guide, adamw(guide), Examples(BERT, 40), epochs=50)
     spent = guide.ledger.spent_joules
-    # What is left does not pay for another step, which takes up to a twentieth.
-    assert 0.94 * 60.0 - grain <= spent <= 60.0 + grain
+    assert 0.95 * 60.0 - grain <= spent <= 60.0 + grain
     assert guide.step_count > 10
     assert guide.budget_spent == pytest.approx(spent / 60.0)
     assert counter.readings <= guide.step_count + 3  # once a step, and at the beginning

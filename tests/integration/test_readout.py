@@ -192,7 +192,7 @@ def test_layers_that_do_not_match_or_are_not_finite_are_left_out() -> None:
     assert list(_unexplained(seen).unexplained) == ["whole"]
 
 
-def test_a_resumed_run_knows_it(tmp_path: Any) -> None:
+def test_a_resumed_run_knows_it() -> None:
     model = model_of_two_classes()
     data = Labelled(model, 80, by="layer")
     guide = opened(copy.deepcopy(model), data)

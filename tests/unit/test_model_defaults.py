@@ -102,6 +102,7 @@ def test_an_optimizer_without_the_pairs_is_told_what_it_lacks(is_early: bool) ->
         (decoder, {"name": "budget", "spread": 0.2}, 1.6),
         (decoder, {"name": "budget", "bias_exponent": 1.5}, 1.5),
         (classifier, "budget", None),
+        (classifier, {"name": "budget", "bias_exponent": 1.5}, 1.5),
     ],
 )
 def test_under_a_pre_trained_head_less_is_cut(
@@ -112,9 +113,8 @@ def test_under_a_pre_trained_head_less_is_cut(
     found = spelled_out(resolved, model, partition(model))
     assert found.mask is not None
     assert resolved.mask is not None
-    said = {} if exponent is None else {"bias_exponent": exponent, "readout": 0.0}
-    given = {key: value for key, value in resolved.mask.params.items() if value is not None}
-    assert {key: value for key, value in found.mask.params.items() if value is not None} == {**given, **said}
+    readout = 0.0 if build is decoder else None
+    assert found.mask.params == {**resolved.mask.params, "bias_exponent": exponent, "readout": readout}
     # A setting that is given stays.
     own = Config(mask={"name": "budget", "readout": 0.02}, update={"low_rank": None}).resolved()
     own_mask = spelled_out(own, model, partition(model)).mask

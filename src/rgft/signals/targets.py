@@ -39,9 +39,14 @@ class Targets:
     shifted: bool = False
 
     @property
+    def counts(self) -> Tensor:
+        """Which targets count, [B] or [B, T]; of regression all examples do."""
+        return torch.ones_like(self.labels[:, 0]).bool() if self.task == "regression" else self.labels != IGNORED
+
+    @property
     def counting(self) -> Tensor:
         """The targets that count: integers [N], or [B, D] floats."""
-        return self.labels if self.task == "regression" else self.labels[self.labels != IGNORED]
+        return self.labels[self.counts]
 
     def residual(self) -> Tensor:
         """R = ‖y − ŷ‖², a scalar with a graph.
@@ -51,9 +56,8 @@ class Targets:
         """
         if self.task == "regression":
             return (self.logits - self.labels).square().flatten(1).sum(-1).mean()
-        keep = self.labels != IGNORED
-        probabilities_NC = self.logits[keep].softmax(-1)
-        right_N = probabilities_NC.gather(-1, self.labels[keep].unsqueeze(-1)).squeeze(-1)
+        probabilities_NC = self.logits[self.counts].softmax(-1)
+        right_N = probabilities_NC.gather(-1, self.counting.unsqueeze(-1)).squeeze(-1)
         return (probabilities_NC.square().sum(-1) - 2.0 * right_N + 1.0).mean()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from rgft.errors import ConfigError, DataError
 from rgft.signals.base import Probe, Signal, at_least_float32
 from rgft.signals.captures import as_floats, capture, unit_scores
-from rgft.signals.targets import IGNORED, Targets, targets_of
+from rgft.signals.targets import Targets, targets_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,11 +97,11 @@ def hidden_states(tensor: Tensor, targets: Targets, batch: Any) -> Tensor | None
         length = tokens + 1 if targets.shifted else tokens
         if tensor.dim() != 3 or tensor.shape[:2] != (rows, length):
             return None
-        return tensor[:, :tokens][(targets.labels != IGNORED).to(tensor.device)]
+        return tensor[:, :tokens][targets.counts.to(tensor.device)]
     if tensor.shape[0] != targets.labels.shape[0]:
         return None
     pooled = _pooled(tensor, batch)
-    return pooled if targets.task == "regression" else pooled[(targets.labels != IGNORED).to(pooled.device)]
+    return pooled[targets.counts.to(pooled.device)]
 
 
 def _pooled(tensor: Tensor, batch: Any) -> Tensor:

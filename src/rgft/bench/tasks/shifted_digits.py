@@ -18,10 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from rgft.bench.tasks.packaged import efficientnet_lite0
-from rgft.bench.tasks.splits import drawn
-from rgft.bench.tasks.vision import Digit, Digits, digit_splits, image_metrics, pixel_loss
+from rgft.bench.tasks.vision import Digit, Digits, digit_splits, digits_task, pixel_loss
 from rgft.errors import DataError
-from rgft.tasks import metrics
 from rgft.tasks.base import PreparedTask
 from rgft.tasks.image_classification import collate
 from rgft.tasks.kept_files import kept_files
@@ -106,27 +104,24 @@ def shifted_digits(*, shift: str, train_size: int, seed: int, side: int = 64) ->
         raise DataError(
             f"shift, side: expected one of {', '.join(SHIFTS)} and a multiple of {PATCHES}, found {shift!r}, {side}"
         )
-    splits = digit_splits()
-    half = len(splits["train"]) // 2
-    rows = {
-        "train": drawn(splits["train"][half:], train_size, seed=seed, what="digits"),
-        "validation": splits["validation"], "test": splits["test"],
-    }  # fmt: skip
-    data = {split: ShiftedDigits(some, side=side, shift=shift) for split, some in rows.items()}
     model = efficientnet_lite0(classes=10, side=side, seed=0)
     model.load_state_dict(_weights_of_reader(side))
-    return PreparedTask(
-        model=model, processor=None, train=data["train"], validation=data["validation"], test=data["test"],
-        collate=collate, loss=pixel_loss, metric=partial(metrics.OfWholeSplit, image_metrics),
-        primary_metric="accuracy", label_names=tuple("0123456789"),
+    splits = {**digit_splits(), "train": _halves()[1]}
+    return digits_task(
+        model, splits, partial(ShiftedDigits, side=side, shift=shift), train_size=train_size, seed=seed
     )  # fmt: skip
+
+
+def _halves() -> tuple[list[Digit], list[Digit]]:
+    """Of the training digits: what the network learns to read by, and what tasks draw from."""
+    rows = digit_splits()["train"]
+    return rows[: len(rows) // 2], rows[len(rows) // 2 :]
 
 
 @cache
 def _weights_of_reader(side: int) -> dict[str, Tensor]:
-    """Of the network that reads digits as they are, from the half of the training digits that no task draws from."""
-    splits = digit_splits()
-    data = Digits(splits["train"][: len(splits["train"]) // 2], side=side)
+    """Of the network that reads digits as they are."""
+    data = Digits(_halves()[0], side=side)
     recipe = f"{data.fingerprint} {EPOCHS} {ROWS} {RATE}"
     path = kept_files("weights") / f"digits-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.pt"
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -46,12 +46,28 @@ def digits(*, train_size: int, seed: int, side: int = 64) -> PreparedTask:
     Raises:
         DataError: a package is not installed; the message has the command.
     """
-    splits = digit_splits()
+    return digits_task(
+        efficientnet_lite0(classes=10, side=side, seed=seed), digit_splits(), partial(Digits, side=side),
+        train_size=train_size, seed=seed,
+    )  # fmt: skip
+
+
+def digits_task(
+    model: nn.Module, splits: Mapping[str, Sequence[Digit]], data: Callable[[Sequence[Digit]], Digits], *,
+    train_size: int, seed: int,
+) -> PreparedTask:  # fmt: skip
+    """A network on digits.
+
+    Args:
+        model: 3 × side × side pixels → 10 logits.
+        splits: "train" (what the training set is drawn from), "validation" and "test".
+        data: rows of a split → its data set.
+        train_size, seed: of the draw.
+    """
     return PreparedTask(
-        model=efficientnet_lite0(classes=10, side=side, seed=seed), processor=None,
-        train=Digits(drawn(splits["train"], train_size, seed=seed, what="digits"), side=side),
-        validation=Digits(splits["validation"], side=side), test=Digits(splits["test"], side=side), collate=collate,
-        loss=pixel_loss, metric=partial(metrics.OfWholeSplit, image_metrics), primary_metric="accuracy",
+        model=model, processor=None, train=data(drawn(splits["train"], train_size, seed=seed, what="digits")),
+        validation=data(splits["validation"]), test=data(splits["test"]), collate=collate, loss=pixel_loss,
+        metric=partial(metrics.OfWholeSplit, image_metrics), primary_metric="accuracy",
         label_names=tuple("0123456789"),
     )  # fmt: skip
 

@@ -46,8 +46,9 @@ def digits(*, train_size: int, seed: int, side: int = 64) -> PreparedTask:
     Raises:
         DataError: a package is not installed; the message has the command.
     """
+    splits = digit_splits()  # before the network: what is missing is named sooner
     return digits_task(
-        efficientnet_lite0(classes=10, side=side, seed=seed), digit_splits(), partial(Digits, side=side),
+        efficientnet_lite0(classes=10, side=side, seed=seed), splits, partial(Digits, side=side),
         train_size=train_size, seed=seed,
     )  # fmt: skip
 

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from rgft.bench import settings_file
 from rgft.bench.measures import Extra
-from rgft.bench.methods import Followed, method
+from rgft.bench.methods import METHODS, Followed, method
 from rgft.bench.settings_file import Group, MethodSettings, Name, Rates, Seeds, Share, Shares
 from rgft.config.presets import laid_over
 from rgft.config.sections import Section
@@ -51,7 +51,8 @@ class Contender(Section):
         lrs: grid of learning rates.
         settings: of the method.
         seeds: seeds of the final runs; None: the experiment's.
-        variants: name → settings laid over its own (`laid_over`), that are tried at the best rate.
+        variants: name → settings laid over its own (`laid_over`), that are tried at the best rate; "method": those
+            that the method itself names.
     """
 
     label: Name
@@ -61,6 +62,20 @@ class Contender(Section):
     settings: MethodSettings = Field(default_factory=dict)
     seeds: Seeds | None = None
     variants: dict[Name, MethodSettings] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_method(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or not isinstance(data.get("variants"), str):
+            return data
+        if data["variants"] != "method":
+            raise ConfigError(f"variants: expected a group of settings or 'method', found {data['variants']!r}")
+        if data.get("method") not in METHODS:  # which is told where it is checked
+            return {**data, "variants": {}}
+        found = METHODS[data["method"]].variants
+        if not found:
+            raise ConfigError(f"variants: expected none of {data['method']}, which has no key setting; found 'method'")
+        return {**data, "variants": found}
 
     @model_validator(mode="after")
     def _check_variants(self) -> Self:

@@ -59,13 +59,18 @@ def bench_list(
         from rgft.bench.methods import METHODS
 
         if as_json:
-            shown = {m.name: {"title": m.title, "source": m.source, "cost": m.cost} for m in METHODS.values()}
+            shown = {
+                m.name: {"title": m.title, "source": m.source, "cost": m.cost, "variants": m.variants}
+                for m in METHODS.values()
+            }
             typer.echo(json.dumps(shown))
             return
         width = max(map(len, METHODS))
         for method in METHODS.values():
             typer.echo(f"{method.name:{width}}  {method.title}" + (f". {method.source}" if method.source else ""))
             typer.echo(f"{'':{width}}  saves: {method.cost}")
+            if method.variants:
+                typer.echo(f"{'':{width}}  also tuned over: {', '.join(method.variants)}")
 
 
 @bench.command("table")

@@ -74,6 +74,8 @@ def problems_of(tmp_path: Path, **changes: Any) -> list[str]:
         ({"variants": {"../b": {}}}, "variants.*expected a name of letters"),
         ({"variants": {"b": 1}}, "variants.b: expected a group of settings, found 1"),
         ({"variants": {"b": {"lr": "auto"}}}, "variants.b: expected settings without lr.*found 'auto'"),
+        ({"variants": "method"}, "variants: expected none of full, which has no key setting; found 'method'"),
+        ({"variants": "methods"}, "variants: expected a group of settings or 'method', found 'methods'"),
     ],
 )
 def test_what_is_wrong_with_a_contender_is_said(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -174,6 +176,24 @@ def test_a_contenders_groups_keep_what_they_do_not_name(tmp_path: Path) -> None:
     execution = config.execution
     assert (execution.cache, execution.positions, execution.padding) == ("none", "all", "all")
     assert config.policy == StageConfig(name="last_n", params={"layers": 2})
+
+
+def test_variants_of_the_method_itself(tmp_path: Path) -> None:
+    given = contender(method="last_n", settings={"config": {"execution": {"cache": "none"}}}, variants="method")
+    (read,) = loaded(tmp_path, contenders=[given]).contenders
+    assert read.variants == METHODS["last_n"].variants
+    assert read.settings_of("layers-4")["config"] == {"execution": {"cache": "none"}, "policy": {"layers": 4}}
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.variants])
+def test_variants_of_a_method_differ_in_settings_that_it_knows(name: str) -> None:
+    chosen = METHODS[name]
+    made = [
+        (chosen.configuration(budget=0.3, seed=0, settings=settings, followed=Followed()), chosen._own(settings))
+        for settings in ({}, *chosen.variants.values())
+    ]
+    assert not any(chosen.problems_of(settings) for settings in chosen.variants.values())
+    assert all(made[i] != made[j] for i in range(len(made)) for j in range(i))
 
 
 @pytest.mark.parametrize(

@@ -30,10 +30,13 @@ def test_sensitive_tokens_weigh_more_and_the_mean_stays_a_mean() -> None:
 
 def test_it_is_evaluated_by_the_plain_loss_and_refuses_other_tasks() -> None:
     task = tiny_task("llama")
-    loss = METHODS["fait"].loss(task.loss)
+    loss = METHODS["fait"].loss_of(task.loss, {})
     batch = task.collate([task.train[0], task.train[1]])
     assert not torch.equal(loss(task.model.train(), batch), task.loss(task.model, batch))
     assert torch.equal(loss(task.model.eval(), batch), task.loss(task.model, batch))
+    heavier = METHODS["fait"].loss_of(task.loss, {"weight": 4.0})(task.model.train(), batch)
+    torch.testing.assert_close(heavier, fault_aware_losses(task.model, batch, weight=4.0))
+    assert not torch.equal(heavier, loss(task.model, batch))
     other = tiny_task("bert")
     with pytest.raises(DataError, match=r"FAIT: expected batches of programs[\s\S]*no other task"):
-        METHODS["fait"].loss(other.loss)(other.model, other.collate([other.train[0]]))
+        METHODS["fait"].loss_of(other.loss, {})(other.model, other.collate([other.train[0]]))

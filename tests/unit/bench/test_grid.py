@@ -92,6 +92,14 @@ def test_rates_by_rule_and_equal_footing_are_in_a_list(contenders: str) -> None:
             }
 
 
+@pytest.mark.parametrize("contenders", OMITTED_METHODS)
+def test_each_method_is_tuned_over_its_key_setting(contenders: str) -> None:
+    rows = json.loads((GRID / "contenders" / f"{contenders}.json").read_text())
+    assert {row["label"] for row in rows if METHODS[row["method"]].variants} == {
+        row["label"] for row in rows if row.get("variants") == "method"
+    }
+
+
 def test_every_task_is_there_or_left_out_for_a_reason() -> None:
     there = {Experiment.load(path).task.get("name", "rotten_tomatoes") for path in EXPERIMENTS}
     assert there | set(OMITTED_TASKS) == set(TASKS)
@@ -167,7 +175,7 @@ def test_methods_of_a_list_begin_on_its_models(model: str, name: str) -> None:
         model=family.build(), processor=None, train=Examples(family, count=16), validation=None, test=None,
         collate=collate, loss=loss, metric=lambda: OfWholeSplit(classification),
     )  # fmt: skip
-    task.model, task.loss = method.prepare(task.model, {}), method.loss(task.loss)
+    task.model, task.loss = method.prepare(task.model, {}), method.loss_of(task.loss, {})
     settings = Settings(lr=1e-3, epochs=1.0, batch_size=8)
     followed = None if method.follows is None else Followed()
     config = method.configuration(budget=1.0, seed=0, settings={}, followed=followed)

@@ -162,7 +162,10 @@ def test_pruning_skips_examples_and_nothing_else() -> None:
 
 def test_the_document_lists_them_all() -> None:
     text = (Path(__file__).parents[3] / "docs" / "methods.md").read_text(encoding="utf-8")
-    rows = [f"| `{m.name}` | {m.title} | {m.source or '—'} | {m.cost} |" for m in METHODS.values()]
+    rows = [
+        f"| `{m.name}` | {m.title} | {m.source or '—'} | {m.cost} | {', '.join(m.variants) or '—'} |"
+        for m in METHODS.values()
+    ]
     assert [line for line in text.splitlines() if line.startswith("| `")] == rows
 
 
@@ -170,6 +173,7 @@ def test_the_command_line_lists_them_all() -> None:
     shown = json.loads(CliRunner().invoke(app, ["bench", "list", "--json"]).stdout)
     assert shown.keys() == METHODS.keys()
     assert shown["galore"]["source"] == METHODS["galore"].source
+    assert shown["galore"]["variants"] == {"rank-4": {"rank": 4}, "rank-32": {"rank": 32}}
     assert all(m.cost in CliRunner().invoke(app, ["bench", "list"]).stdout for m in METHODS.values())
 
 

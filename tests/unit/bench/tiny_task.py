@@ -82,7 +82,7 @@ def prepared(
     )  # fmt: skip
     full = Workload.scan(stream).full_flops(costs)
     torch.manual_seed(0)
-    task.model, task.loss = method.prepare(task.model, given), method.loss(task.loss)
+    task.model, task.loss = method.prepare(task.model, given), method.loss_of(task.loss, given)
     before = copy.deepcopy({name: p.detach() for name, p in task.model.named_parameters()})
     config = method.configuration(budget=budget, seed=0, settings=given, followed=followed)
     of_run = Settings(lr=lr, epochs=epochs, batch_size=batch_size, **run)

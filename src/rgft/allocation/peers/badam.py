@@ -26,16 +26,18 @@ class BAdam(SelectionPolicy):
     """Block coordinate descent: one block is on for K steps, then the next, in cycles over all blocks.
 
     Luo et al., "BAdam: A Memory Efficient Full Parameter Optimization Method for Large Language Models", NeurIPS 2024
-    (arXiv:2404.02827), algorithm 1. Blocks are those of its code: what lies before the layers, each layer, what runs
-    after them. With order `"random"` every cycle has its own order. Independent of the error map. Outside a plan:
-    BAdam restarts Adam (moments and step count) and drops the old block's state at each switch (`moments: reset`).
+    (arXiv:2404.02827), algorithm 1. Blocks are what lies before the layers, each layer, what runs after them. With
+    order `"random"` every cycle has its own order. Independent of the error map. Outside a plan: BAdam restarts Adam
+    (moments and step count) and drops the old block's state at each switch (`moments: reset`).
 
     Attributes:
         every: K, steps per block.
         cycles: of the run over all blocks, in place of `every`; None: as `every` says. A share of the run would not do:
             blocks are of all prices, and how many steps a run has follows from them.
         order: of the blocks in a cycle.
-        always_on: kinds or names that train beside every block, such as a freshly made classifier.
+        embeddings: whether what lies before the layers is a block; not so in its code unless asked for
+            (`include_embedding`).
+        always_on: kinds or names that train beside every block, such as a freshly made classifier (`active_modules`).
     """
 
     name: ClassVar[str] = "badam"
@@ -43,6 +45,7 @@ class BAdam(SelectionPolicy):
     every: int = 50
     cycles: int | None = None
     order: str = "random"
+    embeddings: bool = True
     always_on: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -53,7 +56,8 @@ class BAdam(SelectionPolicy):
 
     def active(self, situation: Situation) -> frozenset[str]:
         kept = matching(situation.components, self.always_on, setting="policy.always_on")
-        blocks = [block - kept for block in blocks_of(situation.components) if block - kept]
+        found = blocks_of(situation.components, embeddings=self.embeddings)
+        blocks = [block - kept for block in found if block - kept]
         if not blocks:
             return kept
         cycle, position = divmod(situation.step // self._every(situation, blocks), len(blocks))
@@ -81,9 +85,9 @@ def steps_in_turn(situation: Situation, sets: Sequence[frozenset[str]]) -> int |
     return int(min(paid, situation.steps_in_data or paid))
 
 
-def blocks_of(components: tuple[Component, ...]) -> list[frozenset[str]]:
-    """What lies before the layers, each layer, what runs after: names, in forward order."""
+def blocks_of(components: tuple[Component, ...], *, embeddings: bool = True) -> list[frozenset[str]]:
+    """What lies before the layers (if asked for), each layer, what runs after: names, in forward order."""
     layers = [frozenset(component.name for component in members) for members in by_layer(components).values()]
     after = after_layers(components)
     before = frozenset(component.name for component in components).difference(after, *layers)
-    return [block for block in (before, *layers, after) if block]
+    return [block for block in (*([before] if embeddings else []), *layers, after) if block]

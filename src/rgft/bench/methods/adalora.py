@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rgft.bench.methods.adapters import RANKS
 from rgft.bench.methods.base import HEAD_AT_OWN_RATE, Method, steps_of
 from rgft.bench.methods.peft_kinds import of_model
 from rgft.execution.agreement import Loss
@@ -51,7 +52,7 @@ def _begin(run: Run) -> None:
     run.optimizer.register_step_post_hook(allocate)
 
 
-def _with_orthogonality(loss: Loss) -> Loss:
+def _with_orthogonality(loss: Loss, settings: Mapping[str, Any]) -> Loss:
     def both(model: nn.Module, batch: Any) -> Tensor:
         plain = loss(model, batch)
         return plain + _distance(model) if model.training else plain
@@ -70,5 +71,5 @@ METHOD = Method(
     name="adalora", title="AdaLoRA", source="Zhang et al. 2023 (arXiv:2303.10512)", change=_change,
     cost="dW of the body's own weights; dX runs through it all, and adapters add their own work",
     settings={"rank": 8, "alpha": None}, config={"preset": "full", "granularity": "adapter"}, loss=_with_orthogonality,
-    begin=_begin, instead=HEAD_AT_OWN_RATE, revision=2,
+    variants=RANKS, begin=_begin, instead=HEAD_AT_OWN_RATE, revision=2,
 )  # fmt: skip

@@ -11,12 +11,14 @@ from typing import Any
 
 from torch import nn
 
-from rgft.bench.methods.base import HEAD_AT_OWN_RATE, Change, Method
+from rgft.bench.methods.base import HEAD_AT_OWN_RATE, Change, Method, variants_of
 from rgft.bench.methods.peft_kinds import of_model
 from rgft.partition import partition
 
 #: Of LoRA: alpha is twice the rank, and pairs are in all layers, unless it is said otherwise.
 LORA = {"rank": 8, "alpha": None, "layers": None}
+#: Ranks that LoRA and what is made of it are tuned over beside that.
+RANKS = variants_of("rank", 4, 32)
 
 _DW = "dW of the body's own weights; dX runs through it all, and adapters add their own work"
 
@@ -74,37 +76,51 @@ def adapter(
 
 
 METHODS = (
-    adapter("lora", "LoRA", "Hu et al. 2021 (arXiv:2106.09685)", lora(), settings=LORA),
-    adapter("rslora", "rsLoRA", "Kalajdzievski 2023 (arXiv:2312.03732)", lora(use_rslora=True), settings=LORA),
+    adapter("lora", "LoRA", "Hu et al. 2021 (arXiv:2106.09685)", lora(), settings=LORA, variants=RANKS),
+    adapter(
+        "rslora", "rsLoRA", "Kalajdzievski 2023 (arXiv:2312.03732)", lora(use_rslora=True), settings=LORA,
+        variants=RANKS,
+    ),
     adapter(
         "dora", "DoRA", "Liu et al. 2024 (arXiv:2402.09353)", lora(use_dora=True), settings=LORA,
+        variants=RANKS,
         cost=f"{_DW}, once a pass the product of each pair for the norms of merged weights",
     ),
     adapter("ia3", "IA3", "Liu et al. 2022 (arXiv:2205.05638)", _with_ia3),
     # Shared random matrices of that rank, and vectors that train.
-    adapter("vera", "VeRA", "Kopiczko et al. 2023 (arXiv:2310.11454)", _everywhere("Vera"), settings={"r": 64}),
+    adapter(
+        "vera", "VeRA", "Kopiczko et al. 2023 (arXiv:2310.11454)", _everywhere("Vera"), settings={"r": 64},
+        variants=variants_of("r", 16, 256, name="rank"),
+    ),
     adapter(
         "oft", "OFT", "Qiu et al. 2023 (arXiv:2306.07280)", _everywhere("OFT"), settings={"r": 0, "oft_block_size": 32},
+        variants=variants_of("oft_block_size", 16, 64, name="block"),
         cost=f"{_DW}, once a pass the orthogonal matrices",
     ),
     adapter(
         "boft", "BOFT", "Liu et al. 2023 (arXiv:2311.06243)", _everywhere("BOFT"),
         settings={"boft_block_size": 8, "boft_n_butterfly_factor": 1},
+        variants=variants_of("boft_block_size", 4, 16, name="block"),
         cost=f"{_DW}, once a pass the product of whole weights with orthogonal matrices",
     ),
     # As many entries of each weight as LoRA of that rank has, drawn by lot.
     adapter(
         "shira", "SHiRA", "Bhardwaj et al. 2024 (arXiv:2406.13175)", _everywhere("Shira"), settings={"r": 8},
+        variants=variants_of("r", 4, 32, name="rank"),
         cost="nothing: dW is made whole, and its entries are taken from it",
     ),
-    adapter("miss", "MiSS", "Kang and Yin 2024 (arXiv:2409.15371)", _everywhere("Miss"), settings={"r": 32}),
+    adapter(
+        "miss", "MiSS", "Kang and Yin 2024 (arXiv:2409.15371)", _everywhere("Miss"), settings={"r": 32},
+        variants=variants_of("r", 8, 64, name="rank"),
+    ),
     adapter(
         "lokr", "LoKr", "Yeh et al. 2023 (arXiv:2309.14859)", _everywhere("LoKr"), settings={"r": 32, "alpha": 32},
+        variants={f"rank-{rank}": {"r": rank, "alpha": rank} for rank in (8, 64)},
     ),
     # What lies below the lowest adapter is a frozen prefix: no backward pass there, its output cached.
     adapter(
         "lora_top", "LoRA on the last layers, prefix cached", "Hu et al. 2021 (arXiv:2106.09685)", lora(),
-        settings={**LORA, "layers": 3},
+        settings={**LORA, "layers": 3}, variants=RANKS,
         config={"policy": {"name": "all_on"}, "execution": {"cache": "auto"}},
         cost="dW of the body, dX and (cached) F below the lowest adapter",
     ),

@@ -28,7 +28,7 @@ HEAD_AT_OWN_RATE: Mapping[str, Any] = {"classifier_lr_multiplier": 1.0}
 Change = Callable[[nn.Module, Mapping[str, Any]], nn.Module]
 
 
-def unchanged_loss(loss: Loss) -> Loss:
+def unchanged_loss(loss: Loss, settings: Mapping[str, Any]) -> Loss:
     """The loss as it is."""
     return loss
 
@@ -40,6 +40,24 @@ def nothing(run: Run) -> None:
 def steps_of(run: Run) -> int:
     """About how many steps a prepared run of constant cost has, which adapters and single weights are; at least 1."""
     return max(1, int(min(run.guide.steps_left, run.batches_in_full / run.settings.accumulation)))
+
+
+def variants_of(setting: str, *values: float | str, name: str = "") -> dict[str, dict[str, Any]]:
+    """Variants in one setting, "name-value" → settings.
+
+    Args:
+        setting: its path, as in "config.policy.layers".
+        values: that it has in place of the method's own.
+        name: empty: the last part of the path.
+    """
+    *groups, last = setting.split(".")
+    found: dict[str, dict[str, Any]] = {}
+    for value in values:
+        settings: dict[str, Any] = {last: value}
+        for group in reversed(groups):
+            settings = {group: settings}
+        found[f"{name or last}-{value}"] = settings
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +101,11 @@ class Method:
         instead: RGFT settings in place of those that an experiment's contenders share; a contender's own precede.
         settings: its own, beside those of every method, and their defaults; of what is a mapping here, no other keys
             are known either.
+        variants: name → settings with other values of the one that it depends on most, its rate aside; empty where
+            it has none. Experiments tune over them, its own values among them, where they ask for "method".
         change: wraps the model or freezes some of it; None: the model as it is.
-        loss: the task's loss → what is trained on. It is evaluated on, too, with the model in eval mode.
+        loss: (the task's loss, the method's settings) → what is trained on. It is evaluated on, too, with the model in
+            eval mode.
         optimizer: (guide, rates) → its own optimizer; None: the one that the run's settings name.
         begin: called with the run when it is prepared and not begun yet: what is to be done beside its steps.
         follows: (result of RGFT's run with the same seed, settings) → what it takes of it; None: it takes nothing.
@@ -99,8 +120,9 @@ class Method:
     config: Mapping[str, Any] = field(default_factory=dict)
     instead: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     change: Change | None = None
-    loss: Callable[[Loss], Loss] = unchanged_loss
+    loss: Callable[[Loss, Mapping[str, Any]], Loss] = unchanged_loss
     optimizer: Callable[[Guide, Rates], Optimizer] | None = None
     begin: Callable[[Run], None] = nothing
     follows: Callable[[Mapping[str, Any], Mapping[str, Any]], Followed] | None = None
@@ -118,6 +140,10 @@ class Method:
     def prepare(self, model: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
         """The model that is trained, made of the plain one."""
         return model if self.change is None else self.change(model, self._own(settings))
+
+    def loss_of(self, loss: Loss, settings: Mapping[str, Any]) -> Loss:
+        """What is trained on, made of the task's loss."""
+        return self.loss(loss, self._own(settings))
 
     def _own(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The method's own settings: those given over its defaults."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rgft.architectures.patterns import ATTENTION, FFN, find, matches
 from rgft.bench.methods.adapters import adapter
-from rgft.bench.methods.base import Change
+from rgft.bench.methods.base import Change, variants_of
 from rgft.bench.methods.peft_kinds import HEADS
 from rgft.errors import ConfigError
 from rgft.partition import partition
@@ -97,9 +97,11 @@ METHODS = (
     adapter(
         "houlsby", "adapters after attention and feed-forward", "Houlsby et al. 2019 (arXiv:1902.00751)",
         _with_bottlenecks(attention=True, norms=True, activation=nn.functional.gelu), settings={"size": 16},
+        variants=variants_of("size", 8, 64),
     ),
     adapter(
         "pfeiffer", "adapters after feed-forward", "Pfeiffer et al. 2020 (arXiv:2005.00247)",
         _with_bottlenecks(attention=False, norms=False, activation=torch.relu), settings={"size": 24},
+        variants=variants_of("size", 8, 96),
     ),
 )  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rgft.bench.methods.base import Method
+from rgft.bench.methods.base import Method, variants_of
 from rgft.bench.tasks.pairs import SENSITIVE
 from rgft.errors import DataError
 from rgft.execution.agreement import Loss
@@ -45,11 +45,15 @@ def fault_aware_losses(model: nn.Module, batch: Mapping[str, Any], *, weight: fl
     return (losses * weights_BT).sum(1) * (len(losses) / weights_BT.sum().clamp(min=1.0))
 
 
-def _weighted(plain: Loss) -> Loss:
-    return lambda model, batch: fault_aware_losses(model, batch) if model.training else plain(model, batch)
+def _weighted(plain: Loss, settings: Mapping[str, Any]) -> Loss:
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return fault_aware_losses(model, batch, weight=settings["weight"]) if model.training else plain(model, batch)
+
+    return loss
 
 
 METHOD = Method(
     name="fait", title="FAIT: error-sensitive tokens weigh more (code)", source="Fan et al. 2025 (arXiv:2503.16913)",
-    config={"preset": "full"}, loss=_weighted, cost="nothing",
+    config={"preset": "full"}, loss=_weighted, cost="nothing", settings={"weight": WEIGHT},
+    variants=variants_of("weight", 1.5, 4.0),
 )  # fmt: skip

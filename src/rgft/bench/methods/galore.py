@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch.optim import Optimizer
 
-from rgft.bench.methods.base import Method, Rates, steps_of
+from rgft.bench.methods.base import Method, Rates, steps_of, variants_of
 from rgft.bench.optimizers.galore import GaLoreAdamW
 from rgft.guide import Guide
 from rgft.run import Run
@@ -28,6 +28,7 @@ def _fit(run: Run) -> None:
 
 METHOD = Method(
     name="galore", title="GaLore", source="Zhao et al. 2024 (arXiv:2403.03507)", config={"preset": "full"},
-    settings={"rank": 8, "every": 0.2, "scale": 4.0}, optimizer=_optimizer, begin=_fit, revision=2,
+    settings={"rank": 8, "every": 0.2, "scale": 4.0}, variants=variants_of("rank", 4, 32),
+    optimizer=_optimizer, begin=_fit, revision=2,
     cost="nothing: memory alone is saved; projections and decompositions are added",
 )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.optim import Optimizer
 
 from rgft.bench.methods.adapters import LORA, adapter, lora
-from rgft.bench.methods.base import Rates
+from rgft.bench.methods.base import Rates, variants_of
 from rgft.bench.optimizers.groups import taken_apart
 from rgft.guide import Guide
 from rgft.optimizer import adamw
@@ -24,5 +24,5 @@ def _optimizer(guide: Guide, rates: Rates) -> Optimizer:
 
 METHOD = adapter(
     "lora_plus", "LoRA+", "Hayou et al. 2024 (arXiv:2402.12354)", lora(), optimizer=_optimizer,
-    settings={**LORA, "ratio": RATIO},
+    settings={**LORA, "ratio": RATIO}, variants=variants_of("ratio", 4.0, 8.0),
 )  # fmt: skip

@@ -13,7 +13,7 @@ from torch import nn
 
 from rgft.architectures.patterns import ATTENTION, FFN, matches
 from rgft.architectures.roles import Range, head_ranges, neuron_ranges
-from rgft.bench.methods.base import Method
+from rgft.bench.methods.base import Method, variants_of
 from rgft.bench.methods.peft_kinds import HEADS
 from rgft.components import ParameterSlice
 from rgft.errors import ConfigError
@@ -75,5 +75,5 @@ METHOD = Method(
         "granularity": coupled_columns, "policy": {"name": "s2ft"}, "execution": {"cache": "none"},
         "update": {"average_last": 0.0},
     },
-    revision=2,
+    variants=variants_of("config.policy.fraction", 0.05, 0.3), revision=2,
 )  # fmt: skip

@@ -84,6 +84,14 @@ def test_badam_beside_an_always_trained_head(make: Any) -> None:
     assert policy.decide(make.situation(components, step=3)).active() == seen[0]
 
 
+def test_badam_without_a_block_of_embeddings(make: Any) -> None:
+    components = make.model(layers=2)
+    policy = BAdam(every=1, order="ascending", embeddings=False, always_on=("classifier",))
+    seen = [policy.decide(make.situation(components, step=step)).active() for step in range(4)]
+    layers = [(*(c.name for c in components if c.layer == f"layers.{i}"), "classifier") for i in range(2)]
+    assert seen == [*layers, *layers]
+
+
 def test_hft_takes_half_of_every_layer(make: Any) -> None:
     components = make.model(layers=4, heads=2)
     draws = set()

@@ -110,7 +110,7 @@ def test_one_source_is_split_and_what_is_learnt_is_marked(tmp_path: Path, decode
 @pytest.mark.parametrize("name", ["fait", "full", "rgft", "lora", "lora_top"])
 def test_methods_train_on_pairs(tmp_path: Path, decoder: str, name: str) -> None:
     task, method = bench_task(settings(tmp_path, decoder), seed=0, allow_code_execution=True), METHODS[name]
-    task.model, task.loss = method.prepare(task.model, {}), method.loss(task.loss)
+    task.model, task.loss = method.prepare(task.model, {}), method.loss_of(task.loss, {})
     config = method.configuration(budget=0.9, seed=0, settings={})
     run = Run(task, config, Settings(lr=1e-2, epochs=2.0, batch_size=3), full_flops=1e12)
     try:
@@ -125,7 +125,7 @@ def test_methods_train_on_pairs(tmp_path: Path, decoder: str, name: str) -> None
 def test_marks_change_what_is_learnt(tmp_path: Path, decoder: str) -> None:
     task = bench_task(settings(tmp_path, decoder), seed=0, allow_code_execution=True)
     batch = task.collate([task.train[0], task.train[1]])
-    loss = METHODS["fait"].loss(task.loss)
+    loss = METHODS["fait"].loss_of(task.loss, {})
     model = task.model.train()
     assert not torch.equal(loss(model, batch), task.loss(model, batch))
     none = {**batch, SENSITIVE: torch.zeros_like(batch[SENSITIVE])}

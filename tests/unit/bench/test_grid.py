@@ -138,6 +138,13 @@ def test_the_script_runs_every_experiment_and_code_only_where_that_is_allowed() 
     assert set(always.split()) == {path.stem for path in EXPERIMENTS} - runs_code
 
 
+def test_the_script_begins_with_every_experiment_that_has_stored_results() -> None:
+    (evidence,) = re.findall(r"^evidence=\((.*)\)$", SCRIPT.read_text(), re.M)
+    stored = {path.name for path in (ROOT / "benchmarks" / "results").iterdir() if path.is_dir()}
+    there = {path.stem for path in GRID.parent.glob("*.json")}
+    assert stored & there <= set(evidence.split()) <= there
+
+
 def _vit() -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 

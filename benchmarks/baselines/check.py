@@ -64,7 +64,7 @@ def ours(name: str, task: PreparedTask, *, seed: int, budget: float | None) -> d
     settings = Settings(lr=RATES[name], **RUN)
     full = full_fine_tuning_flops(task, settings, seed=seed) if chosen.changes_model else None
     torch.manual_seed(seed)
-    task.model, task.loss = chosen.prepare(task.model, {"rank": RANK}), chosen.loss(task.loss)
+    task.model, task.loss = chosen.prepare(task.model, {"rank": RANK}), chosen.loss_of(task.loss, {})
 
     def note(report: StepReport) -> None:
         losses.append(report.loss)
@@ -113,8 +113,7 @@ def check(task: str, name: str, seed: int) -> dict[str, Any]:
         "row": ours(name, prepared(task, seed), seed=seed, budget=1.0),
     }
     return {
-        "schema": SCHEMA, "task": TASKS[task], "method": name, "seed": seed, "run": RUN, "lr": RATES[name],
-        "test_examples": TEST_SIZE, "runs": runs,
+        **description(task, name), "seed": seed, "runs": runs,
         "plain_against": {
             other: differences(runs["plain"]["losses"], runs[other]["losses"]) for other in ("ours_by_steps", "row")
         },
@@ -122,17 +121,34 @@ def check(task: str, name: str, seed: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def pending(folder: Path) -> Iterator[tuple[Path, str, str, int]]:
+def description(task: str, name: str) -> dict[str, Any]:
+    """All that decides a check but its seed."""
+    return {
+        "schema": SCHEMA, "task": TASKS[task], "method": name, "revision": method(name).revision,
+        "settings": {**shared_settings(name), "rank": RANK}, "run": RUN, "lr": RATES[name], "test_examples": TEST_SIZE,
+    }  # fmt: skip
+
+
+def is_of_now(path: Path, task: str, name: str) -> bool:
+    """Whether a result is there that would be made alike."""
+    if not path.exists():
+        return False
+    result, wanted = json.loads(path.read_text(encoding="utf-8")), description(task, name)
+    return {key: result.get(key) for key in wanted} == wanted
+
+
+def places(folder: Path) -> Iterator[tuple[Path, str, str, int]]:
     for seed in SEEDS:
         for task in TASKS:
             for name in RATES:
-                path = folder / f"{task}--{name}--seed{seed}.json"
-                if not path.exists():
-                    yield path, task, name, seed
+                yield folder / f"{task}--{name}--seed{seed}.json", task, name, seed
 
 
 def table(folder: Path) -> str:
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    """Of what was made as it would be now; what was not is named below."""
+    there = [place for place in places(folder) if place[0].exists()]
+    stale = [path.name for path, task, name, _ in there if not is_of_now(path, task, name)]
+    results = [json.loads(path.read_text(encoding="utf-8")) for path, *_ in there if path.name not in stale]
     lines = [
         "| | seeds | equal first steps (of) | largest gap of a loss, ours by steps | plain loss | row's loss lower by "
         "| row's accuracy higher by | row's seconds of plain |",
@@ -157,6 +173,8 @@ def table(folder: Path) -> str:
             found = compare(by_seed[0], by_seed[1], higher_is_better=is_share, examples=TEST_SIZE if is_share else None)
             cells.append(f"{found.difference:+.4f} [{found.low:+.4f}, {found.high:+.4f}]")
         lines.append("| " + " | ".join([*cells, f"{seconds:.2f}"]) + " |")
+    if stale:
+        lines += ["", f"Left out, made with other settings or by another revision of the method: {', '.join(stale)}."]
     return "\n".join(lines)
 
 
@@ -169,7 +187,9 @@ def main() -> None:
         print(table(arguments.results))
         return
     arguments.results.mkdir(parents=True, exist_ok=True)
-    for path, task, name, seed in pending(arguments.results):
+    for path, task, name, seed in places(arguments.results):
+        if is_of_now(path, task, name):
+            continue
         result = check(task, name, seed)
         write_bytes(path, (json.dumps(result, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
         print(path, result["plain_against"])

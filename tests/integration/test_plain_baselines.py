@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -71,3 +72,19 @@ def test_the_bench_makes_the_steps_of_a_plain_loop(
     # At another rate they are not the same, so that equal losses say something.
     other = plain.train({**job, "lr": 10 * job["lr"]})
     assert other["losses"][-1] != pytest.approx(expected["losses"][-1], abs=1e-5)
+
+
+def test_results_that_would_be_made_otherwise_now_are_left_out_and_made_again(
+    check: ModuleType, tmp_path: Path
+) -> None:
+    run = {"losses": [0.5], "loss": 0.5, "accuracy": 0.7, "seconds": 1.0}
+    against = {"ours_by_steps": {"steps": [1, 1], "equal_first_steps": 1, "largest_gap": 0.0}}
+    for seed, changes in enumerate([{}, {"revision": 1}, {"settings": {"rank": 4}}]):
+        made = {**check.description("bbc", "lora"), "seed": seed, "runs": {"plain": run, "row": run}, **changes}
+        (tmp_path / f"bbc--lora--seed{seed}.json").write_text(json.dumps({**made, "plain_against": against}))
+    assert [check.is_of_now(tmp_path / f"bbc--lora--seed{seed}.json", "bbc", "lora") for seed in range(4)] == [
+        True, False, False, False,
+    ]  # fmt: skip
+    shown = check.table(tmp_path)
+    assert "| bbc, lora | 1 |" in shown
+    assert shown.endswith("revision of the method: bbc--lora--seed1.json, bbc--lora--seed2.json.")

@@ -11,7 +11,6 @@ from rgft.bench.experiment import Cell
 from rgft.errors import DataError
 from rgft.telemetry.atomic_write import write_bytes
 
-
 #: What the result of a run has in any case, and of which kind.
 OF_A_RUN: Mapping[str, Any] = {
     "contender": str, "method": str, "budget": (int, float), "lr": (int, float), "seed": int, "task": dict, "run": dict,

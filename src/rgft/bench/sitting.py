@@ -65,7 +65,8 @@ def run_experiments(
     """Makes the runs that experiments lack; yields each when it is over.
 
     Experiment by experiment and contender by contender, its learning rates before its final runs: what a sitting
-    leaves can be compared. What another sitting over the same folder is at is left to it. A run that fails is reported, and the others go on, but for those that would fail likewise.
+    leaves can be compared. What another sitting over the same folder is at is left to it. A run that fails is reported,
+    and the others go on, but for those that would fail likewise.
 
     Args:
         experiments: each with a name of its own.

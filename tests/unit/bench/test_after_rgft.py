@@ -101,7 +101,8 @@ def test_a_stored_result_must_be_of_the_same_run(tmp_path: Path) -> None:
     revision = METHODS["rgft"].revision
     stored = {
         "method": "rgft", "task": experiment.task, "run": experiment.run, "seed": 7, "budget": 0.3,
-        "contender": "rgft", "lr": 1e-4, "metrics": {}, "revision": revision, "common_config": {}, "data": DATA, **RESULT,
+        "contender": "rgft", "lr": 1e-4, "metrics": {},
+        "revision": revision, "common_config": {}, "data": DATA, **RESULT,
     }  # fmt: skip
     path.write_text(json.dumps(stored))
     assert earlier_result(experiment, cell, DATA, never) == stored

@@ -1,19 +1,19 @@
 """Holds the bench's rows for full fine-tuning and LoRA against plain Transformers and PEFT code on the same batches.
 
-    python benchmarks/baselines/check.py run       # what is not done yet; some ten minutes on two cores
-    python benchmarks/baselines/check.py table
+    python benchmarks/baselines/check.py run       # what is not done yet, or stale; some ten minutes on two cores
+    python benchmarks/baselines/check.py table     # what is stale is named below it and counts for nothing
 
 Each result file has the losses before every step of three runs: the plain loop (`plain_training.py`), ours with the
 same schedule over the number of steps, and the bench's row, whose schedule goes by FLOPs spent. The first two should
-be equal to the last bit or to rounding; the third should agree within the noise of seeds.
+be equal to the last bit or to rounding; the third should agree within the noise of seeds. A result is stale when the
+method's revision or the settings that it was made with are not those of now.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,15 @@ import torch
 
 from rgft.batches import BatchStream, Subset
 from rgft.bench.methods import method
+from rgft.bench.results import read_result, write_result
 from rgft.bench.runner import full_fine_tuning_flops
 from rgft.bench.statistics import compare
 from rgft.bench.tasks import bench_task
 from rgft.config import Config
+from rgft.errors import DataError, RGFTError
 from rgft.run import Run, Settings, StepReport
 from rgft.tasks.base import PreparedTask
 from rgft.tasks.demo import model_folder
-from rgft.telemetry.atomic_write import write_bytes
 from rgft.telemetry.environment import environment
 
 RESULTS = Path("benchmarks/results/plain_baselines")
@@ -40,8 +41,15 @@ TASKS: dict[str, dict[str, Any]] = {
     "bbc": {"name": "bbc", "train_size": 320, "tokens": 32},
 }
 RATES = {"full": 2e-4, "lora": 1e-3}
-TEST_SIZE, RANK, HEAD_MULTIPLIER = 200, 8, 10.0
+TEST_SIZE, RANK, HEAD_MULTIPLIER, MAX_GRAD_NORM = 200, 8, 10.0, 1.0
 RUN: dict[str, Any] = {"epochs": 1.0, "batch_size": 16, "weight_decay": 0.01, "schedule": "linear", "warmup": 0.1}
+
+
+#: What results from before these were kept were made with, all of them: the first revision of either method, whose head
+#: learnt at ten times the rate.
+BEFORE: Mapping[str, Any] = {"revision": 1, "head_lr_multiplier": 10.0, "max_grad_norm": 1.0, "rank": 8}
+#: What a result has in any case, and of which kind.
+KEYS = {"task": dict, "method": str, "seed": int, "runs": dict, "plain_against": dict}
 
 
 def prepared(task: str, seed: int) -> PreparedTask:
@@ -55,6 +63,26 @@ def prepared(task: str, seed: int) -> PreparedTask:
 def shared_settings(name: str) -> dict[str, Any]:
     """What the bench's experiments give to a method."""
     return {"classifier_lr_multiplier": HEAD_MULTIPLIER, **method(name).instead}
+
+
+def identity_of(task: str, name: str, seed: int) -> dict[str, Any]:
+    """What decides the runs of a result."""
+    return {
+        "schema": SCHEMA, "task": TASKS[task], "method": name, "seed": seed, "run": RUN, "lr": RATES[name],
+        "test_examples": TEST_SIZE, "revision": method(name).revision,
+        "head_lr_multiplier": shared_settings(name)["classifier_lr_multiplier"], "max_grad_norm": MAX_GRAD_NORM,
+        **({"rank": RANK} if name == "lora" else {}),
+    }  # fmt: skip
+
+
+def stale(result: Mapping[str, Any], task: str, name: str, seed: int) -> str:
+    """What a result was made with that is another now, in words; empty: nothing."""
+    found = {**BEFORE, **result}
+    return ", ".join(
+        f"{key} {found.get(key)} there, {value} now"
+        for key, value in identity_of(task, name, seed).items()
+        if found.get(key) != value
+    )
 
 
 def ours(name: str, task: PreparedTask, *, seed: int, budget: float | None) -> dict[str, Any]:
@@ -95,7 +123,7 @@ def job_of(name: str, task: PreparedTask, *, seed: int) -> dict[str, Any]:
         "train": list(task.train), "test": [task.test[i] for i in range(len(task.test))],  # pyright: ignore
         "batches": list(stream.indices()), "lr": RATES[name],
         "head_lr_multiplier": shared_settings(name)["classifier_lr_multiplier"],
-        "weight_decay": RUN["weight_decay"], "warmup": RUN["warmup"], "max_grad_norm": 1.0, "rank": RANK,
+        "weight_decay": RUN["weight_decay"], "warmup": RUN["warmup"], "max_grad_norm": MAX_GRAD_NORM, "rank": RANK,
     }  # fmt: skip
 
 
@@ -113,7 +141,7 @@ def check(task: str, name: str, seed: int) -> dict[str, Any]:
         "row": ours(name, prepared(task, seed), seed=seed, budget=1.0),
     }
     return {
-        **description(task, name), "seed": seed, "runs": runs,
+        **identity_of(task, name, seed), "runs": runs,
         "plain_against": {
             other: differences(runs["plain"]["losses"], runs[other]["losses"]) for other in ("ours_by_steps", "row")
         },
@@ -121,34 +149,45 @@ def check(task: str, name: str, seed: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def description(task: str, name: str) -> dict[str, Any]:
-    """All that decides a check but its seed."""
-    return {
-        "schema": SCHEMA, "task": TASKS[task], "method": name, "revision": method(name).revision,
-        "settings": {**shared_settings(name), "rank": RANK}, "run": RUN, "lr": RATES[name], "test_examples": TEST_SIZE,
-    }  # fmt: skip
-
-
-def is_of_now(path: Path, task: str, name: str) -> bool:
-    """Whether a result is there that would be made alike."""
-    if not path.exists():
-        return False
-    result, wanted = json.loads(path.read_text(encoding="utf-8")), description(task, name)
-    return {key: result.get(key) for key in wanted} == wanted
-
-
-def places(folder: Path) -> Iterator[tuple[Path, str, str, int]]:
+def cells(folder: Path) -> Iterator[tuple[Path, str, str, int]]:
     for seed in SEEDS:
         for task in TASKS:
             for name in RATES:
                 yield folder / f"{task}--{name}--seed{seed}.json", task, name, seed
 
 
+def stored(folder: Path) -> tuple[list[dict[str, Any]], dict[Path, str]]:
+    """The results of now, and why each of the others is stale."""
+    known = {path: cell for path, *cell in cells(folder)}
+    results: list[dict[str, Any]] = []
+    others: dict[Path, str] = {}
+    for path in sorted(folder.glob("*.json")):
+        result = read_result(path, KEYS)
+        if why := stale(result, *known[path]) if path in known else "none of the runs of now":
+            others[path] = why
+        else:
+            results.append(result)
+    return results, others
+
+
+def pending(folder: Path) -> Iterator[tuple[Path, str, str, int]]:
+    """Runs that have no result, or a stale one."""
+    _, others = stored(folder)
+    for cell in cells(folder):
+        if not cell[0].exists() or cell[0] in others:
+            yield cell
+
+
 def table(folder: Path) -> str:
-    """Of what was made as it would be now; what was not is named below."""
-    there = [place for place in places(folder) if place[0].exists()]
-    stale = [path.name for path, task, name, _ in there if not is_of_now(path, task, name)]
-    results = [json.loads(path.read_text(encoding="utf-8")) for path, *_ in there if path.name not in stale]
+    """A Markdown table of the results of now; below it the stale ones, with what was another then.
+
+    Raises:
+        DataError: a result is damaged, or none is of now.
+    """
+    results, others = stored(folder)
+    named = [f"- {path.name} is stale, and not counted: {why}" for path, why in others.items()]
+    if not results:
+        raise DataError("\n".join([f"{folder}: expected results of now, found none; make them by `run`", *named]))
     lines = [
         "| | seeds | equal first steps (of) | largest gap of a loss, ours by steps | plain loss | row's loss lower by "
         "| row's accuracy higher by | row's seconds of plain |",
@@ -173,9 +212,7 @@ def table(folder: Path) -> str:
             found = compare(by_seed[0], by_seed[1], higher_is_better=is_share, examples=TEST_SIZE if is_share else None)
             cells.append(f"{found.difference:+.4f} [{found.low:+.4f}, {found.high:+.4f}]")
         lines.append("| " + " | ".join([*cells, f"{seconds:.2f}"]) + " |")
-    if stale:
-        lines += ["", f"Left out, made with other settings or by another revision of the method: {', '.join(stale)}."]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(["", *named, "`run` makes these anew."] if named else [])])
 
 
 def main() -> None:
@@ -187,13 +224,14 @@ def main() -> None:
         print(table(arguments.results))
         return
     arguments.results.mkdir(parents=True, exist_ok=True)
-    for path, task, name, seed in places(arguments.results):
-        if is_of_now(path, task, name):
-            continue
+    for path, task, name, seed in pending(arguments.results):
         result = check(task, name, seed)
-        write_bytes(path, (json.dumps(result, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
+        write_result(path, result)
         print(path, result["plain_against"])
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except RGFTError as error:
+        raise SystemExit(str(error)) from error

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 from transformers import BertConfig, BertForSequenceClassification
 
+from rgft.errors import DataError
 from rgft.tasks.base import PreparedTask
 from rgft.tasks.metrics import OfWholeSplit, classification
 
@@ -74,17 +75,74 @@ def test_the_bench_makes_the_steps_of_a_plain_loop(
     assert other["losses"][-1] != pytest.approx(expected["losses"][-1], abs=1e-5)
 
 
-def test_results_that_would_be_made_otherwise_now_are_left_out_and_made_again(
-    check: ModuleType, tmp_path: Path
+def stored(check: ModuleType, folder: Path, task: str, name: str, seed: int = 0, **changes: Any) -> Path:
+    """A result with what is asked of it."""
+    metrics = {"loss": 0.5, "accuracy": 0.75, "seconds": 2.0, "losses": [1.0]}
+    gaps = {"steps": [1, 1], "equal_first_steps": 1, "largest_gap": 0.0}
+    result = {
+        **check.identity_of(task, name, seed), "runs": dict.fromkeys(("plain", "ours_by_steps", "row"), metrics),
+        "plain_against": dict.fromkeys(("ours_by_steps", "row"), gaps), **changes,
+    }  # fmt: skip
+    path = folder / f"{task}--{name}--seed{seed}.json"
+    path.write_text(json.dumps({key: value for key, value in result.items() if value is not None}))
+    return path
+
+
+def test_what_was_made_with_other_settings_is_stale(
+    check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = {"losses": [0.5], "loss": 0.5, "accuracy": 0.7, "seconds": 1.0}
-    against = {"ours_by_steps": {"steps": [1, 1], "equal_first_steps": 1, "largest_gap": 0.0}}
-    for seed, changes in enumerate([{}, {"revision": 1}, {"settings": {"rank": 4}}]):
-        made = {**check.description("bbc", "lora"), "seed": seed, "runs": {"plain": run, "row": run}, **changes}
-        (tmp_path / f"bbc--lora--seed{seed}.json").write_text(json.dumps({**made, "plain_against": against}))
-    assert [check.is_of_now(tmp_path / f"bbc--lora--seed{seed}.json", "bbc", "lora") for seed in range(4)] == [
-        True, False, False, False,
-    ]  # fmt: skip
-    shown = check.table(tmp_path)
-    assert "| bbc, lora | 1 |" in shown
-    assert shown.endswith("revision of the method: bbc--lora--seed1.json, bbc--lora--seed2.json.")
+    kept = stored(check, tmp_path, "bbc", "full")
+    lora = {key: stored(check, tmp_path, "bbc", "lora", seed, **{key: value}) for seed, (key, value) in enumerate(
+        {"revision": 1, "head_lr_multiplier": 10.0, "rank": 4}.items()
+    )}  # fmt: skip
+    table = check.table(tmp_path)
+    assert "| bbc, full | 1 |" in table
+    assert "| bbc, lora |" not in table
+    for key, path in lora.items():
+        assert f"- {path.name} is stale, and not counted: {key} " in table
+    asked = {path for path, *_ in check.pending(tmp_path)}
+    assert set(lora.values()) < asked
+    assert kept not in asked
+    assert len(asked) == 11
+    monkeypatch.setattr(check, "RUN", {**check.RUN, "weight_decay": 0.1})
+    with pytest.raises(
+        DataError, match=r"(?s)expected results of now, found none.*bbc--full--seed0.json is stale.*run"
+    ):
+        check.table(tmp_path)
+
+
+def test_results_from_before_are_taken_for_the_first_revision(check: ModuleType, tmp_path: Path) -> None:
+    unsaid = dict.fromkeys(("revision", "head_lr_multiplier", "max_grad_norm", "rank"))
+    full, lora = (stored(check, tmp_path, "bbc", name, **unsaid) for name in ("full", "lora"))
+    table = check.table(tmp_path)
+    assert "| bbc, full | 1 |" in table
+    assert full.name not in table
+    assert f"- {lora.name} is stale, and not counted: revision 1 there, 2 now, head_lr_multiplier 10.0 there" in table
+    (tmp_path / "bbc--full--seed1.json").write_text("{}")
+    with pytest.raises(DataError, match=r"bbc--full--seed1.json: .* found a damaged file"):
+        list(check.pending(tmp_path))
+
+
+def test_stale_results_are_made_anew(check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = stored(check, tmp_path, "bbc", "lora", revision=1)
+    for other, *_ in check.cells(tmp_path):
+        if other != path:
+            stored(check, tmp_path, *other.stem.split("--")[:2], seed=int(other.stem[-1]))
+    made: list[tuple[str, str, int]] = []
+
+    def check_one(task: str, name: str, seed: int) -> dict[str, Any]:
+        made.append((task, name, seed))
+        return {**json.loads(path.read_text()), **check.identity_of(task, name, seed)}
+
+    monkeypatch.setattr(check, "check", check_one)
+    monkeypatch.setattr("sys.argv", ["check.py", "run", "--results", str(tmp_path)])
+    check.main()
+    assert made == [("bbc", "lora", 0)]
+    assert "stale" not in check.table(tmp_path)
+
+
+def test_the_committed_results_of_full_fine_tuning_are_of_now(check: ModuleType) -> None:
+    results, _ = check.stored(check.RESULTS)
+    assert {(r["task"]["name"], r["seed"]) for r in results if r["method"] == "full"} >= {
+        ("bbc", 0), ("bbc", 1), ("bbc", 2), ("rotten_tomatoes", 0),
+    }  # fmt: skip

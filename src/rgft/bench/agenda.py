@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rgft.bench.claims import Claim, claim
 from rgft.bench.durations import Durations
 from rgft.bench.experiment import Cell, Choice, Contender, Experiment
-from rgft.bench.fingerprint import DataCheck
+from rgft.bench.fingerprint import DataCheck, DataMissingError
 from rgft.bench.results import Results, set_aside, unlike
 from rgft.bench.runner import ALONE, Conditions, identity_of
 from rgft.bench.tasks import bench_task
@@ -38,6 +39,8 @@ class Agenda:
         self.experiment, self.results = experiment, Results(folder)
         self._conditions = conditions
         self._taken: set[str] = set()
+        self._claims: dict[str, Claim] = {}
+        self._are_elsewhere: set[str] = set()
         self._tunings = {c.label: Tuning(experiment, c, self._loss) for c in experiment.contenders}
         self._settled: set[str] = set()  # labels
         self._left_out: set[str] = set()
@@ -56,17 +59,27 @@ class Agenda:
                     self._stored.append((self.results.path(cell), {"seed": result["seed"], "data": result.get("data")}))
 
     def take(self) -> Cell | None:
-        """A run that can be begun now, which is not offered again; None: there is none, or none yet."""
-        for cell in self._open():
-            if cell.file_name in self._taken or self.results.path(cell).exists():
-                continue
-            if not self._are_data_known:
-                self._are_data_known = True
-                if not self._has_same_data():
-                    return None
-            self._taken.add(cell.file_name)
-            return cell
-        return None
+        """A run that can be begun now, which is not offered again; None: there is none, or none yet.
+
+        It is claimed until it is released, so that another sitting takes other ones. When first asked, stored results
+        are held against the data of now, whether or not a run is missing.
+        """
+        cell = self._claimed()
+        if not self._are_data_known:
+            self._are_data_known = True
+            if not self._has_same_data(are_needed=cell is not None):
+                self.release()
+                return None
+        return cell
+
+    def release(self, cell: Cell | None = None) -> None:
+        """Ends the claim on a run that was taken; None: on all."""
+        for name in list(self._claims) if cell is None else [cell.file_name]:
+            self._claims.pop(name).release()
+
+    def elsewhere(self) -> int:
+        """How many runs were left to another sitting, and have no result yet."""
+        return sum(not (self.results.folder / name).exists() for name in self._are_elsewhere - self._taken)
 
     def note(self, cell: Cell) -> dict[str, Any] | None:
         """Takes notice of a run's result, and gives it; None: there is none."""
@@ -83,6 +96,22 @@ class Agenda:
     def leave_out(self, contender: Contender | None) -> None:
         """Offers no more runs of a contender; None: of any."""
         self._left_out.update(c.label for c in self.experiment.contenders if contender is None or c is contender)
+
+    def _claimed(self) -> Cell | None:
+        for cell in self._open():
+            path = self.results.path(cell)
+            if cell.file_name in self._taken or path.exists():
+                continue
+            held = claim(path)
+            if held is None:
+                self._are_elsewhere.add(cell.file_name)
+            elif path.exists():  # since it was looked for
+                held.release()
+            else:
+                self._taken.add(cell.file_name)
+                self._claims[cell.file_name] = held
+                return cell
+        return None
 
     def _open(self) -> Iterator[Cell]:
         """All runs whose learning rate is known, done ones among them."""
@@ -127,14 +156,20 @@ class Agenda:
                 "give the experiment another name, or delete the file to run it anew"
             )
 
-    def _has_same_data(self) -> bool:
-        """Whether results and runs are on the same data; if not, nothing is run."""
+    def _has_same_data(self, *, are_needed: bool) -> bool:
+        """Whether results and runs are on the same data; if not, nothing is run.
+
+        Where nothing is to be run, data that are not at hand are not needed.
+        """
         allowed = self._conditions.allow_code_execution
         check = DataCheck(lambda seed: bench_task(self.experiment.task, seed=seed, allow_code_execution=allowed))
         try:
             for path, result in self._stored:
                 check.require_same(result, str(path))
         except RGFTError as error:
+            if isinstance(error, DataMissingError) and not are_needed:
+                log.info("%s: not compared with the data of now: %s", self.results.folder, error)
+                return True
             self.failure = f"nothing of {self.experiment.name!r} is run: {error}"
             self.leave_out(None)
             return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from rgft.bench.experiment import Cell, Contender, Experiment
 from rgft.bench.fingerprint import require_equal
 from rgft.bench.methods import method
-from rgft.bench.results import unlike
+from rgft.bench.results import read_result, unlike
 from rgft.errors import ConfigError, DataError
 from rgft.tasks.fingerprint import Data
 
@@ -51,8 +50,8 @@ def earlier_result(
 
 def _read(path: Path, experiment: Experiment, cell: Cell, data: Data) -> dict[str, Any]:
     try:
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        result = read_result(path)
+    except OSError as error:
         raise DataError(f"settings.result: expected a result of RGFT in {path}: {error}") from error
     expected: Mapping[str, Any] = {
         "method": "rgft", "task": dict(experiment.task), "run": dict(experiment.run), "seed": cell.seed,

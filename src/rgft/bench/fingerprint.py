@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rgft.errors import DataError
+from rgft.errors import DataError, RGFTError
 from rgft.tasks.base import PreparedTask
 from rgft.tasks.fingerprint import SPLITS, Data, data_of, said
+
+
+class DataMissingError(DataError):
+    """There are no data to compare with: they, or what reads them, are not on this machine."""
 
 
 class DataCheck:
@@ -23,9 +27,17 @@ class DataCheck:
         self.unknown = 0  # results from before fingerprints were kept
 
     def now(self, seed: int) -> Data:
-        """The data of runs with this seed."""
+        """The data of runs with this seed.
+
+        Raises:
+            DataMissingError: the task cannot be prepared.
+        """
         if seed not in self._by_seed:
-            self._by_seed[seed] = data_of(self._prepare(seed))
+            try:
+                task = self._prepare(seed)
+            except RGFTError as error:
+                raise DataMissingError(str(error)) from error
+            self._by_seed[seed] = data_of(task)
         return self._by_seed[seed]
 
     def require_same(self, result: Mapping[str, Any], where: str) -> None:
@@ -33,6 +45,7 @@ class DataCheck:
 
         Raises:
             DataError: they differ.
+            DataMissingError: there are none now.
         """
         then: Data | None = result.get("data")
         if then is None:

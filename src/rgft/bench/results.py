@@ -11,17 +11,34 @@ from rgft.bench.experiment import Cell
 from rgft.errors import DataError
 from rgft.telemetry.atomic_write import write_bytes
 
+#: What the result of a run has in any case, and of which kind.
+OF_A_RUN: Mapping[str, Any] = {
+    "contender": str, "method": str, "budget": (int, float), "lr": (int, float), "seed": int, "task": dict, "run": dict,
+    "metrics": dict,
+}  # fmt: skip
 
-def read_result(path: Path) -> dict[str, Any]:
+
+def read_result(path: Path, keys: Mapping[str, Any] = OF_A_RUN) -> dict[str, Any]:
     """A stored result.
 
+    Args:
+        path: of its file.
+        keys: that it has in any case → type of the value, or several.
+
     Raises:
-        DataError: the file is damaged.
+        DataError: the file is damaged: no JSON, no object, or without one of the keys.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(result, dict):
+            raise ValueError(f"{result!r:.40} is no object of keys and values")
+        if wrong := [key for key, kind in keys.items() if not isinstance(result.get(key), kind)]:
+            raise ValueError(f"without {', '.join(wrong)}, or with something else there")
     except ValueError as error:
-        raise DataError(f"{path}: expected a result in JSON, found a damaged file; delete it") from error
+        raise DataError(
+            f"{path}: expected a result in JSON, found a damaged file ({error}); delete it, and run again what made it"
+        ) from error
+    return result
 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:

@@ -65,7 +65,8 @@ def run_experiments(
     """Makes the runs that experiments lack; yields each when it is over.
 
     Experiment by experiment and contender by contender, its learning rates before its final runs: what a sitting
-    leaves can be compared. A run that fails is reported, and the others go on, but for those that would fail likewise.
+    leaves can be compared. What another sitting over the same folder is at is left to it. A run that fails is reported,
+    and the others go on, but for those that would fail likewise.
 
     Args:
         experiments: each with a name of its own.
@@ -117,7 +118,11 @@ def run_experiments(
                 executor = _executor(conditions.jobs)
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
+        for agenda in agendas:
+            agenda.release()
     for agenda in agendas:
+        if elsewhere := agenda.elsewhere():
+            log.info("%s: %d runs are left to another sitting, which has begun them", agenda.results.folder, elsewhere)
         if agenda.failure:
             yield Outcome(path=agenda.results.folder, failure=agenda.failure)
 
@@ -128,6 +133,7 @@ def _next(agendas: Sequence[Agenda]) -> tuple[Agenda, Cell] | None:
 
 def _outcome(agenda: Agenda, cell: Cell, failure: Failure | None) -> Outcome:
     path = agenda.results.path(cell)
+    agenda.release(cell)
     if failure is None:
         agenda.note(cell)
         return Outcome(path=path)

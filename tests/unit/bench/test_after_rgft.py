@@ -101,6 +101,7 @@ def test_a_stored_result_must_be_of_the_same_run(tmp_path: Path) -> None:
     revision = METHODS["rgft"].revision
     stored = {
         "method": "rgft", "task": experiment.task, "run": experiment.run, "seed": 7, "budget": 0.3,
+        "contender": "rgft", "lr": 1e-4, "metrics": {},
         "revision": revision, "common_config": {}, "data": DATA, **RESULT,
     }  # fmt: skip
     path.write_text(json.dumps(stored))
@@ -113,6 +114,9 @@ def test_a_stored_result_must_be_of_the_same_run(tmp_path: Path) -> None:
         earlier_result(experiment, cell, DATA, never)
     path.write_text(json.dumps({**stored, "data": {"train": {"examples": 9, "sha256": "1"}}}))
     with pytest.raises(DataError, match=r"rgft--seed7.json: measured on other data than the run that follows it"):
+        earlier_result(experiment, cell, DATA, never)
+    path.write_text("{}")
+    with pytest.raises(DataError, match=r"rgft--seed7.json: .* found a damaged file"):
         earlier_result(experiment, cell, DATA, never)
     path.write_text(json.dumps({**stored, "metrics": {}, "diverged": "step 3"}))
     with pytest.raises(DataError, match="found one that diverged: step 3"):

@@ -128,11 +128,18 @@ def test_results_are_found_again_and_damaged_ones_are_not_used(tmp_path: Path) -
     results = Results(tmp_path)
     cell = Cell(contender=loaded(tmp_path).contenders[0], lr=1e-4, seed=3, is_final=True)
     assert results.read(cell) is None
-    results.write(cell, {"x": 1.5})
-    assert results.read(cell) == {"x": 1.5}
-    results.path(cell).write_text('{"x": 1.')
-    with pytest.raises(DataError, match="delete it"):
-        results.read(cell)
+    result = {"contender": "a", "method": "rgft", "budget": 0.3, "lr": 1e-4, "seed": 3, "task": {}, "run": {}}
+    results.write(cell, {**result, "metrics": {}, "x": 1.5})
+    assert results.read(cell) == {**result, "metrics": {}, "x": 1.5}
+    for text, why in (
+        ('{"x": 1.', "Expecting"), ("[]", r"\[\] is no object"), ("{}", "without contender, method"),
+        (json.dumps(result), "without metrics"), (json.dumps({**result, "metrics": [1]}), "without metrics"),
+    ):  # fmt: skip
+        results.path(cell).write_text(text)
+        with pytest.raises(
+            DataError, match=rf"seed3.json: .*found a damaged file \(.*{why}.*; delete it, and run again"
+        ):
+            results.read(cell)
 
 
 def test_all_problems_of_an_experiment_file_at_once(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from rgft.bench.finals import final_results
 from rgft.bench.fingerprint import DataCheck
 from rgft.bench.results import Results
 from rgft.bench.runner import identity_of
-from rgft.errors import DataError
+from rgft.errors import ConfigError, DataError
 from rgft.tasks.fingerprint import data_of, fingerprint
 from tests.unit.bench.test_experiment import loaded
 
@@ -105,9 +105,48 @@ def test_an_experiment_s_stored_results_are_checked_before_anything_is_run(
     results.write(cell, {**good, "revision": good["revision"] + 1})
     with pytest.raises(DataError, match=r"expected a result of revision \d of 'full', found one of revision \d"):
         list(sitting.run_experiments([experiment], tmp_path / "results"))
-    results.path(cell).write_text('{"seed": 1, "da')
-    with pytest.raises(DataError, match="found a damaged file"):
-        list(sitting.run_experiments([experiment], tmp_path / "results"))
+    for text in ('{"seed": 1, "da', "{}", "[]", "null"):
+        results.path(cell).write_text(text)
+        with pytest.raises(DataError, match=r"b--final--lr0.0001--seed1.json: .* found a damaged file"):
+            list(sitting.run_experiments([experiment], tmp_path / "results"))
+        with pytest.raises(DataError, match=r"b--final--lr0.0001--seed1.json: .* found a damaged file"):
+            final_results(tmp_path)
+
+
+def test_data_are_checked_where_nothing_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = loaded(tmp_path)
+    cells, results, prepared = list(experiment.all_cells()), Results(tmp_path / experiment.name), list[int]()
+
+    def stored(rows: list[Any]) -> None:
+        for cell in cells:
+            result = {**identity_of(experiment, cell), "metrics": {"validation": {"loss": 1.0 - cell.lr}}}
+            results.write(cell, {**result, "data": data_of(Prepared(rows))})  # type: ignore[arg-type]
+
+    def bench_task(settings: Any, *, seed: int, allow_code_execution: bool) -> Any:
+        prepared.append(seed)
+        return Prepared(ROWS)
+
+    def missing(*_: Any, **__: Any) -> Any:
+        raise ConfigError("no such package")
+
+    monkeypatch.setattr(agenda, "bench_task", bench_task)
+    monkeypatch.setattr(
+        sitting, "run_cell", lambda experiment, cell, _: identity_of(experiment, cell) | {"metrics": {}}
+    )
+    stored(ROWS)
+    list(sitting.run_experiments([experiment], tmp_path))
+    prepared.clear()
+    assert list(sitting.run_experiments([experiment], tmp_path)) == []
+    assert sorted(prepared) == sorted({cell.seed for cell in cells})
+    stored(ROWS[:1])
+    (outcome,) = sitting.run_experiments([experiment], tmp_path)
+    assert "measured on other data than the data of now" in outcome.failure
+    # Without the data there is nothing to compare with, which is no failure where nothing is to be run.
+    monkeypatch.setattr(agenda, "bench_task", missing)
+    assert list(sitting.run_experiments([experiment], tmp_path)) == []
+    results.path(cells[0]).unlink()
+    (outcome,) = sitting.run_experiments([experiment], tmp_path)
+    assert "no such package" in outcome.failure
 
 
 def test_a_half_written_result_is_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +161,7 @@ def test_a_half_written_result_is_never_read(tmp_path: Path, monkeypatch: pytest
 
 def test_runs_on_different_data_are_not_compared(tmp_path: Path) -> None:
     shared = {"task": {"name": "bbc", "train_size": 8}, "run": {"epochs": 1.0}, "method": "full", "budget": 0.3,
-              "seed": 0, "metrics": {"test": {"loss": 1.0}}}  # fmt: skip
+              "seed": 0, "lr": 1e-4, "metrics": {"test": {"loss": 1.0}}}  # fmt: skip
     for name, rows in (("a", ROWS), ("b", ROWS[:1])):
         one = {**shared, "contender": name, "data": data_of(Prepared(rows))}  # type: ignore[arg-type]
         (tmp_path / f"{name}--final--lr1--seed0.json").write_text(json.dumps(one))

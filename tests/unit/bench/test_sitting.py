@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from rgft.bench import sitting
+from rgft.bench import claims, sitting
 from rgft.bench.agenda import Agenda
 from rgft.bench.durations import Durations
 from rgft.bench.experiment import Cell, Choice, Experiment
@@ -23,7 +23,7 @@ from rgft.bench.results import Results
 from rgft.bench.runner import Conditions, TaskError, identity_of
 from rgft.bench.sitting import run_experiments
 from rgft.cli.app import app
-from rgft.errors import BudgetError, ConfigError, DataError, NonFiniteError
+from rgft.errors import BudgetError, ConfigError, DataError, NonFiniteError, RunFolderError
 from tests.unit.bench.test_experiment import contender, loaded
 from tests.unit.tasks.pictures import save_folder, save_model
 
@@ -241,6 +241,66 @@ def test_what_runs_elsewhere_is_not_offered_again(tmp_path: Path) -> None:
         agenda.results.write(cell, result_of(agenda.experiment, cell))
     rest = [agenda.take() for _ in range(3)]
     assert [cell and cell.file_name.removesuffix(".json") for cell in rest] == [*IN_ORDER[2:4], None]
+
+
+def test_two_sittings_make_each_run_once(tmp_path: Path) -> None:
+    experiment = loaded(tmp_path)
+    ours, theirs = (Agenda(experiment, tmp_path / "x") for _ in range(2))
+    first, second = ours.take(), theirs.take()
+    assert first is not None
+    assert second is not None
+    assert [cell.file_name.removesuffix(".json") for cell in (first, second)] == IN_ORDER[:2]
+    assert theirs.elsewhere() == 1
+    # What is given up without a result is taken by whoever asks next, and what has one by nobody.
+    ours.release(first)
+    assert theirs.take() == first
+    theirs.results.write(first, result_of(experiment, first))
+    theirs.release()
+    theirs.results.write(second, result_of(experiment, second))
+    taken = ours.take()
+    assert taken is not None
+    assert taken.file_name.removesuffix(".json") == IN_ORDER[2]
+    ours.release()
+    assert theirs.elsewhere() == 0
+    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == [first.file_name, second.file_name]
+
+
+def test_a_sitting_leaves_no_claims_and_says_what_it_left_to_another(
+    tmp_path: Path, runs: Callable[..., list[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    begun, experiment = runs(a_tuning_lr0_0001_seed100=RuntimeError("no memory")), loaded(tmp_path)
+    other = Agenda(experiment, tmp_path / "x")
+    last = list(experiment.all_cells())[-1]
+    held = claims.claim(other.results.path(last))
+    assert held is not None
+    with caplog.at_level("INFO", logger="rgft"):
+        list(run_experiments([experiment], tmp_path))
+    assert begun == IN_ORDER[:2]
+    assert "x: 1 runs are left to another sitting" in caplog.text
+    held.release()
+    list(run_experiments([experiment], tmp_path))
+    assert last.file_name.removesuffix(".json") in begun
+    assert list((tmp_path / "x").glob(".*")) == []
+
+
+def hold(result: Path) -> None:
+    assert claims.claim(result) is not None
+    kill()
+
+
+def test_a_claim_ends_with_its_process(tmp_path: Path) -> None:
+    result = tmp_path / "a.json"
+    process = multiprocessing.get_context("spawn").Process(target=hold, args=(result,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir()] == [".a.json.claim"]
+    found = claims.claim(result)
+    assert found is not None
+    assert claims.claim(result) is None
+    found.release()
+    with pytest.raises(RunFolderError, match=r"\.a\.json\.claim: it could not be written"):
+        claims.claim(tmp_path / "none" / "a.json")
 
 
 @pytest.mark.parametrize(

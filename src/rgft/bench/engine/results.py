@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from rgft.bench.results import read_result
 from rgft.errors import DataError
 
 
@@ -16,10 +16,10 @@ def read_results(folder: Path, schema: str, *, of: str) -> list[dict[str, Any]]:
         of: what makes them, for the message.
 
     Raises:
-        DataError: there are none.
+        DataError: there are none, or a file is damaged.
     """
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("**/*.json"))]
-    results = [result for result in found if result.get("schema") == schema]
+    found = [read_result(path, {"schema": str}) for path in sorted(folder.glob("**/*.json"))]
+    results = [result for result in found if result["schema"] == schema]
     if not results:
         raise DataError(f"{folder}: expected results of the {of}, found none; run it first")
     return results

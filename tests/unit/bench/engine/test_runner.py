@@ -107,6 +107,10 @@ def test_unknown_workloads_and_empty_folders(tmp_path: Path) -> None:
         workload("bert")
     with pytest.raises(DataError, match="expected results of the engine bench"):
         tables.steps(tmp_path)
+    for text in ("{}", "[]", '{"schema": "rg'):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(DataError, match=r"a.json: .* found a damaged file"):
+            tables.steps(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["smollm2", "llama_1b", "vit_b", "resnet_50"])

@@ -139,9 +139,29 @@ def test_stored_results_of_other_settings_or_data_are_refused(tmp_path: Path, mo
         list(runner.run_study(more, tmp_path))
     path.write_text(json.dumps({key: value for key, value in stored.items() if key != "data"}))  # as it was before
     assert [new.name for new in runner.run_study(more, tmp_path)] == ["map-study--seed1.json"]
-    path.write_text('{"seed": 0, "da')
-    with pytest.raises(DataError, match="found a damaged file"):
+    for text in ('{"seed": 0, "da', "{}", "[]"):
+        path.write_text(text)
+        with pytest.raises(DataError, match="found a damaged file"):
+            list(runner.run_study(study, tmp_path))
+
+
+def test_a_study_s_data_are_checked_where_no_seed_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "bench_task", in_place_of_bench_task([]))
+    study = replace(STUDY, alone_steps=0)
+    (path,) = runner.run_study(study, tmp_path)
+    assert list(runner.run_study(study, tmp_path)) == []
+    stored = json.loads(path.read_text())
+    path.write_text(json.dumps({**stored, "data": {**stored["data"], "train": {"examples": 1, "sha256": "0"}}}))
+    with pytest.raises(DataError, match="measured on other data than the data of now"):
         list(runner.run_study(study, tmp_path))
+
+    def missing(settings: Any, *, seed: int) -> Any:
+        raise DataError("no such package")
+
+    monkeypatch.setattr(runner, "bench_task", missing)
+    assert list(runner.run_study(study, tmp_path)) == []
+    with pytest.raises(DataError, match="no such package"):
+        list(runner.run_study(replace(study, seeds=(0, 1)), tmp_path))
 
 
 def test_all_problems_of_a_study_at_once(tmp_path: Path) -> None:

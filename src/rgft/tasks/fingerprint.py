@@ -14,15 +14,15 @@ from rgft.batches import SizedDataset, number_of_variants
 from rgft.errors import DataError
 from rgft.tasks.base import PreparedTask
 
-#: Split → number of its examples and their fingerprint.
+#: Split, or `judged_on` → number of its examples and their fingerprint.
 Data = dict[str, dict[str, Any]]
 
 SPLITS = ("train", "validation", "test")
 
 
 def data_of(task: PreparedTask) -> Data:
-    """The splits of a task, as a result says them."""
-    datasets = {split: getattr(task, split) for split in SPLITS}
+    """The splits of a task, as a result says them, and what it is judged on beside."""
+    datasets = {part: getattr(task, part) for part in (*SPLITS, "judged_on")}
     return {
         split: {"examples": len(dataset), "sha256": fingerprint(dataset)}
         for split, dataset in datasets.items()

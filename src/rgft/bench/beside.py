@@ -9,6 +9,7 @@ from rgft.bench.cells import heading, line, mark
 from rgft.bench.figures import names
 from rgft.bench.finals import Finals
 from rgft.bench.group import Group
+from rgft.bench.paired import on_different_texts
 
 #: Figure → its column, in order. Scores on other texts follow, with these texts' names.
 _COLUMNS: Mapping[str, str] = {
@@ -59,4 +60,5 @@ def _cell(finals: Finals, name: str, reference: Finals | None) -> str:
     if lack := finals.lacks(name):
         return "" if lack == "not measured" else lack
     value = mean(finals.metric(name).values()) / _UNITS.get(name, 1.0)
-    return f"{value:.3f}{mark(reference, finals, name)}"
+    differs = reference is not None and on_different_texts(reference, finals, name)
+    return f"{value:.3f}{mark(reference, finals, name)}{' (other texts)' if differs else ''}"

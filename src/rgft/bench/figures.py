@@ -34,6 +34,14 @@ _BESIDE: Mapping[str, tuple[str, ...]] = {
 }
 
 
+#: Name → where a result says on which texts it was measured, if these are not the test split.
+_TEXTS: Mapping[str, tuple[str, ...]] = {
+    "forgetting": ("measures", "general", "data", "texts"),
+    "probe_forgetting": ("measures", "general", "data", "probe"),
+    "similarity_drift": ("measures", "general", "data", "texts"),
+}
+
+
 def is_lower_better(name: str) -> bool:
     """Whether less of a metric is better, on whichever texts."""
     return name.rpartition(":")[2] in _LOWER
@@ -60,6 +68,13 @@ def is_of(result: _Result, name: str) -> bool:
     """Whether a run was to have a figure: what an experiment did not ask for is missing and not undefined."""
     place = _place(name)
     return place[0] != "measures" or _within(result, place[: 3 if ":" in name else 2]) is not None
+
+
+def texts_of(result: _Result, name: str) -> str | None:
+    """The fingerprint of the texts beside the task's own that a figure is of; None: of none, or it is not said."""
+    source = name.rpartition(":")[0]
+    place = ("measures", "other_domains", source, "data") if source else _TEXTS.get(name)
+    return None if place is None else _within(result, (*place, "sha256"))
 
 
 def names(result: _Result) -> Iterator[str]:

@@ -57,12 +57,15 @@ class DataCheck:
 def require_equal(then: Data, now: Data, where: str, other: str) -> None:
     """Raises DataError naming the splits that differ.
 
+    What a task is judged on beside its splits is compared where both say it: results from before do not.
+
     Args:
         then, now: what is compared.
         where: the result's file.
         other: what it is compared with, in words.
     """
-    changed = [split for split in SPLITS if then.get(split) != now.get(split)]
+    parts = [*SPLITS, *sorted((then.keys() & now.keys()) - set(SPLITS))]
+    changed = [part for part in parts if then.get(part) != now.get(part)]
     if not changed:
         return
     differences = "; ".join(f"{split}: {said(then.get(split))} there, {said(now.get(split))} now" for split in changed)

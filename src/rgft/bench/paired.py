@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from rgft.bench.figures import is_lower_better, is_of_texts
+from rgft.bench.figures import is_lower_better, is_of_texts, texts_of
 from rgft.bench.finals import Finals
 from rgft.bench.outcomes import by_example
 from rgft.bench.statistics import Comparison, compare
@@ -50,7 +50,21 @@ def lacking(method: Finals, baseline: Finals, metric: str) -> str:
     for finals in (method, baseline):
         if lack := finals.lacks(metric):
             return f"{metric} of {finals.label} {lack}"
-    return "" if len(set(method.metric(metric)) & set(baseline.metric(metric))) >= 2 else "fewer than two common seeds"
+    if len(set(method.metric(metric)) & set(baseline.metric(metric))) < 2:
+        return "fewer than two common seeds"
+    return on_different_texts(method, baseline, metric)
+
+
+def on_different_texts(method: Finals, baseline: Finals, metric: str) -> str:
+    """Which runs of one seed measured a metric on different texts beside the task's own; empty: none that say so."""
+    for seed in sorted(set(method.metric(metric)) & set(baseline.metric(metric))):
+        ours, theirs = (texts_of(finals.by_seed[seed], metric) for finals in (method, baseline))
+        if None not in (ours, theirs) and ours != theirs:
+            return (
+                f"{metric} of {method.label} and {baseline.label} with seed {seed} is on different texts; run one of "
+                "them anew with the packages and the Python of the other"
+            )
+    return ""
 
 
 def is_target(method: Finals, baseline: Finals) -> bool:

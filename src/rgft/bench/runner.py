@@ -122,6 +122,7 @@ def run_cell(experiment: Experiment, cell: Cell, conditions: Conditions = ALONE)
         "metrics": metrics,
         "undefined_metrics": undefined,
         "outcomes": outcomes,
+        "judged": task.judged_details,
         "measures": measured.after(task),
         "steps": result.steps,
         "found_lr": found_lr,

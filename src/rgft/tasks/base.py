@@ -36,6 +36,8 @@ class PreparedTask:
         weight: of a batch in a split's mean loss: the number of its examples, or of the tokens it predicts.
         primary_metric: the one that is quoted first.
         judge: model → what else the bench measures on the test split, by what the model generates; None: nothing.
+        judged_on: what the judge goes by that no split shows, as texts: whether it is the same can be told.
+        judged_details: what became of each thing that was judged, fit for JSON; filled when the judge is asked.
         label_names: class names by label, for classification.
     """
 
@@ -51,4 +53,6 @@ class PreparedTask:
     weight: Callable[[Mapping[str, Any]], int] = number_of_examples
     primary_metric: str = "accuracy"
     judge: Callable[[nn.Module], dict[str, float]] | None = None
+    judged_on: SizedDataset | None = None
+    judged_details: dict[str, Any] = field(default_factory=dict)
     label_names: tuple[str, ...] = field(default_factory=tuple)

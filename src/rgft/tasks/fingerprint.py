@@ -14,20 +14,21 @@ from rgft.batches import SizedDataset, number_of_variants
 from rgft.errors import DataError
 from rgft.tasks.base import PreparedTask
 
-#: Split → number of its examples and their fingerprint.
+#: Split, or `judged_on` → number of its examples and their fingerprint.
 Data = dict[str, dict[str, Any]]
 
 SPLITS = ("train", "validation", "test")
 
 
 def data_of(task: PreparedTask) -> Data:
-    """The splits of a task, as a result says them."""
-    datasets = {split: getattr(task, split) for split in SPLITS}
-    return {
-        split: {"examples": len(dataset), "sha256": fingerprint(dataset)}
-        for split, dataset in datasets.items()
-        if dataset is not None
-    }
+    """The splits of a task, as a result says them, and what it is judged on beside."""
+    datasets = {part: getattr(task, part) for part in (*SPLITS, "judged_on")}
+    return {split: part_of(dataset) for split, dataset in datasets.items() if dataset is not None}
+
+
+def part_of(dataset: SizedDataset) -> dict[str, Any]:
+    """The number of examples and their fingerprint."""
+    return {"examples": len(dataset), "sha256": fingerprint(dataset)}
 
 
 def inputs_of(task: PreparedTask) -> dict[str, Any]:

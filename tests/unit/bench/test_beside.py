@@ -9,6 +9,7 @@ from rgft.bench.finals import final_results
 from rgft.bench.table import markdown
 from rgft.bench.verdict import verdicts
 from rgft.cli.app import app
+from rgft.errors import DataError
 from tests.unit.bench.test_table import write
 
 
@@ -52,6 +53,35 @@ def test_runs_that_were_not_asked_are_missing_and_not_undefined(tmp_path: Path) 
     assert comparison.difference == pytest.approx(0.201)
     ((rows,),) = (final_results(tmp_path).values(),)
     assert rows[0].lacks("imdb:accuracy") == "not measured"
+
+
+def test_what_is_measured_on_different_texts_is_not_compared(tmp_path: Path) -> None:
+    def on(texts: str | None, drift: float) -> dict[str, Any]:
+        found = measured(drift, 0.7 + drift)
+        if texts is not None:
+            data = {"examples": 9, "sha256": texts}
+            found["measures"]["general"]["data"] = {"texts": {**data, "python": "3.11"}, "probe": data}
+            found["measures"]["other_domains"]["imdb"]["data"] = data
+        return found
+
+    for seed in range(3):
+        noise = seed / 100
+        write(tmp_path, "rgft", seed, 0.4, **on(f"a{seed}", 0.1 + noise))
+        write(tmp_path, "full", seed, 0.5, **on(f"a{seed}", 0.3 + 1.1 * noise))
+        write(tmp_path, "lisa", seed, 0.5, **on(None, 0.3 + 1.1 * noise))
+        write(tmp_path, "lora", seed, 0.5, **on("b" if seed == 1 else f"a{seed}", 0.3 + 1.1 * noise))
+    for metric in ("similarity_drift", "probe_forgetting", "imdb:accuracy"):
+        for label in ("full", "lisa"):
+            assert verdicts(tmp_path, "rgft", label, metric=metric)
+        with pytest.raises(DataError, match=f"{metric} of rgft and lora with seed 1 is on different texts; run one"):
+            verdicts(tmp_path, "rgft", "lora", metric=metric)
+    # What has nothing to do with them is compared as ever.
+    for metric in ("loss", "weight_change"):
+        assert verdicts(tmp_path, "rgft", "lora", metric=metric)
+    rows = {row.split("|")[1].strip(): row for row in markdown(tmp_path).split("Beside quality, at")[1].splitlines()[2:]
+            if row.startswith("|")}  # fmt: skip
+    assert rows["lora (3 seeds)"].count("(other texts)") == 3
+    assert "(other texts)" not in rows["full (3 seeds)"] + rows["lisa (3 seeds)"] + rows["rgft (3 seeds)"]
 
 
 def test_a_figure_that_some_runs_could_not_give_is_undefined(tmp_path: Path) -> None:

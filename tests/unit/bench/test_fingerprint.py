@@ -22,7 +22,7 @@ class Prepared:
     """As much of a task as a fingerprint asks for."""
 
     def __init__(self, train: list[Any], test: list[Any] | None = None) -> None:
-        self.train, self.validation, self.test = train, None, test
+        self.train, self.validation, self.test, self.judged_on = train, None, test, None
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ still finds in the features, which is forgetting in the narrower sense.
 
 from __future__ import annotations
 
+import platform
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from rgft.bench.measures.corpus import general_texts, require_unseen
 from rgft.bench.tasks import bench_task
 from rgft.evaluation import evaluate
 from rgft.tasks.base import PreparedTask
+from rgft.tasks.fingerprint import part_of
 
 #: Texts of the probe's task: fitted on, and scored.
 PROBE_FIT, PROBE_TEST = 400, 400
@@ -67,8 +69,9 @@ class GeneralQuality:
         """Measures the trained model, without its guide.
 
         Returns:
-            The `corpus`. Of a language model `general_loss` (before, after, and `forgetting`, their difference, in nats
-            per token).
+            The `corpus`, and `data`: number and fingerprint of its `texts` (with the version of Python, as they may
+            be its docstrings) and of the `probe`'s examples.
+            Of a language model `general_loss` (before, after, and `forgetting`, their difference, in nats per token).
             Of an encoder `similarity_drift`: 1 − Spearman's ρ between the cosines of all pairs of general texts before
             and after (0: their order is as it was; 1: nothing of it is left), and `probe`: accuracy of a logistic
             regression on the features, before and after, and `forgetting`, how much it fell. Of any other model, or
@@ -76,6 +79,11 @@ class GeneralQuality:
         """
         before, after = self.before, self.measure(task, task.model)
         found: dict[str, Any] = {"corpus": self.corpus} if self.texts else {}
+        if data := {
+            **({"texts": {**part_of(self.texts), "python": platform.python_version()}} if self.texts else {}),
+            **({"probe": before["probe_data"]} if "probe_data" in before else {}),
+        }:
+            found["data"] = data
         undefined: dict[str, str] = {**before.get("undefined", {}), **after.get("undefined", {})}
         if "general_loss" in before:
             found["general_loss"] = _change(before["general_loss"], after["general_loss"], sign=1.0)
@@ -105,7 +113,9 @@ class GeneralQuality:
             features = text_features(model, task.processor, self.texts)
             found["similarities"] = _pair_similarities(features)
         if self.probe is not None:
-            found["probe_accuracy"] = _probe_accuracy(model, self.probe)
+            fit, score = _probe_examples(self.probe)
+            found["probe_accuracy"] = _probe_accuracy(model, fit, score)
+            found["probe_data"] = part_of([*fit, *score])
         return found
 
 
@@ -167,26 +177,26 @@ def _drift(before: np.ndarray, after: np.ndarray) -> float | None:
     return 1.0 - float(x @ y) / norm if norm > 0.0 else None
 
 
-def _probe_accuracy(model: nn.Module, name: str) -> float:
-    """Accuracy of a logistic regression on frozen features of another task; its data are the same ones always."""
+def _probe_accuracy(model: nn.Module, fit: Sequence[Any], score: Sequence[Any]) -> float:
+    """Accuracy of a logistic regression on frozen features of another task."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    other = _probe_task(name)
-    assert other.test is not None
-    fit = [other.train[index] for index in range(min(PROBE_FIT, len(other.train)))]
-    drawn = random.Random("probe").sample(range(len(other.test)), min(PROBE_TEST, len(other.test)))
-    score = [other.test[index] for index in drawn]
     features = _features(model, [row["input_ids"] for row in (*fit, *score)]).numpy()
     classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
     classifier.fit(features[: len(fit)], [row["labels"] for row in fit])
     return float(classifier.score(features[len(fit) :], [row["labels"] for row in score]))
 
 
-def _probe_task(name: str) -> PreparedTask:
+def _probe_examples(name: str) -> tuple[list[Any], list[Any]]:
+    """What is fitted on, and what is scored: the same for all runs."""
     with torch.random.fork_rng(devices=[]):
-        return bench_task({"name": name, "train_size": PROBE_FIT}, seed=0)
+        other = bench_task({"name": name, "train_size": PROBE_FIT}, seed=0)
+    assert other.test is not None
+    drawn = random.Random("probe").sample(range(len(other.test)), min(PROBE_TEST, len(other.test)))
+    fit = [other.train[index] for index in range(min(PROBE_FIT, len(other.train)))]
+    return fit, [other.test[index] for index in drawn]
 
 
 def _language_model_loss(task: PreparedTask, model: nn.Module, texts: Sequence[str]) -> float:

@@ -17,6 +17,7 @@ from rgft.bench.measures.undefined import finite
 from rgft.bench.measures.weights import StartingPoint
 from rgft.run import Run
 from rgft.tasks.base import PreparedTask
+from rgft.tasks.fingerprint import part_of
 
 log = logging.getLogger("rgft")
 
@@ -84,7 +85,10 @@ class MeasuredRun:
     def _of_domain(self, run: Run, name: str) -> dict[str, Any]:
         examples, left_out = self._domains[name]
         metrics, undefined = finite(run.evaluate(examples)) if examples else ({}, {"loss": "no texts are left"})
-        return {"examples": len(examples), "left_out": left_out, "metrics": metrics, "undefined": undefined}
+        return {
+            "examples": len(examples), "left_out": left_out, "metrics": metrics, "undefined": undefined,
+            "data": part_of(examples),
+        }  # fmt: skip
 
 
 def _measured(name: str, measure: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:

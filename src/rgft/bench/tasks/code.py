@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -97,16 +99,22 @@ def code(
         task.collate = PairCollator(tokenizer.pad_token_id)
     task.judge = partial(
         pass_rates, tokenizer=tokenizer, problems=chosen, k=tuple(k), samples=samples, temperature=temperature,
-        new_tokens=new_tokens, limits=limits, seed=seed,
+        new_tokens=new_tokens, limits=limits, seed=seed, details=task.judged_details,
     )  # fmt: skip
+    task.judged_on = [asdict(problem) for problem in chosen]
     return task
 
 
 def pass_rates(
     model: nn.Module, *, tokenizer: Any, problems: Sequence[Problem], k: Sequence[int], samples: int,
-    temperature: float, new_tokens: int, limits: Limits, seed: int,
+    temperature: float, new_tokens: int, limits: Limits, seed: int, details: dict[str, Any] | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """Writes and runs `samples` programs for each problem; `pass@k` for each k. Arguments as in `code`."""
+    """Writes and runs `samples` programs for each problem; `pass@k` for each k. Arguments as in `code`.
+
+    Args:
+        details: to which is added how many `samples` there were of each problem, what became of them (`problems`, each
+            with its `name`, how many `passed`, and `failures`: kind → how many), and `failures` of all.
+    """
     prompts = tokenizer([problem.prompt for problem in problems], verbose=False)["input_ids"]
     written = completions(
         model, tokenizer, prompts, new_tokens=new_tokens, samples=samples, temperature=temperature, seed=seed
@@ -115,10 +123,17 @@ def pass_rates(
         problem.program(text) for problem, texts in zip(problems, written, strict=True) for text in texts
     ]  # fmt: skip
     outcomes = run_all(programs, limits=limits)
-    passed = [
-        sum(outcome.passed for outcome in outcomes[start : start + samples])
+    kinds = [
+        Counter(outcome.kind for outcome in outcomes[start : start + samples])
         for start in range(0, len(outcomes), samples)
     ]
+    passed = [of_problem.pop("passed", 0) for of_problem in kinds]
+    if details is not None:
+        each = [
+            {"name": problem.name, "passed": count, "failures": dict(failures)}
+            for problem, count, failures in zip(problems, passed, kinds, strict=True)
+        ]
+        details |= {"samples": samples, "problems": each, "failures": dict(sum(kinds, Counter[str]()))}
     return {f"pass@{count}": mean_pass_at_k(passed, samples, count) for count in k}
 
 

@@ -79,6 +79,7 @@ def instructions(
     }  # fmt: skip
     task = token_task(decoder(model), tokenizer, examples)
     task.judge = partial(exact_match, tokenizer=tokenizer, conversations=rows["test"], new_tokens=new_tokens)
+    task.judged_on = rows["test"]
     return task
 
 

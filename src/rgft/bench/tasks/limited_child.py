@@ -67,7 +67,8 @@ def _limit(task: dict) -> bool:
     for name, value in limits.items():
         kind = getattr(resource, name, None)  # macOS lacks some
         if kind is not None:
-            resource.setrlimit(kind, (value, value))
+            # The signal at the soft limit of CPU time says what was exceeded; the one at the hard limit does not.
+            resource.setrlimit(kind, (value, value + 1 if name == "RLIMIT_CPU" else value))
     _watch(os.getcwd())
     return has_network
 

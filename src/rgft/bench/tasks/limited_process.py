@@ -69,6 +69,18 @@ class Outcome:
         """Whether it failed by an error of its own, whatever the machine: it was neither stopped nor left early."""
         return not self.passed and self.reason.isidentifier() and self.reason != MemoryError.__name__
 
+    @property
+    def kind(self) -> str:
+        """The reason, one of a few: "passed"; "wrong answer" (an assertion), another "error"; out of "time", "memory",
+        or "time or memory", where the system does not say which; "stopped" for what else it did, or left early.
+        """
+        if self.passed:
+            return "passed"
+        if self.is_error:
+            return "wrong answer" if self.reason == AssertionError.__name__ else "error"
+        known = {MemoryError.__name__: "memory", "out of time": "time", "out of time or memory": "time or memory"}
+        return known.get(self.reason, "stopped")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -188,7 +200,9 @@ def _judged(said: bytes, why: str, secret: str, code: int) -> Outcome:
         return Outcome(passed=False, reason=why)
     words = said.decode("ascii", "replace").removesuffix("\n").split(" ", 2)
     if code != 0 or len(words) != 3 or words[0] != secret:
-        if code == -signal.SIGXCPU or code == -signal.SIGKILL:
+        if code == -signal.SIGXCPU:
+            return Outcome(passed=False, reason="out of time")
+        if code == -signal.SIGKILL:
             return Outcome(passed=False, reason="out of time or memory")
         return Outcome(passed=False, reason=f"ended early with status {code}")
     if words[1] == "1" and not _network_is_noted.is_set():

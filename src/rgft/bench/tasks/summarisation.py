@@ -83,6 +83,7 @@ def summarisation(
             overlap, tokenizer=tokenizer, prompts=[example["input_ids"] for example in examples["test"]],
             references=[summary for _, summary in rows["test"]], new_tokens=summary_tokens,
         ),
+        judged_on=[summary for _, summary in rows["test"]],
     )  # fmt: skip
 
 

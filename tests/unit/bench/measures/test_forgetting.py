@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import platform
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,20 +12,25 @@ import torch
 from scipy.stats import spearmanr
 from torch import nn
 
+from rgft.bench.measures import forgetting
 from rgft.bench.measures.corpus import CORPORA, general_texts, require_unseen
 from rgft.bench.measures.forgetting import GeneralQuality, text_features
 from rgft.bench.methods import METHODS
 from rgft.bench.tasks.python_corpus import functions
 from rgft.errors import DataError
+from rgft.tasks.fingerprint import fingerprint
 from tests.families import FAMILIES
-from tests.unit.bench.tiny_texts import tiny_task
+from tests.unit.bench.tiny_texts import in_place_of_bench_task, tiny_task
 
 
 def test_drift_is_zero_without_training_and_follows_its_definition() -> None:
     task = tiny_task()
     before = copy.deepcopy(task.model)
     general = GeneralQuality.of(task, texts=12)
-    assert general.compare(task) == {"corpus": "docstrings", "similarity_drift": pytest.approx(0.0, abs=1e-12)}
+    data = {"examples": 12, "sha256": fingerprint(general_texts(12)), "python": platform.python_version()}
+    assert general.compare(task) == {
+        "corpus": "docstrings", "similarity_drift": pytest.approx(0.0, abs=1e-12), "data": {"texts": data},
+    }  # fmt: skip
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in task.model.parameters():
@@ -36,6 +42,19 @@ def test_drift_is_zero_without_training_and_follows_its_definition() -> None:
     found = general.compare(task)["similarity_drift"]
     assert found == pytest.approx(1.0 - spearmanr(*cosines).statistic, abs=1e-9)
     assert found > 0.1
+
+
+def test_the_probe_s_examples_are_told_by_their_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forgetting, "bench_task", in_place_of_bench_task([]))
+    task = tiny_task()
+    found = GeneralQuality.of(task, texts=0, probe="bbc").compare(task)
+    assert found["probe"]["forgetting"] == 0.0
+    assert task.test is not None
+    assert found["data"]["probe"]["examples"] == len(task.train) + len(task.test)
+    other = tiny_task()
+    other.test = [other.train[0], *(other.train[index] for index in range(1, 20))]
+    monkeypatch.setattr(forgetting, "bench_task", lambda *_, **__: other)
+    assert GeneralQuality.of(task, texts=0, probe="bbc").compare(task)["data"] != found["data"]
 
 
 def test_features_do_not_depend_on_the_other_texts_of_a_batch() -> None:

@@ -126,6 +126,22 @@ def test_the_environment_is_empty_and_rights_are_given_up() -> None:
     assert outcome(RIGHT, "import sys\nassert not any('site-packages' in path for path in sys.path)") == "passed"
 
 
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (RIGHT, "passed"),
+        ("def square(x):\n    return 0\n", "wrong answer"),
+        ("x = 1", "error"),
+        ("while True:\n    pass\n", "time"),
+        ("import time\ntime.sleep(60)\n", "time"),
+        ("x = bytearray(1 << 40)\n", "memory"),
+        ("import os\nos._exit(0)\n", "stopped"),
+    ],
+)
+def test_why_it_failed_is_one_of_a_few_kinds(code: str, kind: str) -> None:
+    assert run(Program(code=code, test=TEST), limits=Limits(seconds=1.0, memory_bytes=1 << 29)).kind == kind
+
+
 def test_many_at_a_time_keep_their_order() -> None:
     programs = [Program(code=f"def two():\n    return {i % 2 * 2}", test="assert two() == 2") for i in range(8)]
     assert [found.passed for found in run_all(programs, limits=LIMITS)] == [False, True] * 4

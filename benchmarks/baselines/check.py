@@ -158,7 +158,7 @@ def cells(folder: Path) -> Iterator[tuple[Path, str, str, int]]:
 
 def stored(folder: Path) -> tuple[list[dict[str, Any]], dict[Path, str]]:
     """The results of now, and why each of the others is stale."""
-    known = {path: cell for path, *cell in cells(folder)}
+    known = {path: (task, name, seed) for path, task, name, seed in cells(folder)}
     results: list[dict[str, Any]] = []
     others: dict[Path, str] = {}
     for path in sorted(folder.glob("*.json")):

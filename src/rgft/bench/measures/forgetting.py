@@ -69,7 +69,7 @@ class GeneralQuality:
         """Measures the trained model, without its guide.
 
         Returns:
-            The `corpus`, and `data`: number and fingerprint of its `texts` (with the version of Python, as they may
+            The `corpus`, and `data`: number and fingerprint of its `texts` (with the version of Python, since they may
             be its docstrings) and of the `probe`'s examples.
             Of a language model `general_loss` (before, after, and `forgetting`, their difference, in nats per token).
             Of an encoder `similarity_drift`: 1 − Spearman's ρ between the cosines of all pairs of general texts before

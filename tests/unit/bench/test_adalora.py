@@ -21,7 +21,7 @@ def test_ranks_move_to_where_they_matter(tmp_path: Path) -> None:
     adalora = method("adalora")
     plain = task.loss
     model: Any = adalora.prepare(task.model, {"rank": 2})
-    task.model, task.loss = model, adalora.loss(plain)
+    task.model, task.loss = model, adalora.loss_of(plain, {"rank": 2})
     config = adalora.configuration(budget=0.6, seed=0, settings={})
     run = Run(task, config, Settings(lr=1e-2, epochs=4, batch_size=8), full_flops=1e13)
     run.prepare()

@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 SETUP := .venv/.rgft-ready
 
-.PHONY: demo test test-slow check lint types contracts bench tables bench-engine bench-gpu bench-grid clean
+.PHONY: demo test test-slow check lint types contracts bench tables bench-engine bench-clock bench-gpu bench-grid clean
 
 demo: $(SETUP)  ## fine-tune a real encoder within 30 % of full fine-tuning's FLOPs
 	$(BIN)/python examples/demo.py
@@ -38,7 +38,13 @@ tables: $(SETUP)  ## README's and docs' tables and picture, from the committed r
 	$(BIN)/rgft bench table --overview --update README.md
 	$(BIN)/rgft bench table --update docs/results.md
 	$(BIN)/rgft bench engine-table --update docs/engine.md
+	$(BIN)/rgft bench map-summary --update docs/map-studies.md
 	$(BIN)/rgft bench frontier --picture docs/frontier.png
+
+bench-clock: $(SETUP)  ## seconds to equal quality, one run at a time: nothing else should run on the machine
+	$(BIN)/rgft bench run benchmarks/experiments/wall_clock.json
+	$(BIN)/rgft bench reach benchmarks/results/wall_clock --of lora --baseline lora
+	$(BIN)/rgft bench reach benchmarks/results/wall_clock --of full-whole --baseline full-whole
 
 bench-engine: $(SETUP)  ## time, FLOPs and memory of a step, each way of doing less of it, and what RGFT itself costs
 	# 15 minutes on two cores for the steps; 10 minutes and 9 GB of memory for the overheads, on a model of 1 B

@@ -44,10 +44,6 @@ RATES = {"full": 2e-4, "lora": 1e-3}
 TEST_SIZE, RANK, HEAD_MULTIPLIER, MAX_GRAD_NORM = 200, 8, 10.0, 1.0
 RUN: dict[str, Any] = {"epochs": 1.0, "batch_size": 16, "weight_decay": 0.01, "schedule": "linear", "warmup": 0.1}
 
-
-#: What results from before these were kept were made with, all of them: the first revision of either method, whose head
-#: learnt at ten times the rate.
-BEFORE: Mapping[str, Any] = {"revision": 1, "head_lr_multiplier": 10.0, "max_grad_norm": 1.0, "rank": 8}
 #: What a result has in any case, and of which kind.
 KEYS = {"task": dict, "method": str, "seed": int, "runs": dict, "plain_against": dict}
 
@@ -77,11 +73,10 @@ def identity_of(task: str, name: str, seed: int) -> dict[str, Any]:
 
 def stale(result: Mapping[str, Any], task: str, name: str, seed: int) -> str:
     """What a result was made with that is another now, in words; empty: nothing."""
-    found = {**BEFORE, **result}
     return ", ".join(
-        f"{key} {found.get(key)} there, {value} now"
+        f"{key} {result.get(key)} there, {value} now"
         for key, value in identity_of(task, name, seed).items()
-        if found.get(key) != value
+        if result.get(key) != value
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Protocol, cast
@@ -36,6 +36,11 @@ def number_of_variants(dataset: SizedDataset) -> int:
 def is_uniform(dataset: SizedDataset) -> bool:
     """Whether the dataset says that all its examples have one shape."""
     return getattr(dataset, "is_uniform", False)
+
+
+def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """A batch with its tensors on a device."""
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
 
 def _check_map_style(dataset: Any) -> None:

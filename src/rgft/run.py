@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
-from rgft.batches import BatchStream, SizedDataset
+from rgft.batches import BatchStream, SizedDataset, on_device
 from rgft.config import Config
 from rgft.errors import BudgetError, ConfigError, RGFTError
 from rgft.evaluation import Evaluated, Observer, evaluate
@@ -126,7 +126,7 @@ class Run:
         """The loss on this run's device and in its precision."""
 
         def placed(model: nn.Module, batch: Any) -> Tensor:
-            batch = {k: v.to(self._device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            batch = on_device(batch, self._device)
             with self._precision():
                 return loss(model, batch)
 

@@ -111,13 +111,7 @@ def test_what_was_made_with_other_settings_is_stale(
         check.table(tmp_path)
 
 
-def test_results_from_before_are_taken_for_the_first_revision(check: ModuleType, tmp_path: Path) -> None:
-    unsaid = dict.fromkeys(("revision", "head_lr_multiplier", "max_grad_norm", "rank"))
-    full, lora = (stored(check, tmp_path, "bbc", name, **unsaid) for name in ("full", "lora"))
-    table = check.table(tmp_path)
-    assert "| bbc, full | 1 |" in table
-    assert full.name not in table
-    assert f"- {lora.name} is stale, and not counted: revision 1 there, 2 now, head_lr_multiplier 10.0 there" in table
+def test_damaged_results_are_refused(check: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "bbc--full--seed1.json").write_text("{}")
     with pytest.raises(DataError, match=r"bbc--full--seed1.json: .* found a damaged file"):
         list(check.pending(tmp_path))

@@ -10,12 +10,12 @@ from typing import Any
 from rgft.bench.claims import Claim, claim
 from rgft.bench.durations import Durations
 from rgft.bench.experiment import Cell, Choice, Contender, Experiment
-from rgft.bench.fingerprint import DataCheck, DataMissingError
+from rgft.bench.fingerprint import DataCheck
 from rgft.bench.results import Results, set_aside, unlike
 from rgft.bench.runner import ALONE, Conditions, identity_of
 from rgft.bench.tasks import bench_task
 from rgft.bench.tuning import Tuning, validation_loss
-from rgft.errors import DataError, RGFTError
+from rgft.errors import DataError
 
 log = logging.getLogger("rgft")
 
@@ -157,22 +157,10 @@ class Agenda:
             )
 
     def _has_same_data(self, *, are_needed: bool) -> bool:
-        """Whether results and runs are on the same data; if not, nothing is run.
-
-        Where nothing is to be run, data that are not at hand are not needed.
-        """
+        """Whether results and runs are on the same data; if not, nothing is run."""
         allowed = self._conditions.allow_code_execution
         check = DataCheck(lambda seed: bench_task(self.experiment.task, seed=seed, allow_code_execution=allowed))
-        try:
-            for path, result in self._stored:
-                check.require_same(result, str(path))
-        except RGFTError as error:
-            if isinstance(error, DataMissingError) and not are_needed:
-                log.info("%s: not compared with the data of now: %s", self.results.folder, error)
-                return True
-            self.failure = f"nothing of {self.experiment.name!r} is run: {error}"
+        if objection := check.objection(self._stored, self.results.folder, are_needed=are_needed):
+            self.failure = f"nothing of {self.experiment.name!r} is run: {objection}"
             self.leave_out(None)
-            return False
-        if check.unknown:
-            log.info("%s: %d results are from before data had fingerprints", self.results.folder, check.unknown)
-        return True
+        return not objection

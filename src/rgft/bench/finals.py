@@ -15,7 +15,7 @@ from rgft.bench.figures import figure, is_of
 from rgft.bench.fingerprint import require_equal
 from rgft.bench.group import Group, canonical, told_apart
 from rgft.bench.methods import METHODS
-from rgft.bench.results import read_result
+from rgft.bench.results import OF_A_FINAL_RUN, read_result, require
 from rgft.errors import DataError
 
 log = logging.getLogger("rgft")
@@ -245,6 +245,8 @@ def _results(folder: Path, kind: str) -> list[tuple[Path, Group, _Key, dict[str,
     found: list[tuple[Path, Group, _Key, dict[str, Any]]] = []
     for path in sorted(folder.glob(f"**/*--{kind}--*.json")):
         result = read_result(path)
+        if kind == "final" and "diverged" not in result:
+            require(path, result, OF_A_FINAL_RUN)
         try:
             group = Group.of(result)
         except DataError as error:

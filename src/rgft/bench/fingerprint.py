@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from rgft.errors import DataError, RGFTError
 from rgft.tasks.base import PreparedTask
 from rgft.tasks.fingerprint import SPLITS, Data, data_of, said
+
+log = logging.getLogger("rgft")
 
 
 class DataMissingError(DataError):
@@ -39,6 +43,29 @@ class DataCheck:
                 raise DataMissingError(str(error)) from error
             self._by_seed[seed] = data_of(task)
         return self._by_seed[seed]
+
+    def objection(self, stored: Iterable[tuple[Path, Mapping[str, Any]]], folder: Path, *, are_needed: bool) -> str:
+        """Why a folder's results cannot be added to: one is of other data than those of now, or there are none now.
+
+        Args:
+            stored: (path, result) of each.
+            folder: in which they lie.
+            are_needed: whether anything is to be run; if not, data that are not at hand are not missed.
+
+        Returns:
+            The reason in words; empty: there is none.
+        """
+        try:
+            for path, result in stored:
+                self.require_same(result, str(path))
+        except RGFTError as error:
+            if are_needed or not isinstance(error, DataMissingError):
+                return str(error)
+            log.info("%s: not compared with the data of now: %s", folder, error)
+            return ""
+        if self.unknown:
+            log.info("%s: %d results are from before data had fingerprints", folder, self.unknown)
+        return ""
 
     def require_same(self, result: Mapping[str, Any], where: str) -> None:
         """Compares a stored result's data with those of now.

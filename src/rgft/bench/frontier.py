@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, Literal
 
+from rgft.bench.costs import Cost, circumstances, unsound
 from rgft.bench.figures import is_lower_better
 from rgft.bench.finals import Finals, Kind, final_results, metric_of
-from rgft.bench.group import Group, canonical
+from rgft.bench.group import Group
 from rgft.errors import DataError
 
-Cost = Literal["flops", "seconds"]
 #: Runs end within a step of their budget: costs that differ by less are the same.
 TOLERANCE = 0.02
 
@@ -26,7 +25,7 @@ class Point:
     Attributes:
         label: of the contender.
         kind: what it is, whatever its label and budget.
-        cost: FLOPs as a share of full fine-tuning's, or seconds.
+        cost: in the unit of what it is held against: see `figures.COSTS`.
         quality: the metric's mean.
         error: its standard error; None with one seed.
         seeds: how many.
@@ -65,8 +64,8 @@ def frontiers(folder: Path, *, metric: str, against: Cost = "flops") -> dict[Gro
     Args:
         folder: of result files.
         metric: of the test split; `SCORE`: each task's own.
-        against: what they cost. Seconds are compared of runs with nothing else beside them, on one machine: of several
-            that on which most contenders of a task were run.
+        against: what they cost. Seconds, and energy with them, are compared of runs with nothing else beside them, on
+            one machine: of several that on which most contenders of a task were run. So they are as a metric.
 
     Raises:
         DataError: there are no results, or the metric was measured on no task.
@@ -77,17 +76,24 @@ def frontiers(folder: Path, *, metric: str, against: Cost = "flops") -> dict[Gro
         if not group.fixes_cuts
     }
     if not any(frontier.points for frontier in found.values()):
+        reasons = sorted({why for frontier in found.values() for why in frontier.left_out.values()})
         raise DataError(
-            f"{folder}: expected results with the metric {metric!r}, to be held against {against}; found none"
+            f"{folder}: expected results with the metric {metric!r}, to be held against {against}; found none: "
+            + "; ".join(reasons)
         )
     return found
 
 
 def _frontier(contenders: Sequence[Finals], metric: str, against: Cost) -> Frontier:
-    left_out = {_name(finals): f"{metric} {lack}" for finals in contenders if (lack := finals.lacks(metric))}
+    left_out = {
+        _name(finals): f"{name} {lack}"
+        for finals in contenders
+        for name in (against, metric)
+        if (lack := finals.lacks(name))
+    }
     kept = [finals for finals in contenders if _name(finals) not in left_out]
-    if against == "seconds":
-        kept, missing = _on_one_machine(kept)
+    for cost in (metric, against):
+        kept, missing = _made_alike(kept, cost)
         left_out |= missing
     return Frontier(metric=metric, points=_points(kept, metric, against), left_out=left_out)
 
@@ -96,46 +102,32 @@ def _name(finals: Finals) -> str:
     return f"{finals.label} at {finals.budget:g}"
 
 
-def _on_one_machine(contenders: Sequence[Finals]) -> tuple[list[Finals], dict[str, str]]:
-    """Contenders whose seconds can be compared, by the runs that were made alone and on the usual machine."""
-    counted = Counter(m for finals in contenders for m in {_machine(r) for r in finals.by_seed.values() if _alone(r)})
-    machine = max(counted, key=lambda name: (counted[name], name), default="")
+def _made_alike(contenders: Sequence[Finals], cost: str) -> tuple[list[Finals], dict[str, str]]:
+    """Contenders whose costs can be compared, by the runs that say something of it and were made as most were."""
+    sound = [
+        (finals, {s: finals.by_seed[s] for s in finals.metric(cost) if not unsound(finals.by_seed[s], cost)})
+        for finals in contenders
+    ]
+    counted = Counter(how for _, runs in sound for how in {circumstances(result, cost) for result in runs.values()})
+    usual = max(counted, key=lambda how: (counted[how], how), default="")
     kept: list[Finals] = []
     left_out: dict[str, str] = {}
-    for finals in contenders:
-        alone = {seed: result for seed, result in finals.by_seed.items() if _alone(result)}
-        there = {seed: result for seed, result in alone.items() if _machine(result) == machine}
-        if there:
-            kept.append(replace(finals, by_seed=there))
+    for finals, runs in sound:
+        if alike := {seed: result for seed, result in runs.items() if circumstances(result, cost) == usual}:
+            kept.append(replace(finals, by_seed=alike))
         else:
-            left_out[_name(finals)] = "run on another machine" if alone else "run with others beside it"
+            left_out[_name(finals)] = "run on another machine" if runs else _why(finals, cost)
     return kept, left_out
 
 
-def _alone(result: Mapping[str, Any]) -> bool:
-    """Whether nothing ran beside; the bench made one run at a time before its results said how many."""
-    return result.get("jobs", 1) == 1
-
-
-def _machine(result: Mapping[str, Any]) -> str:
-    """What computed, as far as a result says."""
-    environment = result.get("environment", {})
-    torch = environment.get("torch", {})
-    return canonical(
-        [result.get("device", "cpu"), environment.get("cpu"), environment.get("accelerators"), torch.get("threads")]
-    )
-
-
-def _cost(finals: Finals, against: Cost) -> float:
-    if against == "flops":
-        return finals.flops
-    return mean(float(result["seconds"]) for result in finals.by_seed.values())
+def _why(finals: Finals, cost: str) -> str:
+    return ", ".join(sorted({unsound(result, cost) for result in finals.by_seed.values()}))
 
 
 def _points(contenders: Sequence[Finals], metric: str, against: Cost) -> list[Point]:
     sign = -1.0 if is_lower_better(metric) else 1.0
     values = [list(finals.metric(metric).values()) for finals in contenders]
-    costs = [_cost(finals, against) for finals in contenders]
+    costs = [mean(finals.metric(against).values()) for finals in contenders]
     qualities = [mean(of_seeds) for of_seeds in values]
 
     def is_beaten(index: int) -> bool:

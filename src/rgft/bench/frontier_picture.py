@@ -9,9 +9,10 @@ from itertools import product
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast
 
+from rgft.bench.costs import Cost
 from rgft.bench.figures import in_words, is_lower_better
 from rgft.bench.finals import Kind
-from rgft.bench.frontier import Cost, Frontier, Point
+from rgft.bench.frontier import Frontier, Point
 from rgft.bench.group import Group
 from rgft.errors import DataError
 from rgft.telemetry.atomic_write import atomic_file
@@ -28,7 +29,10 @@ _LEGEND_COLUMNS = 7
 _NEAR = 1.4
 _LABEL = {"facecolor": "white", "alpha": 0.7, "linewidth": 0.0, "pad": 0.5}
 
-_COSTS = {"flops": "share of full fine-tuning's FLOPs", "seconds": "seconds of training"}
+_COSTS: Mapping[Cost, str] = {
+    "flops": "share of full fine-tuning's FLOPs", "seconds": "seconds of training", "joules": "joules of training",
+    "co2_grams": "grams of CO2", "peak_memory": "peak memory, bytes",
+}  # fmt: skip
 
 #: Methods that stand out, in the order of the legend; RGFT does with all settings, dashed where they are not its own.
 _STRONG = {"rgft": "#d62728", "full": "#1f4e9c", "lora": "#e08e0b"}

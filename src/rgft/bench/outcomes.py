@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rgft.batches import SizedDataset
+from rgft.bench.tasks.pass_at_k import pass_at_k
 from rgft.memory.passes import pieces
 from rgft.tasks.base import PreparedTask
 from rgft.tasks.metrics import of_predictions
@@ -25,6 +26,9 @@ _STORED = {"loss": "<f2", "weight": "<i4", "predicted": "<i2", "label": "<i2"}
 
 #: What half precision holds.
 MAX_LOSS = 65504.0
+
+#: How metrics of programs that pass their tests begin.
+PASS = "pass@"
 
 #: Metrics of predicted classes, and what top-1 error is one minus.
 _OF_CLASSES = {"accuracy": "accuracy", "top1_error": "accuracy", "f1": "f1", "matthews": "matthews"}
@@ -81,6 +85,8 @@ class Outcomes:
 def by_example(result: Mapping[str, Any], metric: str) -> Tensor | None:
     """What each test example brings to a metric of a run: values [N] in float64 whose mean is the metric.
 
+    Of pass@k they are of the problems.
+
     Of a metric that is no mean over examples these are the jackknife's pseudo-values (Efron and Tibshirani 1993,
     chapter 11), whose mean is the metric but for its bias.
 
@@ -103,6 +109,11 @@ def by_example(result: Mapping[str, Any], metric: str) -> Tensor | None:
             return None
         values = _pseudo_values(predicted, labels, name, whole)
         return 1.0 - values if is_error and values is not None else values
+    judged = result.get("judged") or {}
+    if metric.startswith(PASS) and "problems" in judged:
+        samples, k = judged["samples"], int(metric.removeprefix(PASS))
+        rates = [pass_at_k(samples, problem["passed"], k) for problem in judged["problems"]]
+        return torch.tensor(rates, dtype=torch.float64)
     return None
 
 

@@ -1,4 +1,4 @@
-"""The result files of an experiment."""
+"""Result files: read, written, and those of an experiment found."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ OF_A_RUN: Mapping[str, Any] = {
     "metrics": dict,
 }  # fmt: skip
 
+#: What tables need of a final run beside, if it did not diverge.
+OF_A_FINAL_RUN: Mapping[str, Any] = {"ledger": dict, "steps": int}
+
 
 def read_result(path: Path, keys: Mapping[str, Any] = OF_A_RUN) -> dict[str, Any]:
     """A stored result.
@@ -32,13 +35,40 @@ def read_result(path: Path, keys: Mapping[str, Any] = OF_A_RUN) -> dict[str, Any
         result = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(result, dict):
             raise ValueError(f"{result!r:.40} is no object of keys and values")
-        if wrong := [key for key, kind in keys.items() if not isinstance(result.get(key), kind)]:
-            raise ValueError(f"without {', '.join(wrong)}, or with something else there")
     except ValueError as error:
-        raise DataError(
-            f"{path}: expected a result in JSON, found a damaged file ({error}); delete it, and run again what made it"
-        ) from error
+        raise _damaged(path, str(error)) from error
+    require(path, result, keys)
     return result
+
+
+def read_results(folder: Path, schema: str, *, of: str) -> list[dict[str, Any]]:
+    """The results of a schema below a folder, by path.
+
+    Args:
+        folder: in which they lie, however deep.
+        schema: that they say they are of.
+        of: what makes them, for the message.
+
+    Raises:
+        DataError: there are none, or a file is damaged.
+    """
+    found = [read_result(path, {"schema": str}) for path in sorted(folder.glob("**/*.json"))]
+    results = [result for result in found if result["schema"] == schema]
+    if not results:
+        raise DataError(f"{folder}: expected results of the {of}, found none; run it first")
+    return results
+
+
+def require(path: Path, result: Mapping[str, Any], keys: Mapping[str, Any]) -> None:
+    """Raises DataError where a result lacks one of the keys (see `read_result`)."""
+    if wrong := [key for key, kind in keys.items() if not isinstance(result.get(key), kind)]:
+        raise _damaged(path, f"without {', '.join(wrong)}, or with something else there")
+
+
+def _damaged(path: Path, why: str) -> DataError:
+    return DataError(
+        f"{path}: expected a result in JSON, found a damaged file ({why}); delete it, and run again what made it"
+    )
 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""A sitting: experiments go on from where they stopped, as far as time allows, several runs side by side.
+"""A sitting: experiments and studies go on from where they stopped, as far as time allows, several runs side by side.
 
 A result is written where its run was made, as soon as there is one: whatever ends a sitting costs the runs that it was
 at, and no others.
@@ -14,8 +14,9 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -58,6 +59,45 @@ class Failure:
     trace: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run that can be begun.
+
+    Attributes:
+        path: of its result.
+        make: makes the run and writes its result, in whichever process: says why there is none.
+        seconds: how long it may take; 0 where nothing is known.
+        end: is told here, in the sitting's process, what became of it.
+    """
+
+    path: Path
+    make: Callable[[], Failure | None]
+    seconds: float
+    end: Callable[[Failure | None], None]
+
+
+class Source(Protocol):
+    """Where jobs come from: an experiment, or a study."""
+
+    @property
+    def folder(self) -> Path:
+        """Of its results."""
+        ...
+
+    @property
+    def failure(self) -> str:
+        """Why nothing of it is run; empty: there is no such reason."""
+        ...
+
+    def take(self) -> Job | None:
+        """A run that is not offered again; None: there is none, or none yet."""
+        ...
+
+    def close(self) -> None:
+        """The sitting is over."""
+        ...
+
+
 def run_experiments(
     experiments: Sequence[Experiment], folder: Path, conditions: Conditions = ALONE, *,
     stop_after_seconds: float | None = None,
@@ -71,78 +111,122 @@ def run_experiments(
     Args:
         experiments: each with a name of its own.
         folder: of all results; each experiment has one of its own in it.
-        conditions: of the runs. With several jobs each is a process, and they share the cores.
-        stop_after_seconds: no run is begun after this time, nor, but for the first, one that is expected to end
-            after it.
+        conditions: of the runs.
+        stop_after_seconds: the sitting's time, see `sit`; None: it has no end.
 
     Raises:
         ConfigError: two experiments have one name, or there is no room for a job.
         DataError: a stored result is damaged, or of other settings; before anything is run. (An experiment whose
             results are of other data is left out, and reported at the end.)
     """
-    if conditions.jobs < 1:
-        raise ConfigError(f"jobs: expected an integer >= 1, found {conditions.jobs}")
-    names = [experiment.name for experiment in experiments]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ConfigError(f"expected experiments with names of their own, found {', '.join(twice)} more than once")
     left = TimeLeft(stop_after_seconds)
+    require_own_names("experiments", [experiment.name for experiment in experiments])
     agendas = [Agenda(experiment, folder / experiment.name, conditions) for experiment in experiments]
-    running: dict[Future[Failure | None], tuple[Agenda, Cell]] = {}
-    executor = _executor(conditions.jobs)
+    yield from sit([_OfExperiment(agenda, conditions) for agenda in agendas], jobs=conditions.jobs, left=left)
+
+
+def require_own_names(what: str, names: Sequence[str]) -> None:
+    """Results of two with one name would be in one folder.
+
+    Raises:
+        ConfigError: there are such.
+    """
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"expected {what} with names of their own, found {', '.join(twice)} more than once")
+
+
+def sit(sources: Sequence[Source], *, jobs: int, left: TimeLeft) -> Iterator[Outcome]:
+    """Makes the runs that sources offer, those of the first one first; yields each when it is over.
+
+    Args:
+        sources: of the runs.
+        jobs: runs at a time. With several each is a process, and they share the cores.
+        left: of the sitting's time: no run is begun after it, nor, but for the first, one that is expected to end
+            after it.
+
+    Raises:
+        ConfigError: there is no room for a job.
+    """
+    if jobs < 1:
+        raise ConfigError(f"jobs: expected an integer >= 1, found {jobs}")
+    running: dict[Future[Failure | None], Job] = {}
+    executor = _executor(jobs)
     try:
         while True:
-            while len(running) < conditions.jobs and not left.is_over:
-                taken = _next(agendas)
-                if taken is None:
+            while len(running) < jobs and not left.is_over:
+                job = next((job for source in sources if (job := source.take()) is not None), None)
+                if job is None or not left.allows(job.seconds):
                     break
-                agenda, cell = taken
-                if not left.allows(agenda.expected_seconds(cell)):
-                    break
-                task = (make_run, agenda.experiment, cell, agenda.results.folder, conditions)
                 try:
-                    future = executor.submit(*task)
+                    future = executor.submit(job.make)
                 except BrokenExecutor:  # between two runs
-                    executor = _executor(conditions.jobs)
-                    future = executor.submit(*task)
-                running[future] = agenda, cell
+                    executor = _executor(jobs)
+                    future = executor.submit(job.make)
+                running[future] = job
             if not running:
                 break
             is_broken = False
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                agenda, cell = running.pop(future)
-                error = future.exception()
+                job, error = running.pop(future), future.exception()
                 is_broken = is_broken or isinstance(error, BrokenExecutor)
-                yield _outcome(agenda, cell, future.result() if error is None else _of_pool(error))
+                yield _outcome(job, future.result() if error is None else _of_pool(error))
             if is_broken:
                 executor.shutdown(wait=True, cancel_futures=True)
-                executor = _executor(conditions.jobs)
+                executor = _executor(jobs)
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
-        for agenda in agendas:
-            agenda.release()
-    for agenda in agendas:
-        if elsewhere := agenda.elsewhere():
-            log.info("%s: %d runs are left to another sitting, which has begun them", agenda.results.folder, elsewhere)
-        if agenda.failure:
-            yield Outcome(path=agenda.results.folder, failure=agenda.failure)
+        for source in sources:
+            source.close()
+    for source in sources:
+        if source.failure:
+            yield Outcome(path=source.folder, failure=source.failure)
 
 
-def _next(agendas: Sequence[Agenda]) -> tuple[Agenda, Cell] | None:
-    return next(((agenda, cell) for agenda in agendas if (cell := agenda.take()) is not None), None)
+def _outcome(job: Job, failure: Failure | None) -> Outcome:
+    if failure is not None and failure.trace:
+        log.error("%s:\n%s", job.path.name, failure.trace)
+    job.end(failure)
+    return Outcome(path=job.path, failure="" if failure is None else failure.reason)
 
 
-def _outcome(agenda: Agenda, cell: Cell, failure: Failure | None) -> Outcome:
-    path = agenda.results.path(cell)
-    agenda.release(cell)
-    if failure is None:
-        agenda.note(cell)
-        return Outcome(path=path)
-    if failure.trace:
-        log.error("%s:\n%s", path.name, failure.trace)
-    if failure.concerns != "run":
-        agenda.leave_out(cell.contender if failure.concerns == "contender" else None)
-        log.warning("%s: the other runs of this %s are left out", path.name, failure.concerns)
-    return Outcome(path=path, failure=failure.reason)
+class _OfExperiment:
+    """The runs of an experiment's agenda."""
+
+    def __init__(self, agenda: Agenda, conditions: Conditions) -> None:
+        self._agenda, self._conditions = agenda, conditions
+
+    @property
+    def folder(self) -> Path:
+        return self._agenda.results.folder
+
+    @property
+    def failure(self) -> str:
+        return self._agenda.failure
+
+    def take(self) -> Job | None:
+        agenda = self._agenda
+        cell = agenda.take()
+        if cell is None:
+            return None
+        return Job(
+            path=agenda.results.path(cell),
+            make=partial(make_run, agenda.experiment, cell, self.folder, self._conditions),
+            seconds=agenda.expected_seconds(cell),
+            end=partial(self._end, cell),
+        )
+
+    def close(self) -> None:
+        self._agenda.release()
+        if elsewhere := self._agenda.elsewhere():
+            log.info("%s: %d runs are left to another sitting, which has begun them", self.folder, elsewhere)
+
+    def _end(self, cell: Cell, failure: Failure | None) -> None:
+        self._agenda.release(cell)
+        if failure is None:
+            self._agenda.note(cell)
+        elif failure.concerns != "run":
+            self._agenda.leave_out(cell.contender if failure.concerns == "contender" else None)
+            log.warning("%s: the other runs of this %s are left out", cell.file_name, failure.concerns)
 
 
 def _of_pool(error: BaseException) -> Failure:
@@ -164,8 +248,13 @@ def make_run(experiment: Experiment, cell: Cell, folder: Path, conditions: Condi
 
     One that diverges has a result that says so.
     """
+    return attempt(lambda: Results(folder).write(cell, _result(experiment, cell, conditions)))
+
+
+def attempt(make: Callable[[], None]) -> Failure | None:
+    """Makes a run; says why it failed, if it did."""
     try:
-        Results(folder).write(cell, _result(experiment, cell, conditions))
+        make()
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         if isinstance(error, TaskError):

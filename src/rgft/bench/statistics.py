@@ -49,7 +49,7 @@ class Comparison:
         freedom: its degrees of freedom.
         margin: of non-inferiority, in the metric's unit.
         verdict: "better": interval above 0. "non-inferior": interval above −margin. "worse": interval below 0.
-            "undecided": none of these, or there is not enough to decide by.
+            "undecided": none of these, or there is not enough to decide by. Of a cost it is what its ratio says.
         why: what there is not enough of; empty: there is.
         over_seeds_alone: whether it leaves out what the choice of test examples leaves open.
     """
@@ -67,6 +67,59 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ratio:
+    """A method's cost as a multiple of a baseline's: the geometric mean over paired seeds.
+
+    Not the ratio of means, which the dearest runs decide, and of which no pair is part: the geometric mean of
+    baseline over method is one over that of method over baseline, and means over tasks of unlike size make sense.
+
+    Attributes:
+        ratio: below 1: the method's is less.
+        low, high: its 95 % interval, by Student's t on the logarithms.
+        seeds: how many pairs.
+        verdict: "better": interval below 1. "worse": above 1. "undecided": neither, or not enough to decide by.
+        why: what there is not enough of; empty: there is.
+    """
+
+    ratio: float
+    low: float
+    high: float
+    seeds: int
+    verdict: Verdict
+    why: str = ""
+
+    @classmethod
+    def of(cls, logarithms: Comparison) -> Ratio:
+        """From a comparison of logarithms of costs, of which less is better."""
+        centre, low, high = logarithms.difference, logarithms.low, logarithms.high
+        return cls(
+            ratio=math.exp(-centre), low=math.exp(-high), high=math.exp(-low), seeds=logarithms.seeds,
+            verdict=logarithms.verdict, why=logarithms.why,
+        )  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def compare_logarithms(method: Mapping[int, float], baseline: Mapping[int, float]) -> Comparison | None:
+    """Compares the logarithms of two methods' costs by seed; see `compare`, of which `Ratio.of` makes a ratio.
+
+    Args:
+        method, baseline: seed → cost; only seeds that both have are used.
+
+    Returns:
+        None where a cost is zero, of which nothing is a multiple.
+
+    Raises:
+        DataError: fewer than two common seeds.
+    """
+    if min((*method.values(), *baseline.values()), default=1.0) <= 0.0:
+        return None
+    ours, theirs = ({seed: math.log(cost) for seed, cost in costs.items()} for costs in (method, baseline))
+    return compare(ours, theirs, higher_is_better=False)
 
 
 def min_pairs(margin: float) -> int:
@@ -147,6 +200,15 @@ def counts(comparison: Comparison) -> bool:
     """Whether a task's comparison says enough to stand among others: runs that are equal do."""
     is_equal = comparison.difference == 0.0
     return comparison.seeds >= min_pairs(comparison.margin) and (comparison.standard_error > 0.0 or is_equal)
+
+
+def mirrored(comparison: Comparison) -> Comparison:
+    """The baseline beside the method: what `compare` says of them in the other order."""
+    found = _comparison(
+        -comparison.difference, comparison.standard_error, freedom=comparison.freedom, seeds=comparison.seeds,
+        margin=comparison.margin,
+    )  # fmt: skip
+    return replace(found, over_seeds_alone=comparison.over_seeds_alone)
 
 
 def _dependent(comparisons: Sequence[tuple[Collection[str], Comparison]]) -> list[list[Comparison]]:

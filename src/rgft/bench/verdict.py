@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from itertools import product
 from pathlib import Path
+from typing import Literal
 
-from rgft.bench.figures import names
+from rgft.bench.costs import doubt, source
+from rgft.bench.figures import COSTS, is_lower_better, names
 from rgft.bench.finals import SCORE, Finals, Kind, final_results, metric_of
 from rgft.bench.group import Group
-from rgft.bench.paired import agreeing, difference, lacking, target_margin
-from rgft.bench.statistics import Comparison, counts, over_tasks
+from rgft.bench.paired import (
+    TARGET_MARGIN,
+    agreeing,
+    at_equal_score,
+    difference,
+    lacking,
+    logarithms,
+    target_margin,
+    undecided,
+)
+from rgft.bench.statistics import Comparison, Ratio, counts, over_tasks
 from rgft.errors import DataError
 
 
@@ -28,6 +39,11 @@ class Verdict:
         left_out: the other tasks, and why.
         together: over tasks; None with fewer than two that are independent and have enough pairs.
         counted: how many tasks that is over.
+        ratios: the tasks' costs as multiples, where the metric is one; `together` is None then: seconds of unlike tasks
+            have no mean that means anything.
+        ratio_together: over tasks, by the same rules.
+        sources: of each task's energy, where the metric is of that: "measured", "estimated".
+        scores: each task's comparison of scores, where these are to be equal.
     """
 
     method: str
@@ -38,6 +54,23 @@ class Verdict:
     left_out: Mapping[Group, str]
     together: Comparison | None
     counted: int
+    ratios: Mapping[Group, Ratio] = field(default_factory=dict)
+    ratio_together: Ratio | None = None
+    sources: Mapping[Group, str] = field(default_factory=dict)
+    scores: Mapping[Group, Comparison] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Equal:
+    """Asks for what a metric says at equal score.
+
+    Attributes:
+        metric: the score; `SCORE`: each task's own.
+        margin: within which scores are equal, in the score's unit.
+    """
+
+    metric: str = SCORE
+    margin: float = TARGET_MARGIN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +105,7 @@ class _Side:
 
 def verdicts(
     folder: Path, method: str, baseline: str, *, metric: str, margin: float | None = None,
-    against_budget: float | None = None,
+    against_budget: float | None = None, equal: Equal | None = None,
 ) -> list[Verdict]:  # fmt: skip
     """Compares two contenders at each budget at which both have final runs with common seeds.
 
@@ -85,6 +118,7 @@ def verdicts(
         margin: how much worse still counts as non-inferior, in the metric's unit. None: 0, but where RGFT's score is
             held against full fine-tuning's at a higher budget, that of the target.
         against_budget: the baseline's; None: the method's own.
+        equal: what is better by the metric must not have a lower score, beyond the margin; None: it may.
 
     Raises:
         DataError: a label is unknown, or there is nothing to compare.
@@ -93,12 +127,20 @@ def verdicts(
     ours, theirs = (_sides(groups, label) for label in (method, baseline))
     budgets = sorted({row.budget for rows in groups.values() for row in rows if row.kind in {s.kind for s in ours}})
     tried = [
-        _verdict(groups, our.at(budget), their.at(budget if against_budget is None else against_budget), metric, margin)
+        _verdict(
+            groups,
+            our.at(budget),
+            their.at(budget if against_budget is None else against_budget),
+            metric,
+            margin,
+            equal,
+        )
         for budget, our, their in product(budgets, ours, theirs)
     ]
     if found := [verdict for verdict in tried if verdict.by_task]:
         return found
-    _require_metric(groups, metric)
+    for name in (metric, *([equal.metric] if equal else [])):
+        _require_metric(groups, name)
     reasons = dict.fromkeys(f"  {group.title}: {why}" for verdict in tried for group, why in verdict.left_out.items())
     raise DataError(
         f"{method} and {baseline}: expected final runs of both on a task, with two common seeds and "
@@ -129,33 +171,84 @@ def _require_metric(groups: Mapping[Group, Collection[Finals]], metric: str) -> 
         raise DataError(f"expected results with the metric {metric!r}, found {sorted(known)}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class _OnTask:
+    """What two contenders' runs on a task say, one comparison each.
+
+    Attributes:
+        figure: of the metric.
+        logarithm: of it, where it is a cost.
+        loss, score: beside which it is heard; None: there is none, or nobody asks. A score that is a loss stands alone.
+        source: how energy is known.
+        is_doubted: whether it is a cost that says nothing.
+    """
+
+    figure: Comparison
+    logarithm: Comparison | None
+    loss: Comparison | None
+    score: Comparison | None
+    source: str
+    is_doubted: bool
+
+    @classmethod
+    def of(cls, method: Finals, baseline: Finals, metric: str, margin: float, score: str, within: float) -> _OnTask:
+        has_loss = not lacking(method, baseline, "loss") and not (score and is_lower_better(score))
+        return cls(
+            figure=difference(method, baseline, metric, margin=margin),
+            logarithm=logarithms(method, baseline, metric),
+            loss=difference(method, baseline, "loss") if has_loss else None,
+            score=difference(method, baseline, score, margin=within) if score else None,
+            source=source(method, baseline, metric), is_doubted=bool(doubt(method, baseline, metric)),
+        )  # fmt: skip
+
+
 def _verdict(
-    groups: Mapping[Group, Collection[Finals]], ours: _Side, theirs: _Side, metric: str, margin: float | None
+    groups: Mapping[Group, Collection[Finals]], ours: _Side, theirs: _Side, metric: str, margin: float | None,
+    equal: Equal | None,
 ) -> Verdict:  # fmt: skip
-    by_task: dict[Group, Comparison] = {}
-    losses: dict[Group, Comparison] = {}
+    tasks: dict[Group, _OnTask] = {}
     left_out: dict[Group, str] = {}
     for group, rows in groups.items():
         method, baseline, name = ours.among(rows), theirs.among(rows), metric_of(group, metric)
+        score = "" if equal is None else metric_of(group, equal.metric)
         if isinstance(method, str) or isinstance(baseline, str):
             left_out[group] = method if isinstance(method, str) else str(baseline)
-        elif lack := lacking(method, baseline, name):
+        elif lack := lacking(method, baseline, name) or (score and lacking(method, baseline, score)):
             left_out[group] = lack
         else:
             own_margin = target_margin(method, baseline, name) if margin is None else margin
-            by_task[group] = difference(method, baseline, name, margin=own_margin)
-            if not lacking(method, baseline, "loss"):
-                losses[group] = difference(method, baseline, "loss")
-    counted = {group: comparison for group, comparison in by_task.items() if counts(comparison)}
+            within = 0.0 if equal is None else equal.margin
+            tasks[group] = _OnTask.of(method, baseline, name, own_margin, score, within)
+    counted = {group: task for group, task in tasks.items() if counts(task.figure) and not task.is_doubted}
+    ratios = {group: Ratio.of(c) for group, task in tasks.items() if (c := _heard(task, task.logarithm)) is not None}
+    is_cost = metric in COSTS
+    together = _together(counted, "logarithm" if is_cost else "figure")
     return Verdict(
-        method=ours.name, baseline=theirs.name, budget=ours.budget, baseline_budget=theirs.budget, by_task=by_task,
-        left_out=left_out, together=_together(counted, losses), counted=len(counted),
+        method=ours.name, baseline=theirs.name, budget=ours.budget, baseline_budget=theirs.budget, left_out=left_out,
+        by_task={group: c for group, task in tasks.items() if (c := _heard(task, task.figure)) is not None},
+        together=None if is_cost else together, counted=len(counted), ratios=ratios,
+        ratio_together=Ratio.of(together) if is_cost and together is not None else None,
+        sources={group: task.source for group, task in tasks.items() if task.source},
+        scores={group: task.score for group, task in tasks.items() if task.score is not None},
     )  # fmt: skip
 
 
-def _together(scores: Mapping[Group, Comparison], losses: Mapping[Group, Comparison]) -> Comparison | None:
-    """Over tasks; with a margin, what their losses say together must not be worse."""
-    score = over_tasks([(group.corpora, comparison) for group, comparison in scores.items()])
-    if score is None or score.margin <= 0.0:
-        return score
-    return agreeing(score, over_tasks([(g.corpora, losses[g]) for g in scores if g in losses]))
+def _heard(task: _OnTask, found: Comparison | None) -> Comparison | None:
+    """A comparison on a task, with its scores beside it where these are to be equal."""
+    return found if found is None or task.score is None else at_equal_score(found, task.score, task.loss)
+
+
+def _together(counted: Mapping[Group, _OnTask], what: Literal["figure", "logarithm"]) -> Comparison | None:
+    """Over tasks; with a margin, what their losses say together must not be worse, nor must their scores."""
+
+    def over(name: str) -> Comparison | None:
+        return over_tasks([(g.corpora, c) for g, task in counted.items() if (c := getattr(task, name)) is not None])
+
+    found, loss, score = over(what), over("loss"), over("score")
+    if found is None:
+        return None
+    if found.margin > 0.0:
+        found = agreeing(found, loss)
+    if all(task.score is None for task in counted.values()):
+        return found
+    return undecided(found, "too few scores") if score is None else at_equal_score(found, score, loss)

@@ -9,27 +9,31 @@ from typing import Annotated
 import typer
 
 from rgft.cli import measuring
+from rgft.cli.documents import Update, put
+from rgft.cli.sittings import Device, Jobs, Minutes, show
 
 bench = typer.Typer(no_args_is_help=True, help="Compare methods: run experiments, make tables.")
 
 RESULTS = Path("benchmarks/results")
 Results = Annotated[Path, typer.Argument(help="folder with results of final runs")]
-Metric = Annotated[str, typer.Option(help="loss, accuracy, f1, …; score: each task's own; others: docs/measures.md")]
+Metric = Annotated[
+    str, typer.Option(help="loss, accuracy, …; score: each task's own; seconds, joules, …: docs/measures.md")
+]
 
 
 @bench.command("run")
 def bench_run(
     experiments: Annotated[list[Path], typer.Argument(help="experiment files, see benchmarks/experiments")],
     results: Annotated[Path, typer.Option(help="folder of all results")] = Path("benchmarks/results"),
-    minutes: Annotated[float | None, typer.Option(help="begin no new run after this time")] = None,
-    jobs: Annotated[int, typer.Option(help="runs side by side, which share the cores; their seconds say less")] = 1,
-    device: Annotated[str, typer.Option(help="auto: an accelerator where there is one, else the CPU")] = "auto",
+    minutes: Minutes = None,
+    jobs: Jobs = 1,
+    device: Device = "auto",
     allow_code_execution: Annotated[
         bool, typer.Option("--allow-code-execution", help="let the task `code` run what a model wrote on this machine")
     ] = False,
 ) -> None:
     """Run what experiments still lack; it can be stopped and started again."""
-    from rgft.cli.failures import FAILED, reported
+    from rgft.cli.failures import reported
 
     with reported():
         from rgft.bench.experiment import Experiment
@@ -39,13 +43,7 @@ def bench_run(
 
         conditions = Conditions(device=device_of(device), jobs=jobs, allow_code_execution=allow_code_execution)
         loaded = [Experiment.load(path) for path in experiments]
-        failures = 0
-        for outcome in run_experiments(loaded, results, conditions, stop_after_seconds=minutes and minutes * 60):
-            typer.echo(f"{outcome.path}: FAILED: {outcome.failure}" if outcome.failure else outcome.path)
-            failures += bool(outcome.failure)
-        if failures:
-            typer.echo(f"{failures} failed: see above; what has a result is kept", err=True)
-            raise typer.Exit(FAILED)
+        show(run_experiments(loaded, results, conditions, stop_after_seconds=minutes and minutes * 60))
 
 
 @bench.command("list")
@@ -76,7 +74,7 @@ def bench_list(
 @bench.command("table")
 def bench_table(
     results: Results = RESULTS,
-    update: Annotated[Path | None, typer.Option(help="Markdown file whose marked part is replaced")] = None,
+    update: Update = None,
     overview: Annotated[
         bool, typer.Option(help="one table for all tasks, of RGFT beside full fine-tuning, LoRA and the last layers")
     ] = False,
@@ -88,11 +86,7 @@ def bench_table(
         from rgft.bench import table
         from rgft.bench.overview import overview as overview_of
 
-        text = overview_of(results) if overview else table.markdown(results)
-        if update is None:
-            typer.echo(text)
-        else:
-            table.update(update, text)
+        put(overview_of(results) if overview else table.markdown(results), update)
 
 
 @bench.command("compare")
@@ -109,16 +103,29 @@ def bench_compare(
         ),
     ] = None,
     against: Annotated[float | None, typer.Option(help="budget of the baseline's runs  [default: the same]")] = None,
+    at_equal: Annotated[
+        str | None,
+        typer.Option(
+            help="a score, which must not be lower where the metric is better: less forgetting at equal score"
+        ),
+    ] = None,
+    within: Annotated[
+        float, typer.Option(help="how far apart scores are equal, in their unit; with --at-equal")
+    ] = 0.005,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on standard output")] = False,
 ) -> None:
-    """Say whether a method is better than another, non-inferior or worse: on each task, and over the tasks."""
+    """Say whether a method is better than another, non-inferior or worse: on each task, and over the tasks.
+
+    Costs are compared as multiples, too: the geometric mean of the ratios of runs with the same seed.
+    """
     from rgft.cli.failures import reported
 
     with reported():
-        from rgft.bench.verdict import verdicts
+        from rgft.bench.verdict import Equal, verdicts
         from rgft.cli import verdicts as shown
 
-        found = verdicts(results, method, baseline, metric=metric, margin=margin, against_budget=against)
+        equal = None if at_equal is None else Equal(metric=at_equal, margin=within)
+        found = verdicts(results, method, baseline, metric=metric, margin=margin, against_budget=against, equal=equal)
         if as_json:
             typer.echo(json.dumps(shown.as_dict(found)))
         else:
@@ -129,31 +136,32 @@ def bench_compare(
 def bench_frontier(
     results: Results = RESULTS,
     metric: Metric = "loss",
-    against: Annotated[str, typer.Option(help="what methods cost: flops or seconds")] = "flops",
+    against: Annotated[
+        str, typer.Option(help="what methods cost: flops, seconds, joules, co2_grams or peak_memory")
+    ] = "flops",
     picture: Annotated[Path | None, typer.Option(help="where to draw it, as .svg or .png")] = None,
 ) -> None:
     """List all methods by what they cost, mark those that nothing beats at their cost, and draw them."""
     from rgft.cli.failures import reported
 
     with reported():
+        from rgft.bench.costs import cost_of
         from rgft.bench.frontier import frontiers
         from rgft.bench.frontier_picture import draw
         from rgft.cli import verdicts as shown
-        from rgft.errors import ConfigError
 
-        if against not in ("flops", "seconds"):
-            raise ConfigError(f"against: expected flops or seconds, found {against!r}")
-        found = frontiers(results, metric=metric, against=against)
-        shown.show_frontiers(found, against=against)
+        cost = cost_of(against)
+        found = frontiers(results, metric=metric, against=cost)
+        shown.show_frontiers(found, against=cost)
         if picture is not None:
-            typer.echo(draw(found, picture, against=against))
+            typer.echo(draw(found, picture, against=cost))
 
 
 @bench.command("engine")
 def bench_engine(
     workload: Annotated[str, typer.Argument(help="minilm, smollm2, llama_1b, vit_b or resnet_50; or overheads")],
     results: Annotated[Path, typer.Option(help="folder of all results")] = Path("benchmarks/results/engine"),
-    device: Annotated[str, typer.Option(help="auto: an accelerator where there is one, else the CPU")] = "auto",
+    device: Device = "auto",
     minutes: Annotated[float | None, typer.Option(help="begin no new cell after this time")] = None,
     small: Annotated[bool, typer.Option("--small", help="overheads of tiny models: to see that it works")] = False,
 ) -> None:
@@ -201,3 +209,4 @@ bench.command("engine-table")(measuring.bench_engine_table)
 bench.command("reach")(measuring.bench_reach)
 bench.command("map-study")(measuring.bench_map_study)
 bench.command("map-summary")(measuring.bench_map_summary)
+bench.command("map-history")(measuring.bench_map_history)

@@ -8,13 +8,11 @@ from typing import IO, cast
 
 from rgft.errors import DataError
 from rgft.telemetry.atomic_write import atomic_file
+from rgft.telemetry.heat_map import show_error_map
 
 
 def draw_error_map(history: Sequence[tuple[int, Mapping[str, float]]], path: Path) -> Path:
-    """Draws what each component scored at each probe, and writes it as PNG (aside, then renamed).
-
-    Colours are on a symmetric logarithmic scale: scores of a classifier and of a layer differ by orders of magnitude,
-    and may be negative (a step that only memorises).
+    """Draws what each component scored at each probe, and writes it as PNG (aside, then renamed); see `show_error_map`.
 
     Args:
         history: (step, component → score) of each probe, in order; components in forward order.
@@ -32,23 +30,15 @@ def draw_error_map(history: Sequence[tuple[int, Mapping[str, float]]], path: Pat
         )
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.colors import SymLogNorm
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise DataError("pictures need matplotlib; install rgft[report]") from error
 
-    names = list(dict.fromkeys(name for _, scores in history for name in scores))
-    grid = [[scores.get(name, float("nan")) for _, scores in history] for name in names]
-    largest = max((abs(value) for row in grid for value in row if value == value), default=0.0) or 1.0
-    figure = Figure(figsize=(1.6 + 0.7 * len(history) + 2.4, 1.2 + 0.28 * len(names)), layout="constrained")
+    count = len({name for _, scores in history for name in scores})
+    figure = Figure(figsize=(1.6 + 0.7 * len(history) + 2.4, 1.2 + 0.28 * count), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    image = axes.imshow(
-        grid, aspect="auto", cmap="RdBu_r", norm=SymLogNorm(largest * 1e-2, vmin=-largest, vmax=largest),
-        interpolation="nearest",
-    )  # fmt: skip
-    axes.set_yticks(range(len(names)), names, fontsize=7)
-    axes.set_xticks(range(len(history)), [str(step) for step, _ in history], fontsize=7)
+    image = show_error_map(axes, [(str(step), scores) for step, scores in history])
     axes.set_xlabel("probe before step")
     axes.set_title("Where the model still learns: score per component", fontsize=9)
     bar = figure.colorbar(image, ax=axes, format="%.0e")

@@ -31,7 +31,7 @@ def test_figures_lie_where_runs_put_them() -> None:
     result = {"metrics": {"test": {"loss": 0.5}, "validation": {"loss": 0.4}}, **measured(0.2, 0.7)}
     assert {name: figure(result, name) for name in names(result)} == {
         "loss": 0.5, "imdb:accuracy": 0.7, "probe_forgetting": -0.2, "similarity_drift": 0.2, "weight_change": 0.02,
-        "updated_per_step": 2e6, "updated_in_all": 4e6,
+        "updated_per_step": 2e6, "updated_in_all": 4e6, "cosine": 0.99, "flops": 0.3,
     }  # fmt: skip
     assert figure(result, "sst2:accuracy") is None
     assert (is_of(result, "imdb:accuracy"), is_of(result, "sst2:accuracy"), is_of(result, "f1")) == (True, False, True)

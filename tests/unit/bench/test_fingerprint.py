@@ -111,6 +111,9 @@ def test_an_experiment_s_stored_results_are_checked_before_anything_is_run(
             list(sitting.run_experiments([experiment], tmp_path / "results"))
         with pytest.raises(DataError, match=r"b--final--lr0.0001--seed1.json: .* found a damaged file"):
             final_results(tmp_path)
+    results.write(cell, {**good, "metrics": {}})
+    with pytest.raises(DataError, match=r"b--final--lr0.0001--seed1.json: .*without ledger, steps"):
+        final_results(tmp_path)
 
 
 def test_data_are_checked_where_nothing_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +164,7 @@ def test_a_half_written_result_is_never_read(tmp_path: Path, monkeypatch: pytest
 
 def test_runs_on_different_data_are_not_compared(tmp_path: Path) -> None:
     shared = {"task": {"name": "bbc", "train_size": 8}, "run": {"epochs": 1.0}, "method": "full", "budget": 0.3,
-              "seed": 0, "lr": 1e-4, "metrics": {"test": {"loss": 1.0}}}  # fmt: skip
+              "seed": 0, "lr": 1e-4, "metrics": {"test": {"loss": 1.0}}, "ledger": {}, "steps": 1}  # fmt: skip
     for name, rows in (("a", ROWS), ("b", ROWS[:1])):
         one = {**shared, "contender": name, "data": data_of(Prepared(rows))}  # type: ignore[arg-type]
         (tmp_path / f"{name}--final--lr1--seed0.json").write_text(json.dumps(one))

@@ -6,6 +6,7 @@ import pytest
 from matplotlib.colors import to_hex
 from typer.testing import CliRunner
 
+from rgft.bench.costs import Cost
 from rgft.bench.finals import Kind
 from rgft.bench.frontier import Frontier, frontiers
 from rgft.bench.frontier_picture import COLUMNS, draw, figure, styles
@@ -123,6 +124,16 @@ def test_what_is_drawn(tmp_path: Path) -> None:
     assert [text.get_text() for text in legend.get_texts()] == ["rgft", "full", "lora", "last_n"]
     low, high = axes.get_xlim()
     assert low < 0.1 < 1.0 < high
+
+
+@pytest.mark.parametrize(("against", "label"), [("seconds", "seconds of training"), ("joules", "joules of training")])
+def test_a_frontier_is_drawn_against_time_and_energy(tmp_path: Path, against: Cost, label: str) -> None:
+    for name, cost in (("rgft", 10.0), ("full", 40.0)):
+        ledger = {"flops": {"fraction_of_full": 0.3}, "energy": {"joules": {"total": cost}, "source": "measured"}}
+        write(tmp_path, name, 0, 0.4, seconds=cost, ledger=ledger)
+    (axes,) = figure(frontiers(tmp_path, metric="loss", against=against), against=against).axes
+    assert axes.get_xlabel() == label
+    assert {name: list(line.get_xdata()) for name, line in lines_of(axes).items()} == {"rgft": [10.0], "full": [40.0]}
 
 
 def test_what_is_far_behind_is_counted_not_shown(tmp_path: Path) -> None:

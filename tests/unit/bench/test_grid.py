@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 from torch import nn
 
 from rgft.bench.experiment import Experiment
+from rgft.bench.map_study.settings import MapStudy
 from rgft.bench.methods import METHODS, Followed
 from rgft.bench.tasks import TASKS
 from rgft.run import Run, Settings
@@ -57,6 +60,9 @@ OMITTED_TASKS = {
     name: f"no package carries {what}; grid/hub has it"
     for name, what in (("superglue", "its data"), ("images", "a model"), ("summarisation", "a model or its data"))
 }
+
+#: Experiment → why the script, which runs side by side, leaves it out.
+ONE_AT_A_TIME = {"wall_clock": "its figures are seconds, of one run at a time; make bench-clock has it"}
 
 EXPERIMENTS = sorted(GRID.glob("*.json"))
 OF_HUB = sorted((GRID / "hub").glob("*.json"))
@@ -141,8 +147,40 @@ def test_the_script_runs_every_experiment_and_code_only_where_that_is_allowed() 
 def test_the_script_begins_with_every_experiment_that_has_stored_results() -> None:
     (evidence,) = re.findall(r"^evidence=\((.*)\)$", SCRIPT.read_text(), re.M)
     stored = {path.name for path in (ROOT / "benchmarks" / "results").iterdir() if path.is_dir()}
-    there = {path.stem for path in GRID.parent.glob("*.json")}
+    there = {path.stem for path in GRID.parent.glob("*.json")} - set(ONE_AT_A_TIME)
     assert stored & there <= set(evidence.split()) <= there
+
+
+def test_map_studies_are_of_tasks_of_the_grid_and_the_script_runs_them() -> None:
+    studies = [MapStudy.load(path) for path in sorted((ROOT / "benchmarks" / "map_studies" / "grid").glob("*.json"))]
+    tasks = [Experiment.load(path).task for path in EXPERIMENTS]
+    assert len(studies) == len({study.name for study in studies}) >= 2  # tasks are held against each other
+    assert all(study.task in tasks and len(study.seeds) == 5 for study in studies)
+
+
+@pytest.mark.parametrize(("minutes", "is_time_left"), [("9", True), ("0.52", False)])
+def test_the_script_shares_its_minutes_among_studies_and_experiments(
+    tmp_path: Path, minutes: str, is_time_left: bool
+) -> None:
+    """In place of Python there is a script in which a study takes two seconds, and fails."""
+    calls, python = tmp_path / "calls", tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {calls}\n[ "$4" != map-study ] || {{ sleep 2; exit 1; }}\n')
+    python.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(python), "JOBS": "3"}
+    done = subprocess.run([SCRIPT, minutes, tmp_path], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    study, *rest = (line for line in calls.read_text().splitlines() if line.startswith("-m rgft"))
+    how = f"--device cuda --results {tmp_path} --jobs 3"
+    assert study == (
+        "-m rgft bench map-study benchmarks/map_studies/grid/bbc.json benchmarks/map_studies/grid/newsgroups.json "
+        f"benchmarks/map_studies/grid/rotten_tomatoes.json --minutes {minutes} {how}"
+    )
+    files = r"(benchmarks/experiments/\w+\.json ){15}(benchmarks/experiments/grid/\w+\.json ){14}"
+    run = rf"-m rgft bench run {files}--minutes 8\.9\d* {how}"
+    assert [bool(re.fullmatch(run, line)) for line in rest] == [True] * is_time_left
+    calls.unlink()
+    subprocess.run([SCRIPT, minutes, tmp_path, "own.json"], env=environment, check=True)
+    assert "map-study" not in calls.read_text()
 
 
 def _vit() -> nn.Module:

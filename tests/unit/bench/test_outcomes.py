@@ -72,6 +72,11 @@ def test_values_by_example_have_the_metrics_of_the_split_as_their_means() -> Non
     assert values["loss"] is not None
     assert values["loss"].tolist() == pytest.approx(alone, rel=1e-3, abs=1e-3)
     assert by_example(result, "pass@1") is None
+    judged = {"samples": 4, "problems": [{"passed": count} for count in (0, 1, 4)]}
+    rates = {k: by_example({"judged": judged}, f"pass@{k}") for k in (1, 2)}
+    assert {k: values.tolist() for k, values in rates.items() if values is not None} == {
+        1: [0.0, 0.25, 1.0], 2: [0.0, 0.5, 1.0],
+    }  # fmt: skip
     of_one_class = {**result, "metrics": {"test": {**metrics, "f1": 0.5}}}
     assert by_example(of_one_class, "f1") is None
     assert by_example(of_one_class, "accuracy") is not None

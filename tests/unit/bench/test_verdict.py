@@ -69,7 +69,7 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
         verdicts(tmp_path, "rgft", "loar", metric="loss")
     with pytest.raises(DataError, match=r"the same budget; found none\n  SST-2, .*: no final runs of lora at 0\.3"):
         verdicts(tmp_path, "rgft", "lora", metric="loss")
-    with pytest.raises(DataError, match="metric 'bleu', found \\['accuracy', 'loss'\\]"):
+    with pytest.raises(DataError, match="metric 'bleu', found \\['accuracy', 'flops', 'loss', 'seconds'\\]"):
         verdicts(tmp_path, "rgft", "lora", metric="bleu", against_budget=0.1)
 
 

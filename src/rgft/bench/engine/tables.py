@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rgft.bench.engine.overheads import runner as overheads
-from rgft.bench.engine.results import read_results
 from rgft.bench.engine.runner import SCHEMA
+from rgft.bench.results import read_results
 
 
 def steps(folder: Path) -> str:

@@ -1,14 +1,16 @@
-"""Rank correlation over components, averaged over seeds, with an interval for the choice of components."""
+"""Rank correlation over components, averaged over seeds, with an interval for the choice of both."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from scipy.stats import rankdata
 
 Values = Mapping[str, float]
+Resampled = Literal["", "components", "seeds and components"]
 
 #: Draws of a bootstrap.
 DRAWS = 2000
@@ -20,8 +22,10 @@ class Correlation:
 
     Attributes:
         rho: None where it is undefined.
-        low, high: 95 % percentile bootstrap over components, the same ones drawn in every seed: it says how
-            much hangs on which components the model happens to have, not on seeds.
+        low, high: 95 % percentile bootstrap over what `over` says: seeds are drawn, and components, the same ones in
+            every seed, since it is the same components that all seeds have (Owen's pigeonhole bootstrap, 2007).
+        over: with one seed components alone, which says how much hangs on those that the model happens to have, and
+            nothing of seeds. Few seeds make an interval too narrow.
         components: over how many.
         seeds: over how many it is defined.
         reason: why it is undefined; "" where it is not.
@@ -30,6 +34,7 @@ class Correlation:
     rho: float | None
     low: float | None = None
     high: float | None = None
+    over: Resampled = ""
     components: int = 0
     seeds: int = 0
     reason: str = ""
@@ -39,10 +44,12 @@ def correlate(pairs: Sequence[tuple[Values, Values]], *, draws: int = DRAWS, see
     """Spearman's ρ, in the mean over seeds.
 
     Args:
-        pairs: of each seed: the map, and what was measured; components that either lacks in a seed are left out.
+        pairs: of each seed: the map, and what was measured; seeds that lack one of them are left out, and components
+            that either lacks in a seed.
         draws: of the bootstrap.
         seed: of these.
     """
+    pairs = [(one, other) for one, other in pairs if one and other]
     if not pairs:
         return Correlation(rho=None, reason="not measured")
     common = set.intersection(*(set(one) & set(other) for one, other in pairs))
@@ -55,21 +62,20 @@ def correlate(pairs: Sequence[tuple[Values, Values]], *, draws: int = DRAWS, see
     defined = np.isfinite(rho)
     if not defined.any():
         return Correlation(rho=None, components=len(names), reason="all components are alike")
-    drawn = np.random.default_rng(seed).integers(len(names), size=(draws, len(names)))
+    seeds, generator = int(defined.sum()), np.random.default_rng(seed)
+    drawn = generator.integers(len(names), size=(draws, len(names)))
     # [draws, seeds]; a draw in which all are alike tells nothing
     resampled = np.stack([_spearman(x[drawn], y[drawn]) for x, y in zip(one[defined], other[defined], strict=True)], 1)
+    if seeds > 1:
+        resampled = np.take_along_axis(resampled, generator.integers(seeds, size=(draws, seeds)), axis=1)
     means = resampled.mean(1)
     low, high = np.percentile(means[np.isfinite(means)], [2.5, 97.5]) if np.isfinite(means).any() else (np.nan, np.nan)
+    is_known = bool(np.isfinite(low))
     return Correlation(
-        rho=float(rho[defined].mean()), low=float(low) if np.isfinite(low) else None,
-        high=float(high) if np.isfinite(high) else None, components=len(names), seeds=int(defined.sum()),
+        rho=float(rho[defined].mean()), low=float(low) if is_known else None, high=float(high) if is_known else None,
+        over=("seeds and components" if seeds > 1 else "components") if is_known else "",
+        components=len(names), seeds=seeds,
     )  # fmt: skip
-
-
-def mean_pairwise(pairs: Sequence[tuple[Values, Values]]) -> float | None:
-    """Mean of Spearman's ρ over pairs; None where it is undefined in all of them."""
-    found = [result.rho for pair in pairs if (result := correlate([pair], draws=1)).rho is not None]
-    return sum(found) / len(found) if found else None
 
 
 def _spearman(one: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -8,20 +8,24 @@ import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from rgft.batches import BatchStream, Subset
-from rgft.bench.fingerprint import DataCheck, DataMissingError
+from rgft.batches import BatchStream, Subset, on_device
+from rgft.bench.durations import TimeLeft
+from rgft.bench.fingerprint import DataCheck
 from rgft.bench.map_study.maps import Maps
 from rgft.bench.map_study.settings import MapStudy
-from rgft.bench.map_study.worth import gain_of_training_alone, harm_of_undoing, is_classifier, weights_of
-from rgft.bench.results import read_result, write_result
+from rgft.bench.map_study.worth import gain_of_training_alone, harm_of_moving, is_classifier, weights_of
+from rgft.bench.results import read_result, read_results, write_result
+from rgft.bench.runner import ALONE, Conditions
+from rgft.bench.sitting import Failure, Job, Outcome, attempt, require_own_names, sit
 from rgft.bench.tasks import bench_task
 from rgft.errors import DataError
 from rgft.evaluation import evaluate
@@ -35,35 +39,113 @@ from rgft.telemetry.environment import environment
 log = logging.getLogger("rgft")
 
 SCHEMA = "rgft.map_study/1"
-#: Shares of a component's update that are kept when harm is measured.
-KEPT = {"reset": 0.0, "halved": 0.5}
+
+#: What a stored result has in any case.
+KEYS: Mapping[str, Any] = {"seed": int, "settings": dict}
+
+#: How a component is changed when harm is measured: name → where it goes back to, and the share of its way from there
+#: that it keeps. From zero on it is the component itself that is scaled, with what it brought from pre-training.
+CHANGES: Mapping[str, tuple[Literal["initial", "zero"], float]] = {
+    "reset": ("initial", 0.0),
+    "halved": ("initial", 0.5),
+    "scaled": ("zero", 0.5),
+}
 
 
-def run_study(study: MapStudy, folder: Path) -> Iterator[Path]:
-    """Runs the seeds that have no result yet; yields the path of each new one.
+def run_studies(
+    studies: Sequence[MapStudy], folder: Path, conditions: Conditions = ALONE, *,
+    stop_after_seconds: float | None = None,
+) -> Iterator[Outcome]:  # fmt: skip
+    """Runs the seeds that have no result yet; yields each when it is over.
+
+    A study whose stored results are of other data is left out, and reported at the end.
+
+    Args:
+        studies: each with a name of its own.
+        folder: of all results; each study has one of its own in it.
+        conditions: of the runs.
+        stop_after_seconds: the sitting's time, see `sit`; None: it has no end.
 
     Raises:
-        DataError: a stored result is damaged, or of other settings or data than the study's; before anything is run.
+        ConfigError: two studies have one name, or there is no room for a job.
+        DataError: a stored result is damaged, or of other settings than the study's; before anything is run.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = {seed: folder / f"map-study--seed{seed}.json" for seed in study.seeds}
-    stored = {path: read_result(path, {"seed": int, "settings": dict}) for path in paths.values() if path.exists()}
-    for path, result in stored.items():
-        _require_same_settings(study, result, path)
-    check = DataCheck(lambda seed: bench_task(study.task, seed=seed))
-    try:
-        for path, result in stored.items():
-            check.require_same(result, str(path))
-    except DataMissingError as error:
-        if len(stored) < len(paths):
-            raise
-        log.info("%s: not compared with the data of now: %s", folder, error)
-    if check.unknown:
-        log.info("%s: %d results are from before data had fingerprints", folder, check.unknown)
-    for seed, path in paths.items():
-        if path not in stored:
-            write_result(path, run_seed(study, bench_task(study.task, seed=seed), seed=seed))
-            yield path
+    left = TimeLeft(stop_after_seconds)
+    require_own_names("studies", [study.name for study in studies])
+    seeds = [_Seeds(study, folder / study.name, conditions) for study in studies]
+    yield from sit(seeds, jobs=conditions.jobs, left=left)
+
+
+def results_by_study(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The results of all map studies below a folder, by the study's name; see `read_results`."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for result in read_results(folder, SCHEMA, of="map study"):
+        found.setdefault(result["study"], []).append(result)
+    return found
+
+
+class _Seeds:
+    """The seeds of a study that have no result; see `Source`."""
+
+    def __init__(self, study: MapStudy, folder: Path, conditions: Conditions) -> None:
+        self.folder, self.failure = folder, ""
+        self._study, self._conditions = study, conditions
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = {seed: folder / f"map-study--seed{seed}.json" for seed in study.seeds}
+        self._stored = {path: read_result(path, KEYS) for path in paths.values() if path.exists()}
+        for path, result in self._stored.items():
+            _require_same_settings(study, result, path)
+        self._lacking = {seed: path for seed, path in paths.items() if path not in self._stored}
+        self._are_data_known = False
+        self._seconds = 0.0
+        for result in self._stored.values():
+            self._note(result)
+
+    def take(self) -> Job | None:
+        if not self._are_data_known:
+            self._are_data_known = True
+            self._require_same_data()
+        if not self._lacking:
+            return None
+        seed, path = next(iter(self._lacking.items()))
+        del self._lacking[seed]
+        return Job(
+            path=path, make=partial(make_seed, self._study, seed, path, self._conditions), seconds=self._seconds,
+            end=partial(self._end, path),
+        )  # fmt: skip
+
+    def _require_same_data(self) -> None:
+        check = DataCheck(lambda seed: bench_task(self._study.task, seed=seed))
+        if objection := check.objection(self._stored.items(), self.folder, are_needed=bool(self._lacking)):
+            self.failure = f"nothing of {self._study.name!r} is run: {objection}"
+            self._lacking.clear()
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _end(self, path: Path, failure: Failure | None) -> None:
+        if failure is None:
+            self._note(read_result(path, KEYS))
+        elif failure.concerns != "run" and self._lacking:
+            self._lacking.clear()
+            log.warning("%s: the other seeds of this study are left out", path)
+
+    def _note(self, result: Mapping[str, Any]) -> None:
+        """The longest says how long others may take; what another device took says nothing."""
+        if result.get("device", "cpu") == self._conditions.device:
+            self._seconds = max(self._seconds, result.get("seconds", 0.0))
+
+
+def make_seed(study: MapStudy, seed: int, path: Path, conditions: Conditions) -> Failure | None:
+    """Runs a seed and writes its result; says why there is none."""
+
+    def make() -> None:
+        task = bench_task(study.task, seed=seed)
+        task.model.to(conditions.device)
+        result = run_seed(study, task, seed=seed)
+        write_result(path, {**result, "device": conditions.device, "jobs": conditions.jobs})
+
+    return attempt(make)
 
 
 def _require_same_settings(study: MapStudy, result: Mapping[str, Any], path: Path) -> None:
@@ -83,8 +165,8 @@ def run_seed(study: MapStudy, task: PreparedTask, *, seed: int) -> dict[str, Any
 
     Args:
         study: what to run.
-        task: its model is trained; a tenth of its training set (at most ten looks' worth) is looked at and not trained
-            on.
+        task: its model is trained, on the device where it is; a tenth of its training set (at most ten looks' worth)
+            is looked at and not trained on.
         seed: of everything random.
 
     Raises:
@@ -110,13 +192,18 @@ def run_seed(study: MapStudy, task: PreparedTask, *, seed: int) -> dict[str, Any
         loop = _Loop(study, task, train, binding, seed=seed)
 
         def held_out_loss() -> float:
-            return evaluate(task, held, batch_size=study.eval_batch_size, loss=task.loss)["loss"]
+            return evaluate(task, held, batch_size=study.eval_batch_size, loss=loop.loss_of_each)["loss"]
 
         initial, before = weights_of(binding), held_out_loss()
         gain = gain_of_training_alone(binding, held_out_loss, loop.alone) if study.alone_steps else {}
         maps = loop.everything(pool)
         after = held_out_loss()
-        harm = {name: harm_of_undoing(binding, initial, held_out_loss, share=share) for name, share in KEPT.items()}
+        zero = {name: [torch.zeros_like(weights) for weights in own] for name, own in initial.items()}
+        origins = {"initial": initial, "zero": zero}
+        harm = {
+            name: harm_of_moving(binding, origins[origin], held_out_loss, share=share)
+            for name, (origin, share) in CHANGES.items()
+        }
         components = [
             {
                 "name": c.name, "kind": c.kind, "depth": c.depth, "parameters": c.numel,
@@ -141,6 +228,7 @@ class _Loop:
 
     def __init__(self, study: MapStudy, task: PreparedTask, train: Subset, binding: Binding, *, seed: int) -> None:
         self._study, self._task, self._train, self._binding, self._seed = study, task, train, binding, seed
+        self._device = next(task.model.parameters()).device
         self._heads = {id(p) for component, params in binding if is_classifier(component) for p in params}
 
     def everything(self, pool: Subset) -> Maps:
@@ -187,8 +275,12 @@ class _Loop:
         for indices, _ in zip(stream.indices(), range(count), strict=False):
             yield stream.load(indices)
 
+    def loss_of_each(self, model: nn.Module, batch: Any) -> Tensor:
+        """Loss of each example, on the model's device."""
+        return self._task.loss(model, on_device(batch, self._device))
+
     def _loss(self, model: nn.Module, batch: Any) -> Tensor:
-        return self._task.loss(model, batch).mean()
+        return self.loss_of_each(model, batch).mean()
 
     def _step(self, batch: Any, on: Sequence[nn.Parameter], optimizer: AdamW) -> None:
         self._task.model.train()

@@ -1,4 +1,4 @@
-"""What a component is worth, measured: the loss when its training is undone, and the loss when it alone trains."""
+"""What a component is worth, measured: the loss when it is undone or scaled, and the loss when it alone trains."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def put_back(binding: Binding, weights: Weights, names: Sequence[str] | None = N
 
 
 @contextmanager
-def scaled_update(binding: Binding, name: str, initial: Weights, share: float) -> Iterator[None]:
-    """Inside, a component has only a share of its update: θ_0 + share · (θ − θ_0). Afterwards it is as before."""
+def moved_back(binding: Binding, name: str, origin: Weights, share: float) -> Iterator[None]:
+    """Inside, a component is at origin + share · (θ − origin). Afterwards it is as before."""
     (kept,) = ([p.detach().clone() for p in params] for component, params in binding if component.name == name)
     with torch.no_grad():
-        for parameter, start in zip(binding.parameters[name], initial[name], strict=True):
-            # 0 is the initial weights themselves, not what rounding makes of them.
+        for parameter, start in zip(binding.parameters[name], origin[name], strict=True):
+            # 0 is the origin itself, not what rounding makes of it.
             parameter.copy_(torch.lerp(start, parameter.detach(), share) if share else start)
     try:
         yield
@@ -44,18 +44,19 @@ def scaled_update(binding: Binding, name: str, initial: Weights, share: float) -
         put_back(binding, {name: kept}, [name])
 
 
-def harm_of_undoing(binding: Binding, initial: Weights, loss: Callable[[], float], *, share: float) -> dict[str, float]:
-    """How much higher the held-out loss is when a component keeps only a share of its update; each by itself.
+def harm_of_moving(binding: Binding, origin: Weights, loss: Callable[[], float], *, share: float) -> dict[str, float]:
+    """How much higher the held-out loss is when a component keeps a share of its way from an origin; each by itself.
 
     Args:
         binding: of the trained model, which is left as it was.
-        initial: the weights before training.
+        origin: the weights before training, whereby the component keeps a share of its update; or zeros, whereby it is
+            itself scaled by the share.
         loss: the held-out loss of the model as it is.
-        share: 0 resets a component to its initial weights.
+        share: 0 puts a component at the origin.
     """
     trained, harm = loss(), {}
     for component, _ in binding:
-        with scaled_update(binding, component.name, initial, share):
+        with moved_back(binding, component.name, origin, share):
             harm[component.name] = loss() - trained
     return harm
 

@@ -106,14 +106,17 @@ def _choose_first(run: Run, *, fisher: bool = False) -> None:
 def _sparse(
     name: str, title: str, source: str, make: type[Choice], *, begin: Callable[[Run], None] = _fit,
     penalty: float = 0.0, cost: str = "nothing: dW is made whole, and masked", revision: int = 1,
-    tries: tuple[float, float] = (0.01, 0.2), tried: str = "fraction", **choice: Any,
+    tries: tuple[Any, ...] = ("fraction", 0.01, 0.2), **choice: Any,
 ) -> Method:  # fmt: skip
-    """A method of that choice; `choice` has settings of it in place of its defaults, `tries` other values of one."""
+    """A method of that choice.
+
+    `choice`: settings of it in place of its defaults; `tries`: one of them, and its other values.
+    """
     defaults = {field.name: field.default for field in fields(make)}  # type: ignore[arg-type]
     return Method(
         name=name, title=title, source=source, cost=cost, change=_only_matrices, config={"preset": "full"},
         settings={"choice": {**defaults, **choice}, "penalty": penalty}, optimizer=_optimizer(make), begin=begin,
-        variants=variants_of(f"choice.{tried}", *tries), revision=revision,
+        variants=variants_of(f"choice.{tries[0]}", *tries[1:]), revision=revision,
     )  # fmt: skip
 
 
@@ -121,16 +124,16 @@ METHODS = (
     _sparse(
         "fim_static", "FISH Mask: largest Fisher information", "Sung et al. 2021 (arXiv:2111.09839)", TopShare,
         begin=partial(_choose_first, fisher=True), fraction=0.005, revision=2,
-        tries=(0.001, 0.025),
+        tries=("fraction", 0.001, 0.025),
     ),
     _sparse(
         "gps", "GPS: largest gradients of each neuron", "Zhang et al. 2023 (arXiv:2312.10136)", PerNeuron,
-        begin=_choose_first, tries=(1, 16), tried="count",
+        begin=_choose_first, tries=("count", 1, 16),
     ),
     _sparse("sift", "SIFT: largest gradients", "Song et al. 2023 (arXiv:2312.11875)", TopShare, begin=_choose_first),
     _sparse(
         "grft", "GRFT: rows or columns, held to where they were", "Liu et al. 2025 (arXiv:2507.00016)", RowsOrColumns,
-        begin=_choose_first, penalty=1e-3, tries=(0.0025, 0.05),
+        begin=_choose_first, penalty=1e-3, tries=("fraction", 0.0025, 0.05),
     ),
     _sparse(
         "id3", "ID3: unmasking step by step", "Agarwal et al. 2024 (arXiv:2408.14470)", Unmasking, unmask_steps=0.5,

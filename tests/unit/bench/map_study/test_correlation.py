@@ -2,7 +2,8 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from rgft.bench.map_study.correlation import correlate, mean_pairwise
+from rgft.bench.map_study.correlation import correlate
+from rgft.bench.map_study.likeness import likeness
 
 
 def values(*numbers: float) -> dict[str, float]:
@@ -20,7 +21,8 @@ def test_against_scipy_with_ties_and_over_seeds() -> None:
     assert found.high is not None
     assert found.low < expected < found.high
     assert (found.components, found.seeds) == (12, 2)
-    assert mean_pairwise(pairs) == pytest.approx(expected)
+    within = likeness(dict(zip("ab", pairs, strict=True))).within
+    assert sum(value for value in within.values() if value is not None) / 2 == pytest.approx(expected)
 
 
 def test_the_same_order_is_one_whatever_is_drawn() -> None:
@@ -41,4 +43,40 @@ def test_what_is_undefined_says_why() -> None:
     constant = correlate([(values(1, 1, 1, 1), values(1, 2, 3, 4))])
     assert constant.rho is None
     assert constant.reason == "all components are alike"
-    assert mean_pairwise([]) is None
+    assert correlate([({}, values(1, 2, 3))]).reason == "not measured"
+
+
+def test_seeds_are_drawn_where_there_are_several_and_with_one_nothing_is_said_of_them() -> None:
+    rising, falling = (
+        (values(1, 2, 3, 4, 5, 6), values(1, 2, 3, 4, 5, 6)),
+        (values(1, 2, 3, 4, 5, 6), values(6, 5, 4, 3, 2, 1)),
+    )
+    both = correlate([rising, falling])
+    # Whichever components are drawn, one seed has 1 and the other −1: only seeds can tell.
+    assert (both.rho, both.low, both.high, both.over) == (pytest.approx(0.0), -1.0, 1.0, "seeds and components")
+    one = correlate([rising, ({}, values(1, 2, 3))])  # a seed without a measurement does not count
+    assert (one.low, one.high, one.over, one.seeds) == (pytest.approx(1.0), pytest.approx(1.0), "components", 1)
+
+
+def test_studies_that_differ_are_told_apart_and_those_that_do_not_are_not() -> None:
+    up, down = values(1, 2, 3, 4, 5), values(5, 4, 3, 2, 1)
+    apart = likeness({"a": [up] * 3, "b": [down] * 3})
+    assert (apart.within, apart.between) == ({"a": pytest.approx(1.0), "b": pytest.approx(1.0)}, pytest.approx(-1.0))
+    assert apart.difference == pytest.approx(2.0)
+    assert apart.p == apart.least_p == pytest.approx(2 / 20)  # of 20 ways two are as they are
+    alike = likeness({"a": [up] * 3, "b": [up] * 3})
+    assert (alike.difference, alike.p) == (pytest.approx(0.0), 1.0)
+    mixed = likeness({"a": [up, down, up], "b": [down, up, down]})
+    assert mixed.p is not None
+    assert mixed.p > 0.5
+    # Three studies of five seeds are dealt by lot; of each way some stand for all.
+    many = likeness({"a": [up] * 5, "b": [down] * 5, "c": [values(3, 1, 5, 2, 4)] * 5})
+    assert many.p == many.least_p == pytest.approx(1 / 5001)
+
+
+def test_what_cannot_be_compared_is_undefined() -> None:
+    up = values(1, 2, 3, 4)
+    assert likeness({"a": [up, up]}).p is None
+    assert likeness({"a": [up], "b": [up]}).difference is None
+    other_model = likeness({"a": [up, up], "b": [{"x": 1.0, "y": 2.0, "z": 3.0}]})
+    assert (other_model.between, other_model.difference, other_model.p) == (None, None, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from rgft.bench.map_study import runner
 from rgft.bench.map_study.runner import run_seed
 from rgft.bench.map_study.settings import MapStudy
 from rgft.bench.map_study.summary import markdown, summarise
-from rgft.bench.map_study.worth import gain_of_training_alone, harm_of_undoing, weights_of
+from rgft.bench.map_study.worth import gain_of_training_alone, harm_of_moving, weights_of
+from rgft.bench.runner import Conditions
 from rgft.errors import ConfigError, DataError
 from rgft.evaluation import evaluate
 from rgft.execution.views import bind
@@ -44,7 +46,7 @@ def test_harm_is_the_loss_with_initial_weights_in_place_and_nothing_stays_moved(
             for parameter in parameters:
                 parameter.add_(torch.randn_like(parameter), alpha=0.3)
     trained, before = loss(), weights_of(binding)
-    harm = harm_of_undoing(binding, initial, loss, share=0.0)
+    harm = harm_of_moving(binding, initial, loss, share=0.0)
     assert set(harm) == set(binding.partition.names)
     name = next(n for n in binding.partition.names if "head.1" in n)
     with torch.no_grad():
@@ -53,8 +55,14 @@ def test_harm_is_the_loss_with_initial_weights_in_place_and_nothing_stays_moved(
     assert harm[name] == loss() - trained
     with torch.no_grad():
         for parameter, value in zip(binding.parameters[name], before[name], strict=True):
+            parameter.copy_(0.5 * value)
+    scaled = loss() - trained
+    with torch.no_grad():
+        for parameter, value in zip(binding.parameters[name], before[name], strict=True):
             parameter.copy_(value)
-    assert all(value == 0.0 for value in harm_of_undoing(binding, initial, loss, share=1.0).values())
+    assert all(value == 0.0 for value in harm_of_moving(binding, initial, loss, share=1.0).values())
+    zero = {n: [torch.zeros_like(value) for value in values] for n, values in initial.items()}
+    assert harm_of_moving(binding, zero, loss, share=0.5)[name] == scaled != harm[name]
     after = weights_of(binding)
     assert all(torch.equal(a, b) for n in before for a, b in zip(before[n], after[n], strict=True))
     binding.restore()
@@ -92,6 +100,8 @@ def test_looking_moves_nothing_and_maps_are_the_running_means_of_looks() -> None
     assert found["loss"] == other["loss"]
     assert found["harm"] == other["harm"]
     assert other["gain_alone"] == {}
+    assert set(found["harm"]) == {"reset", "halved", "scaled"}
+    assert all(set(harm) == {component["name"] for component in found["components"]} for harm in found["harm"].values())
     assert set(found["maps"]) == {"generalising_decrease", "predicted_decrease", "norm"}
     for label, looks in found["maps"].items():
         assert [look["step"] for look in looks] == [0, 2, 4]
@@ -109,59 +119,104 @@ def test_results_are_summarised_and_not_run_again(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(runner, "bench_task", in_place_of_bench_task([]))
     for name in ("one", "two"):
         study = replace(STUDY, name=name, seeds=(0, 1))
-        assert len(list(runner.run_study(study, tmp_path / name))) == 2
-        assert list(runner.run_study(study, tmp_path / name)) == []
+        outcomes = list(runner.run_studies([study], tmp_path))
+        assert [(outcome.path.parent.name, outcome.failure) for outcome in outcomes] == [(name, "")] * 2
+        assert list(runner.run_studies([study], tmp_path)) == []
     summary = summarise(tmp_path)
+    (stored, _) = (json.loads(path.read_text()) for path in sorted((tmp_path / "one").glob("*.json")))
+    body = {c["name"] for c in stored["components"] if not c["is_classifier"]}
+    assert summary.components["one"] == len(body)
     assert summary.seeds == {"one": 2, "two": 2}
     # The studies differ by their names alone.
     assert summary.answers["one"] == summary.answers["two"]
     assert summary.likeness["norm"].within["one"] == pytest.approx(summary.likeness["norm"].within["two"])
     assert set(summary.over_time["one"]["norm"]) == {0, 2, 4}
+    # Of four runs that are alike two by two, no dealing out tells them apart.
+    assert summary.likeness["norm"].p == 1.0
+    norms = [
+        json.loads((tmp_path / "one" / f"map-study--seed{seed}.json").read_text())["error_maps"]["norm"]
+        for seed in (0, 1)
+    ]
+    for favoured in summary.favoured["one"]["norm"]:
+        ranks = [sorted((v for n, v in norm.items() if n in body), reverse=True) for norm in norms]
+        assert favoured.seeds == sum(
+            norm[favoured.component] >= rank[2] for norm, rank in zip(norms, ranks, strict=True)
+        )
+    assert sum(favoured.seeds for favoured in summary.favoured["one"]["norm"]) == 6
+    answer = summary.answers["one"]["norm"]["E at the end, harm of scaling"]
+    assert (answer.seeds, answer.over) == (2, "seeds and components")
     text = markdown(summary)
     assert "| norm |" in text
     assert "harm of a reset" in text
     json.dumps(summary.to_dict())
 
 
+def stored_study(name: str, seeds: int, folder: Path) -> Path:
+    """A folder with results that were committed."""
+    (folder / name).mkdir()
+    for seed in range(seeds):
+        file = f"map-study--seed{seed}.json"
+        (folder / name / file).write_text((Path("benchmarks/results") / name / file).read_text())
+    return folder / name
+
+
+def test_committed_studies_are_summarised(tmp_path: Path) -> None:
+    (rows,) = summarise(stored_study("map_study_bbc", 2, tmp_path)).answers.values()
+    row = rows["generalising_decrease"]
+    assert row["E at the end, harm of scaling"].rho == pytest.approx(-0.21, abs=0.005)
+    assert row["E at the end, harm of a reset"].rho == pytest.approx(-0.38, abs=0.005)
+    text = markdown(summarise(stored_study("map_study_rotten_tomatoes", 1, tmp_path)))
+    assert "| generalising_decrease | +0.47 [-0.22, +0.94]° |" in text
+    assert "°: one seed, over components alone: nothing is known of seeds" in text
+    both = markdown(summarise(tmp_path))
+    assert "| gain alone | bert.encoder.layer.4.ffn 2/2, bert.encoder.layer.3.ffn 2/2, bert.encoder.layer.5." in both
+    assert "| gain alone | +0.97 | undefined | +0.45 | +0.52 | 0.333 (≥ 0.333) |" in both
+
+
 def test_stored_results_of_other_settings_or_data_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "bench_task", in_place_of_bench_task([]))
     study = replace(STUDY, alone_steps=0)
-    (path,) = runner.run_study(study, tmp_path)
-    monkeypatch.setattr(runner, "run_seed", lambda study, task, *, seed: {"seed": seed})
+    path = next(runner.run_studies([study], tmp_path)).path
+    monkeypatch.setattr(runner, "run_seed", lambda study, task, *, seed: {"seed": seed, "settings": {}})
     with pytest.raises(
         DataError, match=r"seed0.json: .* 'lr' \(0.01\), found one with 0.001\n.* 'steps' \(9\), found one"
     ):
-        list(runner.run_study(replace(study, lr=1e-2, steps=9), tmp_path))
+        list(runner.run_studies([replace(study, lr=1e-2, steps=9)], tmp_path))
     more = replace(study, seeds=(0, 1))
     stored = json.loads(path.read_text())
     path.write_text(json.dumps({**stored, "data": {**stored["data"], "train": {"examples": 1, "sha256": "0"}}}))
-    with pytest.raises(DataError, match=r"seed0.json: measured on other data than the data of now \(train: 1 examples"):
-        list(runner.run_study(more, tmp_path))
+    other = replace(study, name="other")
+    ran, failed = runner.run_studies([more, other], tmp_path)  # what is wrong with a study is said at the end
+    assert failed.path == path.parent
+    assert "seed0.json: measured on other data than the data of now (train: 1 examples" in failed.failure
+    assert (ran.path.parent.name, ran.failure) == ("other", "")
+    assert not (path.parent / "map-study--seed1.json").exists()
     path.write_text(json.dumps({key: value for key, value in stored.items() if key != "data"}))  # as it was before
-    assert [new.name for new in runner.run_study(more, tmp_path)] == ["map-study--seed1.json"]
+    assert [new.path.name for new in runner.run_studies([more], tmp_path)] == ["map-study--seed1.json"]
     for text in ('{"seed": 0, "da', "{}", "[]"):
         path.write_text(text)
         with pytest.raises(DataError, match="found a damaged file"):
-            list(runner.run_study(study, tmp_path))
+            list(runner.run_studies([study], tmp_path))
 
 
 def test_a_study_s_data_are_checked_where_no_seed_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "bench_task", in_place_of_bench_task([]))
     study = replace(STUDY, alone_steps=0)
-    (path,) = runner.run_study(study, tmp_path)
-    assert list(runner.run_study(study, tmp_path)) == []
+    (made,) = runner.run_studies([study], tmp_path)
+    path = made.path
+    assert list(runner.run_studies([study], tmp_path)) == []
     stored = json.loads(path.read_text())
     path.write_text(json.dumps({**stored, "data": {**stored["data"], "train": {"examples": 1, "sha256": "0"}}}))
-    with pytest.raises(DataError, match="measured on other data than the data of now"):
-        list(runner.run_study(study, tmp_path))
+    (failed,) = runner.run_studies([study], tmp_path)
+    assert "measured on other data than the data of now" in failed.failure
 
     def missing(settings: Any, *, seed: int) -> Any:
         raise DataError("no such package")
 
     monkeypatch.setattr(runner, "bench_task", missing)
-    assert list(runner.run_study(study, tmp_path)) == []
-    with pytest.raises(DataError, match="no such package"):
-        list(runner.run_study(replace(study, seeds=(0, 1)), tmp_path))
+    assert list(runner.run_studies([study], tmp_path)) == []
+    (failed,) = runner.run_studies([replace(study, seeds=(0, 1))], tmp_path)
+    assert "no such package" in failed.failure
 
 
 def test_all_problems_of_a_study_at_once(tmp_path: Path) -> None:
@@ -192,6 +247,48 @@ def test_too_few_examples_are_refused() -> None:
         run_seed(replace(STUDY, probe_size=32), tiny_task(), seed=0)
 
 
-@pytest.mark.parametrize("path", sorted(Path("benchmarks/map_studies").glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(Path("benchmarks/map_studies").rglob("*.json")), ids=lambda path: path.stem)
 def test_committed_studies_can_be_read(path: Path) -> None:
     assert MapStudy.load(path).seeds
+
+
+def test_a_study_computes_where_its_model_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device that keeps no values, whose first loss ends it."""
+    task, seen = tiny_task(), list[set[str]]()
+    loss = task.loss
+
+    def noted(model: Any, batch: Any) -> Any:
+        seen.append({value.device.type for value in batch.values() if isinstance(value, torch.Tensor)})
+        return loss(model, batch)
+
+    task.loss = noted
+    task.model.to("meta")
+    with pytest.raises(RuntimeError, match="meta"):
+        run_seed(STUDY, task, seed=0)
+    assert seen == [{"meta"}]
+
+
+def test_seeds_side_by_side_on_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "bench_task", in_place_of_bench_task([]))
+    study = replace(STUDY, alone_steps=0, seeds=(0, 1, 2))
+    seeds = runner._Seeds(study, tmp_path / "tiny", Conditions(jobs=2))
+    job = seeds.take()
+    assert job is not None
+    assert pickle.loads(pickle.dumps(job.make))() is None  # what a process of its own gets
+    stored = json.loads(job.path.read_text())
+    assert (stored["device"], stored["jobs"], stored["seed"]) == ("cpu", 2, 0)
+    job.end(None)
+    later = seeds.take()
+    assert later is not None
+    assert (later.path.name, later.seconds) == ("map-study--seed1.json", stored["seconds"])
+    # The first is begun, however long it takes; no other that would end too late is.
+    begun = runner.run_studies([study], tmp_path, stop_after_seconds=stored["seconds"] / 2)
+    assert [outcome.path.name for outcome in begun] == ["map-study--seed1.json"]
+    with pytest.raises(ConfigError, match="studies with names of their own, found tiny"):
+        list(runner.run_studies([study, study], tmp_path))
+
+
+def test_a_seed_that_cannot_be_run_leaves_out_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "bench_task", in_place_of_bench_task([]))
+    (outcome,) = runner.run_studies([replace(STUDY, probe_size=32, seeds=(0, 1))], tmp_path)
+    assert "probe_size 32" in outcome.failure

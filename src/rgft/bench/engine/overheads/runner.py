@@ -20,7 +20,7 @@ from rgft.bench.engine.overheads.memory import memory_above_cut
 from rgft.bench.engine.overheads.shared_cache import shared_cache
 from rgft.bench.engine.overheads.sizes import Sizes
 from rgft.bench.engine.overheads.switching import plan_switch
-from rgft.bench.engine.results import read_results
+from rgft.bench.results import read_results
 from rgft.telemetry.atomic_write import write_bytes
 from rgft.telemetry.environment import environment
 

@@ -6,7 +6,7 @@ at by final runs only, once each.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -265,6 +265,24 @@ class Experiment(Section):
     def _cells(contender: Contender, choice: Choice, seeds: Seeds, *, is_final: bool) -> Iterator[Cell]:
         for seed in seeds:
             yield Cell(contender=contender, lr=choice.lr, seed=seed, is_final=is_final, variant=choice.variant)
+
+
+def of_contenders(experiments: Sequence[Experiment], labels: Collection[str]) -> list[Experiment]:
+    """Experiments with only those of their contenders that have one of these labels, without those that have none.
+
+    Raises:
+        ConfigError: a label is no contender's.
+    """
+    there = [contender.label for experiment in experiments for contender in experiment.contenders]
+    if unknown := sorted(set(labels) - set(there)):
+        raise ConfigError(
+            f"expected labels of contenders ({', '.join(dict.fromkeys(there))}), found {', '.join(unknown)}"
+        )
+    chosen = (
+        experiment.model_copy(update={"contenders": tuple(c for c in experiment.contenders if c.label in labels)})
+        for experiment in experiments
+    )
+    return [experiment for experiment in chosen if experiment.contenders]
 
 
 class _Budgets(Section):

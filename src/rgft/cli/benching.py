@@ -25,6 +25,9 @@ Metric = Annotated[
 def bench_run(
     experiments: Annotated[list[Path], typer.Argument(help="experiment files, see benchmarks/experiments")],
     results: Annotated[Path, typer.Option(help="folder of all results")] = Path("benchmarks/results"),
+    only: Annotated[
+        list[str] | None, typer.Option(help="label of a contender that is run, and no others; may be repeated")
+    ] = None,
     minutes: Minutes = None,
     jobs: Jobs = 1,
     device: Device = "auto",
@@ -36,13 +39,14 @@ def bench_run(
     from rgft.cli.failures import reported
 
     with reported():
-        from rgft.bench.experiment import Experiment
+        from rgft.bench.experiment import Experiment, of_contenders
         from rgft.bench.runner import Conditions
         from rgft.bench.sitting import run_experiments
         from rgft.cli.preparing import device_of
 
         conditions = Conditions(device=device_of(device), jobs=jobs, allow_code_execution=allow_code_execution)
         loaded = [Experiment.load(path) for path in experiments]
+        loaded = of_contenders(loaded, only) if only else loaded
         show(run_experiments(loaded, results, conditions, stop_after_seconds=minutes and minutes * 60))
 
 

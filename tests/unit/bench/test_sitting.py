@@ -349,3 +349,16 @@ def test_the_command_names_what_failed_and_says_so_by_its_exit_code(
     assert "b--final--lr0.0001--seed1.json: FAILED: RuntimeError: no memory" in result.output
     assert "1 failed" in result.output
     assert len(list((tmp_path / "results" / "x").iterdir())) == 4
+
+
+def test_the_command_runs_only_the_contenders_that_are_named(tmp_path: Path, runs: Callable[..., list[str]]) -> None:
+    runs()
+    loaded(tmp_path)
+    command = ["bench", "run", str(tmp_path / "experiment.json"), "--results", str(tmp_path / "results")]
+    result = CliRunner().invoke(app, [*command, "--device", "cpu", "--only", "b"])
+    assert result.exit_code == 0
+    made = {path.name.split("--")[0] for path in (tmp_path / "results" / "x").iterdir()}
+    assert made == {"b"}
+    result = CliRunner().invoke(app, [*command, "--only", "b", "--only", "nobody"])
+    assert result.exit_code == 2
+    assert "found nobody" in result.output

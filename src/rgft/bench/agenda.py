@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rgft.bench.claims import Claim, claim
+from rgft.bench.claims import Claims
 from rgft.bench.durations import Durations
 from rgft.bench.experiment import Cell, Choice, Contender, Experiment
 from rgft.bench.fingerprint import DataCheck
@@ -39,8 +39,7 @@ class Agenda:
         self.experiment, self.results = experiment, Results(folder)
         self._conditions = conditions
         self._taken: set[str] = set()
-        self._claims: dict[str, Claim] = {}
-        self._are_elsewhere: set[str] = set()
+        self._claims = Claims(folder)
         self._tunings = {c.label: Tuning(experiment, c, self._loss) for c in experiment.contenders}
         self._settled: set[str] = set()  # labels
         self._left_out: set[str] = set()
@@ -74,12 +73,11 @@ class Agenda:
 
     def release(self, cell: Cell | None = None) -> None:
         """Ends the claim on a run that was taken; None: on all."""
-        for name in list(self._claims) if cell is None else [cell.file_name]:
-            self._claims.pop(name).release()
+        self._claims.release(None if cell is None else self.results.path(cell))
 
-    def elsewhere(self) -> int:
-        """How many runs were left to another sitting, and have no result yet."""
-        return sum(not (self.results.folder / name).exists() for name in self._are_elsewhere - self._taken)
+    def close(self) -> None:
+        """Ends all claims; see `Claims.close`."""
+        self._claims.close()
 
     def note(self, cell: Cell) -> dict[str, Any] | None:
         """Takes notice of a run's result, and gives it; None: there is none."""
@@ -99,17 +97,8 @@ class Agenda:
 
     def _claimed(self) -> Cell | None:
         for cell in self._open():
-            path = self.results.path(cell)
-            if cell.file_name in self._taken or path.exists():
-                continue
-            held = claim(path)
-            if held is None:
-                self._are_elsewhere.add(cell.file_name)
-            elif path.exists():  # since it was looked for
-                held.release()
-            else:
+            if cell.file_name not in self._taken and self._claims.take(self.results.path(cell)):
                 self._taken.add(cell.file_name)
-                self._claims[cell.file_name] = held
                 return cell
         return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ try:
     import fcntl
 except ImportError:  # not a POSIX system
     fcntl = None
+
+log = logging.getLogger("rgft")
 
 
 @dataclass(frozen=True)
@@ -68,3 +71,46 @@ def _is_still_there(path: Path, descriptor: int) -> bool:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except FileNotFoundError:
         return False
+
+
+class Claims:
+    """What one sitting has claimed of the runs of an experiment or a study.
+
+    Args:
+        folder: of their results.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._held: dict[Path, Claim] = {}
+        self._are_elsewhere: set[Path] = set()
+
+    def take(self, result: Path) -> bool:
+        """Claims a run; gives whether it is this sitting's now: not if it has a result, or another sitting is at it."""
+        if result.exists():
+            return False
+        held = claim(result)
+        if held is None:
+            self._are_elsewhere.add(result)
+            return False
+        if result.exists():  # since it was looked for
+            held.release()
+            return False
+        self._are_elsewhere.discard(result)
+        self._held[result] = held
+        return True
+
+    def release(self, result: Path | None = None) -> None:
+        """Ends the claim on a run; None: on all."""
+        for path in list(self._held) if result is None else [result]:
+            self._held.pop(path).release()
+
+    def elsewhere(self) -> int:
+        """How many runs were left to another sitting, and have no result yet."""
+        return sum(not path.exists() for path in self._are_elsewhere)
+
+    def close(self) -> None:
+        """Ends the claims on all runs, and says what was left to another sitting."""
+        self.release()
+        if elsewhere := self.elsewhere():
+            log.info("%s: %d runs are left to another sitting, which has begun them", self._folder, elsewhere)

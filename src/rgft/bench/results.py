@@ -41,18 +41,19 @@ def read_result(path: Path, keys: Mapping[str, Any] = OF_A_RUN) -> dict[str, Any
     return result
 
 
-def read_results(folder: Path, schema: str, *, of: str) -> list[dict[str, Any]]:
+def read_results(folder: Path, schema: str, *, of: str, named: str = "*.json") -> list[dict[str, Any]]:
     """The results of a schema below a folder, by path.
 
     Args:
         folder: in which they lie, however deep.
         schema: that they say they are of.
         of: what makes them, for the message.
+        named: pattern of their file names; what has another name is not read.
 
     Raises:
         DataError: there are none, or a file is damaged.
     """
-    found = [read_result(path, {"schema": str}) for path in sorted(folder.glob("**/*.json"))]
+    found = [read_result(path, {"schema": str}) for path in sorted(folder.glob(f"**/{named}"))]
     results = [result for result in found if result["schema"] == schema]
     if not results:
         raise DataError(f"{folder}: expected results of the {of}, found none; run it first")

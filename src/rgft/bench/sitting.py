@@ -216,9 +216,7 @@ class _OfExperiment:
         )
 
     def close(self) -> None:
-        self._agenda.release()
-        if elsewhere := self._agenda.elsewhere():
-            log.info("%s: %d runs are left to another sitting, which has begun them", self.folder, elsewhere)
+        self._agenda.close()
 
     def _end(self, cell: Cell, failure: Failure | None) -> None:
         self._agenda.release(cell)

@@ -250,7 +250,6 @@ def test_two_sittings_make_each_run_once(tmp_path: Path) -> None:
     assert first is not None
     assert second is not None
     assert [cell.file_name.removesuffix(".json") for cell in (first, second)] == IN_ORDER[:2]
-    assert theirs.elsewhere() == 1
     # What is given up without a result is taken by whoever asks next, and what has one by nobody.
     ours.release(first)
     assert theirs.take() == first
@@ -261,7 +260,6 @@ def test_two_sittings_make_each_run_once(tmp_path: Path) -> None:
     assert taken is not None
     assert taken.file_name.removesuffix(".json") == IN_ORDER[2]
     ours.release()
-    assert theirs.elsewhere() == 0
     assert sorted(path.name for path in (tmp_path / "x").iterdir()) == [first.file_name, second.file_name]
 
 
@@ -301,6 +299,22 @@ def test_a_claim_ends_with_its_process(tmp_path: Path) -> None:
     found.release()
     with pytest.raises(RunFolderError, match=r"\.a\.json\.claim: it could not be written"):
         claims.claim(tmp_path / "none" / "a.json")
+
+
+def test_what_is_left_to_another_sitting_has_no_result_and_was_not_taken_later(tmp_path: Path) -> None:
+    ours, theirs = claims.Claims(tmp_path), claims.Claims(tmp_path)
+    made, failed, begun = (tmp_path / f"{name}.json" for name in ("made", "failed", "begun"))
+    assert all(theirs.take(result) for result in (made, failed, begun))
+    assert not any(ours.take(result) for result in (made, failed, begun))
+    assert ours.elsewhere() == 3
+    made.write_text("{}")
+    theirs.release(failed)
+    assert ours.take(failed)
+    ours.release(failed)
+    assert ours.elsewhere() == 1
+    theirs.close()
+    assert not ours.take(made)
+    assert list(tmp_path.iterdir()) == [made]
 
 
 @pytest.mark.parametrize(

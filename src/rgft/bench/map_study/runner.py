@@ -18,6 +18,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from rgft.batches import BatchStream, Subset, on_device
+from rgft.bench.claims import Claims
 from rgft.bench.durations import TimeLeft
 from rgft.bench.fingerprint import DataCheck
 from rgft.bench.map_study.maps import Maps
@@ -79,7 +80,7 @@ def run_studies(
 def results_by_study(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """The results of all map studies below a folder, by the study's name; see `read_results`."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for result in read_results(folder, SCHEMA, of="map study"):
+    for result in read_results(folder, SCHEMA, of="map study", named="map-study--*.json"):
         found.setdefault(result["study"], []).append(result)
     return found
 
@@ -96,6 +97,7 @@ class _Seeds:
         for path, result in self._stored.items():
             _require_same_settings(study, result, path)
         self._lacking = {seed: path for seed, path in paths.items() if path not in self._stored}
+        self._claims = Claims(folder)
         self._are_data_known = False
         self._seconds = 0.0
         for result in self._stored.values():
@@ -105,10 +107,10 @@ class _Seeds:
         if not self._are_data_known:
             self._are_data_known = True
             self._require_same_data()
-        if not self._lacking:
+        seed = next((seed for seed, path in self._lacking.items() if self._claims.take(path)), None)
+        if seed is None:
             return None
-        seed, path = next(iter(self._lacking.items()))
-        del self._lacking[seed]
+        path = self._lacking.pop(seed)
         return Job(
             path=path, make=partial(make_seed, self._study, seed, path, self._conditions), seconds=self._seconds,
             end=partial(self._end, path),
@@ -121,9 +123,10 @@ class _Seeds:
             self._lacking.clear()
 
     def close(self) -> None:
-        """Nothing is held."""
+        self._claims.close()
 
     def _end(self, path: Path, failure: Failure | None) -> None:
+        self._claims.release(path)
         if failure is None:
             self._note(read_result(path, KEYS))
         elif failure.concerns != "run" and self._lacking:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from rgft.bench.claims import claim
 from rgft.bench.map_study import runner
 from rgft.bench.map_study.runner import run_seed
 from rgft.bench.map_study.settings import MapStudy
@@ -199,6 +200,24 @@ def test_stored_results_of_other_settings_or_data_are_refused(tmp_path: Path, mo
             list(runner.run_studies([study], tmp_path))
 
 
+def test_a_seed_that_another_sitting_is_at_is_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "bench_task", in_place_of_bench_task([]))
+    monkeypatch.setattr(runner, "run_seed", lambda study, task, *, seed: {"seed": seed, "settings": {}})
+    study = replace(STUDY, alone_steps=0, seeds=(0, 1))
+    (tmp_path / study.name).mkdir()
+    held = claim(tmp_path / study.name / "map-study--seed0.json")
+    assert held is not None
+    assert [made.path.name for made in runner.run_studies([study], tmp_path)] == ["map-study--seed1.json"]
+    held.release()
+    assert [path.name for path in (tmp_path / study.name).iterdir()] == ["map-study--seed1.json"]
+
+
+def test_a_damaged_file_of_another_kind_does_not_stop_a_summary(tmp_path: Path) -> None:
+    stored_study("map_study_bbc", 2, tmp_path)
+    (tmp_path / "rgft--final--lr1--seed0.json").write_text('{"seed": 0, "da')
+    assert list(runner.results_by_study(tmp_path)) == ["map_study_bbc"]
+
+
 def test_a_study_s_data_are_checked_where_no_seed_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "bench_task", in_place_of_bench_task([]))
     study = replace(STUDY, alone_steps=0)
@@ -281,6 +300,7 @@ def test_seeds_side_by_side_on_a_device(tmp_path: Path, monkeypatch: pytest.Monk
     later = seeds.take()
     assert later is not None
     assert (later.path.name, later.seconds) == ("map-study--seed1.json", stored["seconds"])
+    seeds.close()  # what it was at is another sitting's now
     # The first is begun, however long it takes; no other that would end too late is.
     begun = runner.run_studies([study], tmp_path, stop_after_seconds=stored["seconds"] / 2)
     assert [outcome.path.name for outcome in begun] == ["map-study--seed1.json"]

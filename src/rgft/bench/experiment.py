@@ -53,6 +53,7 @@ class Contender(Section):
         seeds: seeds of the final runs; None: the experiment's.
         variants: name → settings laid over its own (`laid_over`), that are tried at the best rate; "method": those
             that the method itself names.
+        evaluate: what is evaluated of its final runs beside their test split; None: what the experiment asks for.
     """
 
     label: Name
@@ -62,6 +63,7 @@ class Contender(Section):
     settings: MethodSettings = Field(default_factory=dict)
     seeds: Seeds | None = None
     variants: dict[Name, MethodSettings] = Field(default_factory=dict)
+    evaluate: Annotated[Extra | None, BeforeValidator(_extra)] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -165,6 +167,7 @@ class Experiment(Section):
         contenders: what is compared.
         tuning_seeds, seeds: disjoint.
         evaluate: what is evaluated of final runs beside their test split (see `measures.Extra`): time, no budget.
+            Contenders may ask for something else.
         max_extensions: how many rates a contender may try beyond its grid, while the best is at an edge.
     """
 
@@ -193,13 +196,15 @@ class Experiment(Section):
             problems.append(f"contenders: expected labels of their own, found {', '.join(twice)} more than once")
         if not self.tuning_seeds and any(contender.is_tuned for contender in self.contenders):
             problems.append("expected tuning_seeds, since contenders have several rates or variants; found none")
-        try:
-            self.evaluate.check(
-                task=self.task.get("name", "rotten_tomatoes"),
-                searches_rate=any(c.settings.get("lr") not in (None, "auto") for c in self.contenders),
-            )
-        except ConfigError as error:
-            problems += error.problems
+        for extra in dict.fromkeys((self.evaluate, *map(self.evaluate_of, self.contenders))):
+            asking = [contender for contender in self.contenders if self.evaluate_of(contender) == extra]
+            try:
+                extra.check(
+                    task=self.task.get("name", "rotten_tomatoes"),
+                    searches_rate=any(c.settings.get("lr") not in (None, "auto") for c in asking),
+                )
+            except ConfigError as error:
+                problems += error.problems
         problems += [problem for contender in self.contenders for problem in self._wrong_settings(contender)]
         if problems:
             raise ConfigError(problems)
@@ -215,6 +220,10 @@ class Experiment(Section):
                 chosen.configuration(budget=contender.budget, seed=0, settings=settings, followed=Followed())
             except ConfigError as error:
                 yield from (f"{where}: config.{problem}" for problem in error.problems)
+
+    def evaluate_of(self, contender: Contender) -> Extra:
+        """What is evaluated of a contender's final runs beside their test split."""
+        return self.evaluate if contender.evaluate is None else contender.evaluate
 
     def with_common(self, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         """A method's settings, with those of RGFT that all contenders share where it has none of its own."""

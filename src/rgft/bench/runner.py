@@ -79,7 +79,7 @@ def run_cell(experiment: Experiment, cell: Cell, conditions: Conditions = ALONE)
     )  # fmt: skip
     full_flops = full_fine_tuning_flops(task, settings, seed=cell.seed) if chosen.changes_model else None
     # Test data are not the only ones that a tuning run must not look at; and looking costs time.
-    measured = MeasuredRun(experiment.evaluate if cell.is_final else Extra(), task)
+    measured = MeasuredRun(experiment.evaluate_of(contender) if cell.is_final else Extra(), task)
     memory = forget_peak()
     torch.manual_seed(cell.seed)
     task.model, task.loss = chosen.prepare(task.model, own), chosen.loss_of(task.loss, own)

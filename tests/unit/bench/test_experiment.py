@@ -117,6 +117,14 @@ def test_what_is_wrong_with_a_contender_is_said(tmp_path: Path, changes: dict[st
         ),
         ({"max_extensions": -1}, "max_extensions: expected a number greater than or equal to 0, found -1"),
         ({"evaluate": {"each_epoch": 1}}, "evaluate.each_epoch: expected true or false, found 1"),
+        (
+            {"contenders": [contender(evaluate={"each_epoch": 1})]},
+            r"contenders.0 \(a\): evaluate.each_epoch: expected true or false, found 1",
+        ),
+        (
+            {"contenders": [contender(label="b"), contender(settings={"lr": [0.1, 0.2]}, evaluate={"at": [0.5]})]},
+            "evaluate.at, evaluate.each_epoch: expected one learning rate for each run",
+        ),
     ],
 )
 def test_what_is_wrong_with_an_experiment_is_said(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -119,6 +119,24 @@ def test_tuning_runs_look_at_nothing_else(monkeypatch: pytest.MonkeyPatch) -> No
     assert "test" not in result["metrics"]
 
 
+def test_a_contender_may_be_asked_for_something_else_than_the_experiment_asks_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rgft.bench.runner, "bench_task", in_place_of_bench_task([]))
+    own = Contender(label="own", method="full", budget=0.2, lrs=(1e-3,), evaluate=Extra(weights=True))
+    none = Contender(label="none", method="full", budget=0.2, lrs=(1e-3,), evaluate=Extra())
+    plain = Contender(label="plain", method="full", budget=0.2, lrs=(1e-3,))
+    experiment = Experiment(
+        name="x", task={}, run={"epochs": 1.0, "batch_size": 8}, config={}, contenders=(own, none, plain),
+        tuning_seeds=(), seeds=(1,), evaluate=Extra(at=(0.5,)),
+    )  # fmt: skip
+    measured = [
+        set(rgft.bench.runner.run_cell(experiment, Cell(contender=c, lr=1e-3, seed=1, is_final=True))["measures"])
+        for c in experiment.contenders
+    ]
+    assert measured == [{"weights"}, set(), {"along"}]
+
+
 def test_other_domains_are_evaluated_without_what_was_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     def texts(tokenizer: Any) -> list[tuple[list[int], str]]:
         words = ["good a b c d e f g", "bad a a a a a a a", "good 0 0 0", "good j j j j j j j"]

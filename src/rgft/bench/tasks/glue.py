@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from functools import cache, partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from rgft.bench.tasks.labelled import Answered
 from rgft.bench.tasks.splits import shuffled
 from rgft.bench.tasks.superglue import SOURCES, Source
 from rgft.errors import DataError
@@ -69,7 +69,7 @@ def _scored(task: PreparedTask, source: Source) -> PreparedTask:
     """The task with GLUE's own metrics of it."""
 
     def scores(logits: Tensor, labels: Tensor) -> dict[str, float]:
-        return source.scores(logits, labels, torch.full_like(labels, -1))  # each row alone
+        return source.scores(Answered.one_by_one(logits, labels))
 
     task.metric, task.primary_metric = partial(OfWholeSplit, scores), source.primary
     return task

@@ -17,9 +17,6 @@ from rgft.tasks.demo import model_folder
 from rgft.tasks.models import load_classifier, load_tokenizer
 from rgft.tasks.text_classification import collate
 
-#: (logits [N, C] or [N, 1], labels [N], groups [N]) of a whole split → name → value.
-Scores = Callable[[Tensor, Tensor, Tensor], dict[str, float]]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Labelled:
@@ -29,11 +26,41 @@ class Labelled:
         texts: one or two.
         label: a class, or a number to be predicted.
         group: rows of one group are scored together (the answers to a question); -1: alone.
+        worth: how nearly right its group's answer is if it is this row, 0…1, where that is not all or nothing.
     """
 
     texts: tuple[str, ...]
     label: float
     group: int = -1
+    worth: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """A whole split and what a model made of it; `groups` and `worths` as in `Labelled`.
+
+    Attributes:
+        logits: [N, C], or [N, 1] where numbers are predicted.
+        labels, groups, worths: [N].
+    """
+
+    logits: Tensor
+    labels: Tensor
+    groups: Tensor
+    worths: Tensor
+
+    @classmethod
+    def one_by_one(cls, logits: Tensor, labels: Tensor) -> Answered:
+        """Of rows that belong to no group."""
+        alone, nothing = torch.full((len(labels),), -1), torch.zeros(len(labels))
+        return cls(logits=logits, labels=labels, groups=alone, worths=nothing)
+
+
+#: Of a split → name → value.
+Scores = Callable[[Answered], dict[str, float]]
+
+#: What is in a batch beside the model's inputs.
+_BESIDE = ("labels", "groups", "worths")
 
 
 def labelled_task(
@@ -69,13 +96,20 @@ def labelled_task(
         inputs = [tokenizer(*row.texts, truncation=True, max_length=max_tokens) for row in some]
         keys = [key for key in ("input_ids", "attention_mask", "token_type_ids") if key in inputs[0]]
         return [
-            {**{key: ids[key] for key in keys}, "labels": int(row.label) if names else row.label, "groups": row.group}
+            {
+                **{key: ids[key] for key in keys}, "labels": int(row.label) if names else row.label,
+                "groups": row.group, "worths": row.worth,
+            }
             for ids, row in zip(inputs, some, strict=True)
-        ]
+        ]  # fmt: skip
 
     def batched(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        inputs = [{key: value for key, value in example.items() if key != "groups"} for example in examples]
-        return {**collate(tokenizer, inputs), "groups": torch.tensor([example["groups"] for example in examples])}
+        own = ("groups", "worths")
+        inputs = [{key: value for key, value in example.items() if key not in own} for example in examples]
+        return {
+            **collate(tokenizer, inputs),
+            **{key: torch.tensor([example[key] for example in examples]) for key in own},
+        }
 
     return PreparedTask(
         model=network, processor=tokenizer, train=encoded(rows["train"]), validation=encoded(rows["validation"]),
@@ -85,7 +119,7 @@ def labelled_task(
 
 
 def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in batch.items() if key not in ("labels", "groups")}
+    return {key: value for key, value in batch.items() if key not in _BESIDE}
 
 
 def _class_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
@@ -99,17 +133,17 @@ def _number_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
 
 class _Grouped:
-    """Keeps all logits, labels and groups of a split."""
+    """Keeps all logits of a split, and what is beside its inputs."""
 
     def __init__(self, scores: Scores) -> None:
         self._scores = scores
-        self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._rows: list[tuple[Tensor, ...]] = []
 
     def update(self, logits: Tensor, batch: Mapping[str, Any]) -> None:
-        self._rows.append((logits.float().cpu(), batch["labels"].cpu(), batch["groups"].cpu()))
+        self._rows.append((logits.float().cpu(), *(batch[key].cpu() for key in _BESIDE)))
 
     def compute(self) -> dict[str, float]:
         if not self._rows:
             return {}
-        logits, labels, groups = (torch.cat(parts) for parts in zip(*self._rows, strict=True))
-        return self._scores(logits, labels, groups)
+        logits, labels, groups, worths = (torch.cat(parts) for parts in zip(*self._rows, strict=True))
+        return self._scores(Answered(logits=logits, labels=labels, groups=groups, worths=worths))

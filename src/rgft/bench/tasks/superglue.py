@@ -1,7 +1,7 @@
 """GLUE (Wang et al. 2018) and SuperGLUE (Wang et al. 2019) as the hub has them, with their standard metrics.
 
 Their test labels are not public: what they validate on is the test split here, and validation data are held out of the
-training split. ReCoRD, whose answers are names in a text, is not among them.
+training split.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from rgft.tasks.base import PreparedTask
 from rgft.tasks.split import stratified
 
 Row = Mapping[str, Any]
+#: One or two texts, their label, and what they are worth as an answer (see `Labelled`).
+Part = tuple[tuple[str, ...], Any, float]
 
 GLUE, SUPERGLUE = "nyu-mll/glue", "aps/super_glue"
 
@@ -30,12 +32,14 @@ class Source:
 
     Attributes:
         hub: name of the data set.
-        texts: row → one or two texts; a row may stand for several, as with COPA's alternatives.
+        parts: what a row stands for, several with COPA's alternatives; None: its columns' texts, with its label.
+        group: what its parts are scored together by; None: each alone.
         names: of the classes; none: numbers are predicted.
         scores: its standard metrics.
         primary: the metric that is quoted first.
         test: the split with public labels.
-        columns: that a row has, beside `label`.
+        columns: that a row has, beside its label.
+        label: the column that has it.
     """
 
     hub: str
@@ -44,25 +48,40 @@ class Source:
     scores: Scores = glue_metrics.classes
     primary: str = "accuracy"
     test: str = "validation"
-    texts: Callable[[Row], Sequence[tuple[tuple[str, ...], Any]]] | None = None
+    label: str = "label"
+    parts: Callable[[Row], Sequence[Part]] | None = None
     group: Callable[[Row], Any] | None = None
 
 
-def _copa(row: Row) -> list[tuple[tuple[str, ...], int]]:
-    asked = f"{row['premise']} What was the {row['question']}?"
-    return [((asked, str(row[f"choice{number + 1}"])), int(row["label"] == number)) for number in (0, 1)]
+def _copa(row: Row) -> list[Part]:
+    asked, right = f"{row['premise']} What was the {row['question']}?", row["label"]
+    return [((asked, str(row[f"choice{n + 1}"])), int(right == n), float(right == n)) for n in (0, 1)]
 
 
-def _multirc(row: Row) -> list[tuple[tuple[str, ...], int]]:
-    return [((str(row["paragraph"]), f"{row['question']} {row['answer']}"), row["label"])]
+def _multirc(row: Row) -> list[Part]:
+    return [((str(row["paragraph"]), f"{row['question']} {row['answer']}"), row["label"], 0.0)]
 
 
-def _wic(row: Row) -> list[tuple[tuple[str, ...], int]]:
-    return [((f"{row['word']}: {row['sentence1']}", str(row["sentence2"])), row["label"])]
+def _record(row: Row) -> list[Part]:
+    """The query with each name of the passage in the gap: right if it is an answer, up to how it is written."""
+    answers = list(row["answers"])
+    right = {glue_metrics.normalised(answer) for answer in answers}
+    names = {glue_metrics.normalised(name): name for name in reversed(row["entities"])}
+    return [
+        (
+            (str(row["passage"]), str(row["query"]).replace("@placeholder", name)), int(key in right),
+            glue_metrics.overlap(name, answers),
+        )
+        for key, name in reversed(names.items())
+    ]  # fmt: skip
 
 
-def _wsc(row: Row) -> list[tuple[tuple[str, ...], int]]:
-    return [((str(row["text"]), f"{row['span2_text']} is {row['span1_text']}"), row["label"])]
+def _wic(row: Row) -> list[Part]:
+    return [((f"{row['word']}: {row['sentence1']}", str(row["sentence2"])), row["label"], 0.0)]
+
+
+def _wsc(row: Row) -> list[Part]:
+    return [((str(row["text"]), f"{row['span2_text']} is {row['span1_text']}"), row["label"], 0.0)]
 
 
 _YES = ("no", "yes")
@@ -88,15 +107,19 @@ SOURCES: Mapping[str, Source] = {
     ),
     "copa": Source(
         hub=SUPERGLUE, columns=("premise", "question", "choice1", "choice2"), names=_YES, scores=glue_metrics.choices,
-        texts=_copa, group=lambda row: (row["premise"], row["question"], row["choice1"], row["choice2"]),
+        parts=_copa, group=lambda row: (row["premise"], row["question"], row["choice1"], row["choice2"]),
     ),
     "multirc": Source(
         hub=SUPERGLUE, columns=("paragraph", "question", "answer"), names=_YES, scores=glue_metrics.answers,
-        primary="f1", texts=_multirc, group=lambda row: (row["paragraph"], row["question"]),
+        primary="f1", parts=_multirc, group=lambda row: (row["paragraph"], row["question"]),
+    ),
+    "record": Source(
+        hub=SUPERGLUE, columns=("passage", "query", "entities"), names=_YES, scores=glue_metrics.named, primary="f1",
+        label="answers", parts=_record, group=lambda row: (row["passage"], row["query"]),
     ),
     "super_rte": Source(hub=SUPERGLUE, columns=("premise", "hypothesis"), names=_ENTAILMENT),
-    "wic": Source(hub=SUPERGLUE, columns=("word", "sentence1", "sentence2"), names=_YES, texts=_wic),
-    "wsc": Source(hub=SUPERGLUE, columns=("text", "span1_text", "span2_text"), names=_YES, texts=_wsc),
+    "wic": Source(hub=SUPERGLUE, columns=("word", "sentence1", "sentence2"), names=_YES, parts=_wic),
+    "wsc": Source(hub=SUPERGLUE, columns=("text", "span1_text", "span2_text"), names=_YES, parts=_wsc),
 }  # fmt: skip
 
 
@@ -155,21 +178,28 @@ def _splits(task: str, source: Source, data: str | None, held_out: float) -> dic
 
 
 def _labelled(task: str, source: Source, row: Row, groups: dict[Any, int]) -> list[Labelled]:
-    label = row["label"]
-    if label is None or isinstance(label, str) or (source.names and not 0 <= label < len(source.names)):
+    label = row[source.label]
+    if source.label == "label" and not _is_known(source, label):
         expected = f"0 to {len(source.names) - 1}" if source.names else "a number"
         raise DataError(f"{task}: expected a label of {expected}, found {label!r}; the test labels are not public")
+    if source.label == "answers" and not label:
+        raise DataError(f"{task}: expected answers, found none; those of the test split are not public")
     group = -1 if source.group is None else groups.setdefault(source.group(row), len(groups))
-    parts = (
-        [(tuple(str(row[column]) for column in source.columns), label)] if source.texts is None else source.texts(row)
-    )
-    return [Labelled(texts=texts, label=float(value), group=group) for texts, value in parts]
+    plain: Part = (tuple(str(row[column]) for column in source.columns), label, 0.0)
+    parts = [plain] if source.parts is None else source.parts(row)
+    if not parts:
+        raise DataError(f"{task}: expected something to choose among, found nothing in {dict(row)!r:.200}")
+    return [Labelled(texts=texts, label=float(value), group=group, worth=worth) for texts, value, worth in parts]
+
+
+def _is_known(source: Source, label: Any) -> bool:
+    return not (label is None or isinstance(label, str) or (source.names and not 0 <= label < len(source.names)))
 
 
 def _rows(task: str, source: Source, data: str | None, split: str) -> list[Row]:
     from rgft.tasks.files import read_rows, require_columns
 
-    columns = [*source.columns, "label"]
+    columns = [*source.columns, source.label]
     folder = None if data is None else Path(data).expanduser()
     if folder is not None and (folder.exists() or str(data).startswith((".", "/", "~"))):
         found = [path for ending in ("parquet", "jsonl") if (path := folder / f"{split}.{ending}").is_file()]

@@ -92,6 +92,6 @@ METHODS = (
     ),
     _selection(
         "greentrainer", "GreenTrainer", "Huang et al. 2023 (arXiv:2309.13192)", measures=_GREENTRAINER, cost=_LOOKS,
-        revision=2, tries=("rho", 0.3, 0.7),
+        revision=2, tries=("rho", 0.4, 0.7),
     ),
 )  # fmt: skip

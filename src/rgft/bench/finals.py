@@ -223,6 +223,22 @@ def final_results(folder: Path) -> dict[Group, list[Finals]]:
     }
 
 
+def without_superseded(contenders: Sequence[Finals]) -> list[Finals]:
+    """Contenders without those of an earlier revision of which the present one has as many runs at that budget."""
+    runs = {
+        (finals.method, finals.kind.settings, finals.budget): len(finals.by_seed) + len(finals.diverged)
+        for finals in contenders
+        if finals.is_current
+    }
+    return [
+        finals
+        for finals in contenders
+        if finals.is_current
+        or runs.get((finals.method, finals.kind.settings, finals.budget), 0)
+        < len(finals.by_seed) + len(finals.diverged)
+    ]
+
+
 def _finals(
     label: str, key: _Key, results: Mapping[int, Mapping[str, Any]], *, trials: Sequence[_Trial]
 ) -> Finals:  # fmt: skip

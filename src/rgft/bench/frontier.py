@@ -10,7 +10,7 @@ from statistics import mean, stdev
 
 from rgft.bench.costs import Cost, circumstances, unsound
 from rgft.bench.figures import is_lower_better
-from rgft.bench.finals import Finals, Kind, final_results, metric_of
+from rgft.bench.finals import Finals, Kind, final_results, metric_of, without_superseded
 from rgft.bench.group import Group
 from rgft.errors import DataError
 
@@ -71,7 +71,7 @@ def frontiers(folder: Path, *, metric: str, against: Cost = "flops") -> dict[Gro
         DataError: there are no results, or the metric was measured on no task.
     """
     found = {
-        group: _frontier(contenders, metric_of(group, metric), against)
+        group: _frontier(without_superseded(contenders), metric_of(group, metric), against)
         for group, contenders in final_results(folder).items()
         if not group.fixes_cuts
     }

@@ -7,7 +7,7 @@ from statistics import mean, stdev
 
 from rgft.bench import beside
 from rgft.bench.cells import OF_SEEDS_ALONE, heading, line, seeds_alone
-from rgft.bench.finals import Finals, final_results
+from rgft.bench.finals import Finals, final_results, without_superseded
 from rgft.bench.group import Group
 from rgft.bench.paired import difference, is_target, lacking, said, target_margin
 from rgft.bench.statistics import Comparison
@@ -38,7 +38,8 @@ def markdown(folder: Path) -> str:
     full fine-tuning at a higher budget, RGFT's runs at each lower one are held against the target.
     """
     parts: list[str] = []
-    for group, contenders in final_results(folder).items():
+    for group, found in final_results(folder).items():
+        contenders = without_superseded(found)
         for budget in sorted({finals.budget for finals in contenders}):
             rows = [finals for finals in contenders if finals.budget == budget]
             reference = _reference(contenders, budget)

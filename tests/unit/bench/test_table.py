@@ -68,22 +68,28 @@ def test_seeds_that_diverged_are_counted_and_in_no_mean(tmp_path: Path, caplog: 
     assert frontier.left_out == {"lora at 0.3": "loss diverged"}
 
 
-def test_rows_of_an_earlier_revision_say_so(tmp_path: Path) -> None:
-    write(tmp_path, "rgft", 0, 0.4)
-    write(tmp_path, "full", 0, 0.4)
-    path = next(tmp_path.glob("rgft*.json"))
-    result = json.loads(path.read_text())
-    del result["revision"]  # as the first had none
-    path.write_text(json.dumps(result))
+def test_rows_of_an_earlier_revision_say_so_until_the_present_one_has_as_many_runs(tmp_path: Path) -> None:
+    for seed in range(3):
+        write(tmp_path, "rgft", seed, 0.4)
+    for path in tmp_path.glob("rgft*.json"):
+        result = json.loads(path.read_text())
+        del result["revision"]  # as the first had none
+        path.write_text(json.dumps(result))
     assert METHODS["rgft"].revision > 1
+    write(tmp_path, "full", 0, 0.4)
+    write(tmp_path, "full", 1, 0.41)
     write(tmp_path / "anew", "rgft", 0, 0.3)  # beside it, and what others are compared with
     write(tmp_path / "anew", "rgft", 1, 0.3)
-    write(tmp_path, "full", 1, 0.41)
-    assert "| rgft, revision 1 (1 seeds) |" in markdown(tmp_path)
-    assert "| rgft (2 seeds) |" in markdown(tmp_path)
-    full = next(line for line in markdown(tmp_path).splitlines() if line.startswith("| full (2 seeds) |"))
+    table = markdown(tmp_path)
+    assert "| rgft, revision 1 (3 seeds) |" in table
+    assert "| rgft (2 seeds) |" in table
+    full = next(line for line in table.splitlines() if line.startswith("| full (2 seeds) |"))
     assert full.count("+0.105 [+0.041, +0.169]") == 2
     assert full.endswith("| undecided |")  # two seeds are too few
+    write(tmp_path / "anew", "rgft", 2, 0.3)
+    table = markdown(tmp_path)
+    assert "| rgft (3 seeds) |" in table
+    assert "revision" not in table
 
 
 def test_tasks_are_kept_apart_and_cuts_stand_beside_rgft(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ class Reached:
     steps: Taken
     epochs: Taken
     seconds: Taken
-    best: float
+    best: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,8 @@ class _Runs:
 
     Attributes:
         finals: of which these are some.
-        curves: evaluations along the way that have the metric, in order; of runs that diverged there are none.
+        curves: evaluations along the way, in order, of runs that were asked for the metric, though some may leave it
+            undefined; of runs that diverged there are none.
     """
 
     finals: Finals
@@ -109,7 +110,7 @@ class _Runs:
 
     @classmethod
     def of(cls, finals: Finals, metric: str) -> _Runs:
-        curves = {seed: _with_metric(result, metric) for seed, result in finals.by_seed.items()}
+        curves = {seed: _along(result, metric) for seed, result in finals.by_seed.items()}
         curves = {seed: points for seed, points in curves.items() if points}
         return cls(finals=finals, curves={**curves, **{seed: [] for seed in finals.diverged if curves}})
 
@@ -118,9 +119,11 @@ class _Runs:
         return [points for points in self.curves.values() if points]
 
 
-def _with_metric(result: Mapping[str, Any], metric: str) -> list[_Point]:
+def _along(result: Mapping[str, Any], metric: str) -> list[_Point]:
     points = result.get("measures", {}).get("along", [])
-    return [p for p in points if metric in p["metrics"]] if isinstance(points, list) else []
+    if not isinstance(points, list):
+        return []
+    return points if any(metric in p["metrics"] or metric in p.get("undefined", {}) for p in points) else []
 
 
 def first_reaching(points: Sequence[_Point], metric: str, target: float) -> _Point | None:
@@ -185,11 +188,20 @@ def _highest(runs: Sequence[_Runs], label: str | None, budget: float | None) -> 
 
 
 def _end_of(runs: _Runs | None, metric: str) -> float | None:
-    return None if runs is None else mean(points[-1]["metrics"][metric] for points in runs.ran)
+    """What a contender ends with, in the mean; None: a run ends with nothing that is defined."""
+    ends = [] if runs is None else [points[-1]["metrics"].get(metric) for points in runs.ran]
+    defined = [end for end in ends if end is not None]
+    return mean(defined) if ends and len(defined) == len(ends) else None
+
+
+def _best(runs: _Runs, metric: str) -> float | None:
+    """The mean of the best evaluations of those runs in which the metric is defined at all."""
+    choose = min if is_lower_better(metric) else max
+    values = [[point["metrics"][metric] for point in points if metric in point["metrics"]] for points in runs.ran]
+    return mean(map(choose, filter(None, values))) if any(values) else None
 
 
 def _reached(runs: _Runs, baseline: _Runs | None, metric: str, target: float) -> Reached:
-    choose = min if is_lower_better(metric) else max
     taken = {
         name: _taken(runs, None if baseline is runs else baseline, name, metric=metric, target=target)
         for name in _COUNTED
@@ -197,7 +209,7 @@ def _reached(runs: _Runs, baseline: _Runs | None, metric: str, target: float) ->
     return Reached(
         label=runs.finals.label, budget=runs.finals.budget, target=target, seeds=len(runs.curves),
         reached=sum(first_reaching(points, metric, target) is not None for points in runs.curves.values()),
-        best=mean(choose(point["metrics"][metric] for point in points) for points in runs.ran), **taken,
+        best=_best(runs, metric), **taken,
     )  # fmt: skip
 
 

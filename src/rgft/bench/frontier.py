@@ -121,7 +121,7 @@ def _made_alike(contenders: Sequence[Finals], cost: str) -> tuple[list[Finals], 
 
 
 def _why(finals: Finals, cost: str) -> str:
-    return ", ".join(sorted({unsound(result, cost) for result in finals.by_seed.values()}))
+    return ", ".join(sorted({unsound(result, cost) for result in map(finals.by_seed.__getitem__, finals.metric(cost))}))
 
 
 def _points(contenders: Sequence[Finals], metric: str, against: Cost) -> list[Point]:

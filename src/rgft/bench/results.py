@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rgft.bench.experiment import Cell
@@ -41,7 +42,9 @@ def read_result(path: Path, keys: Mapping[str, Any] = OF_A_RUN) -> dict[str, Any
     return result
 
 
-def read_results(folder: Path, schema: str, *, of: str, named: str = "*.json") -> list[dict[str, Any]]:
+def read_results(
+    folder: Path, schema: str, *, of: str, named: str = "*.json", keys: Mapping[str, Any] = MappingProxyType({})
+) -> list[dict[str, Any]]:  # fmt: skip
     """The results of a schema below a folder, by path.
 
     Args:
@@ -49,15 +52,18 @@ def read_results(folder: Path, schema: str, *, of: str, named: str = "*.json") -
         schema: that they say they are of.
         of: what makes them, for the message.
         named: pattern of their file names; what has another name is not read.
+        keys: that they have in any case; see `read_result`.
 
     Raises:
         DataError: there are none, or a file is damaged.
     """
-    found = [read_result(path, {"schema": str}) for path in sorted(folder.glob(f"**/{named}"))]
-    results = [result for result in found if result["schema"] == schema]
+    found = {path: read_result(path, {"schema": str}) for path in sorted(folder.glob(f"**/{named}"))}
+    results = {path: result for path, result in found.items() if result["schema"] == schema}
+    for path, result in results.items():
+        require(path, result, keys)
     if not results:
         raise DataError(f"{folder}: expected results of the {of}, found none; run it first")
-    return results
+    return list(results.values())
 
 
 def require(path: Path, result: Mapping[str, Any], keys: Mapping[str, Any]) -> None:

@@ -257,7 +257,7 @@ def attempt(make: Callable[[], None]) -> Failure | None:
         reason = f"{type(error).__name__}: {error}"
         if isinstance(error, TaskError):
             return Failure(reason=reason, concerns="experiment")
-        if isinstance(error, RunFolderError):
+        if isinstance(error, (RunFolderError, NonFiniteError)):  # another run may have neither trouble
             return Failure(reason=reason)
         if isinstance(error, RGFTError):
             return Failure(reason=reason, concerns="contender")

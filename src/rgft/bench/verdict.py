@@ -24,7 +24,7 @@ from rgft.bench.paired import (
     undecided,
 )
 from rgft.bench.statistics import Comparison, Ratio, counts, over_tasks
-from rgft.errors import DataError
+from rgft.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +121,11 @@ def verdicts(
         equal: what is better by the metric must not have a lower score, beyond the margin; None: it may.
 
     Raises:
+        ConfigError: a margin for a cost, whose verdict is its ratio's.
         DataError: a label is unknown, or there is nothing to compare.
     """
+    if metric in COSTS and margin:
+        raise ConfigError(f"margin: expected none with {metric}, which is judged by ratios; found {margin:g}")
     groups = {group: rows for group, rows in final_results(folder).items() if not group.fixes_cuts}
     ours, theirs = (_sides(groups, label) for label in (method, baseline))
     budgets = sorted({row.budget for rows in groups.values() for row in rows if row.kind in {s.kind for s in ours}})
@@ -190,6 +193,12 @@ class _OnTask:
     source: str
     is_doubted: bool
 
+    @property
+    def counts(self) -> bool:
+        """Whether it has a say over tasks: by all that is said there of it."""
+        figure = self.figure if self.logarithm is None else self.logarithm
+        return counts(figure) and (self.score is None or counts(self.score)) and not self.is_doubted
+
     @classmethod
     def of(cls, method: Finals, baseline: Finals, metric: str, margin: float, score: str, within: float) -> _OnTask:
         has_loss = not lacking(method, baseline, "loss") and not (score and is_lower_better(score))
@@ -219,7 +228,7 @@ def _verdict(
             own_margin = target_margin(method, baseline, name) if margin is None else margin
             within = 0.0 if equal is None else equal.margin
             tasks[group] = _OnTask.of(method, baseline, name, own_margin, score, within)
-    counted = {group: task for group, task in tasks.items() if counts(task.figure) and not task.is_doubted}
+    counted = {group: task for group, task in tasks.items() if task.counts}
     ratios = {group: Ratio.of(c) for group, task in tasks.items() if (c := _heard(task, task.logarithm)) is not None}
     is_cost = metric in COSTS
     together = _together(counted, "logarithm" if is_cost else "figure")

@@ -16,7 +16,8 @@ def lines_of(row: Reached, *, metric: str) -> Iterator[str]:
     ]  # fmt: skip
     runs = f"{row.reached} of {row.seeds} runs"
     lead = "" if row.reached else "not reached; "
-    yield f"{row.label} at {row.budget:g} ({runs}): {lead}{', '.join(told)}; best {metric} {row.best:.3f}"
+    best = "undefined" if row.best is None else f"{row.best:.3f}"
+    yield f"{row.label} at {row.budget:g} ({runs}): {lead}{', '.join(told)}; best {metric} {best}"
     if (against := row.flops.against) is not None and against.ratio is None:
         yield f"    not comparable with the baseline: {against.why}"
         return

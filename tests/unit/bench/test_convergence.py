@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from rgft.bench.convergence import Against, Reached, Taken, first_reaching, reached
 from rgft.bench.costs import BESIDE_OTHERS
 from rgft.bench.statistics import Ratio, compare
+from rgft.cli.app import app
 from rgft.errors import DataError
 
 
@@ -168,3 +170,24 @@ def test_seconds_of_a_busy_machine_decide_nothing(tmp_path: Path) -> None:
         assert taken.against is not None
         assert taken.against.ratio is not None
         assert taken.against.ratio.verdict == verdict
+
+
+def test_runs_whose_metric_is_undefined_did_not_get_there(tmp_path: Path) -> None:
+    def collapsed(fraction: float) -> dict[str, Any]:
+        return {**point(fraction, loss=0.7), "undefined": {"matthews": "one class only"}}
+
+    write(tmp_path, "a", 0, {"along": [point(0.1, matthews=0.3), point(0.2, matthews=0.4)]})
+    for seed in range(1, 5):
+        write(tmp_path, "a", seed, {"along": [collapsed(0.1), collapsed(0.2)]})
+        write(tmp_path, "b", seed, {"along": [collapsed(0.1), collapsed(0.2)]})
+    rows = only(tmp_path, metric="matthews", target=0.35)
+    a, b = rows["a at 0.3"], rows["b at 0.3"]
+    assert (a.reached, a.seeds, a.flops.median, a.best) == (1, 5, None, 0.4)
+    assert (b.reached, b.seeds, b.best) == (0, 4, None)
+    result = CliRunner().invoke(
+        app, ["bench", "reach", str(tmp_path), "--metric", "matthews", "--target", "0.35"], env={"COLUMNS": "200"}
+    )
+    assert "b at 0.3 (0 of 4 runs): not reached" in result.output
+    assert "best matthews undefined" in result.output
+    with pytest.raises(DataError, match="found none"):  # four of its five runs end with nothing
+        only(tmp_path, metric="matthews", target=None, of="a")

@@ -14,7 +14,7 @@ from rgft.bench.frontier import frontiers
 from rgft.bench.statistics import Comparison, Ratio, compare, compare_logarithms, mirrored
 from rgft.bench.verdict import Equal, Verdict, verdicts
 from rgft.cli.app import app
-from rgft.errors import DataError
+from rgft.errors import ConfigError, DataError
 from tests.unit.bench.test_table import write
 
 HERE = {"cpu": {"model": "here"}, "torch": {"threads": 2}}
@@ -222,6 +222,40 @@ def test_less_forgetting_counts_at_equal_score(
     assert [round(c.difference, 3) for c in found.scores.values()] == [round(score - 0.8, 3)] * 2
     (without,) = verdicts(tmp_path, "rgft", "full", metric="forgetting")
     assert {c.verdict for c in without.by_task.values()} == {"better" if forgets < 0.5 else "worse"}
+
+
+def test_a_task_whose_scores_are_too_few_has_no_say_over_tasks(tmp_path: Path) -> None:
+    for task in ("mrpc", "cola"):
+        forgetting(tmp_path / task, "rgft", 0.1, 0.8, task=task)
+        forgetting(tmp_path / task, "full", 0.5, 0.8, task=task)
+    forgetting(tmp_path / "bbc", "rgft", 0.1, 0.4, task="bbc")
+    forgetting(tmp_path / "bbc", "full", 0.5, 0.8, task="bbc")
+    for seed in (3, 4):  # three pairs are enough for forgetting, and not for scores with a margin
+        next((tmp_path / "bbc").glob(f"rgft*seed{seed}.json")).unlink()
+    (found,) = verdicts(tmp_path, "rgft", "full", metric="forgetting", equal=Equal(metric="accuracy"))
+    assert (found.counted, len(found.by_task)) == (2, 3)
+
+
+def test_a_cost_takes_no_margin_and_is_judged_where_its_ratios_spread(tmp_path: Path) -> None:
+    for task, times in (("mrpc", 3.0), ("cola", 3.0)):
+        timed(tmp_path / task, "rgft", 10.0, 21.0, 30.0, task=task)
+        timed(tmp_path / task, "full", times * 10.1, times * 20.0, times * 31.0, task=task)
+    timed(tmp_path / "bbc", "rgft", 20.0, 42.0, 60.0, task="bbc")
+    timed(tmp_path / "bbc", "full", 10.0, 21.0, 30.0, task="bbc")  # half of it each time
+    (found,) = verdicts(tmp_path, "rgft", "full", metric="seconds")
+    assert (found.counted, len(found.by_task)) == (2, 3)
+    with pytest.raises(ConfigError, match=r"margin: expected none with seconds, .* found 5"):
+        verdicts(tmp_path, "rgft", "full", metric="seconds", margin=5.0)
+
+
+def test_a_frontier_says_why_a_contender_is_left_out_whose_runs_lack_the_cost_in_part(tmp_path: Path) -> None:
+    timed(tmp_path, "rgft", 10.0, 21.0, costing={"peak": None})
+    path = next(tmp_path.glob("rgft*seed1.json"))
+    result = json.loads(path.read_text())
+    del result["ledger"]["memory"]
+    path.write_text(json.dumps(result))
+    with pytest.raises(DataError, match=RESIDENT):
+        frontiers(tmp_path, metric="loss", against="peak_memory")
 
 
 def test_scores_are_equal_within_the_margin_that_is_given(tmp_path: Path) -> None:

@@ -39,9 +39,10 @@ def likeness(runs: Mapping[str, Sequence[Values]], *, seed: int = 0) -> Likeness
     """How alike the runs of studies are.
 
     Args:
-        runs: study → the map of each of its seeds.
+        runs: study → the map of each of its seeds; empty ones, of what was not measured, are left out.
         seed: of the draws, where there are too many ways to deal runs out.
     """
+    runs = {study: [values for values in of_study if values] for study, of_study in runs.items()}
     maps = [values for of_study in runs.values() for values in of_study]
     studies = np.repeat(np.arange(len(runs)), [len(of_study) for of_study in runs.values()])
     rho = np.full((len(maps), len(maps)), np.nan)  # above the diagonal
@@ -51,7 +52,9 @@ def likeness(runs: Mapping[str, Sequence[Values]], *, seed: int = 0) -> Likeness
     within = {
         study: _mean(rho[np.ix_(studies == place, studies == place)]) for place, study in enumerate(runs)
     }  # fmt: skip
-    difference = _difference(rho, studies)
+    # Runs that cannot be held against each other, as those of two models, cannot change places.
+    pairs = rho[np.triu_indices(len(maps), k=1)]
+    difference = _difference(rho, studies) if np.isfinite(pairs).all() else None
     if difference is None:
         return Likeness(within=within, between=_mean(rho[studies[:, None] != studies]))
     sizes = [len(of_study) for of_study in runs.values() if of_study]

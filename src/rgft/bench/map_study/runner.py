@@ -44,6 +44,11 @@ SCHEMA = "rgft.map_study/1"
 #: What a stored result has in any case.
 KEYS: Mapping[str, Any] = {"seed": int, "settings": dict}
 
+#: What a summary needs beside.
+OF_A_SUMMARY: Mapping[str, Any] = {
+    **KEYS, "study": str, "components": list, "maps": dict, "error_maps": dict, "harm": dict, "gain_alone": dict,
+}  # fmt: skip
+
 #: How a component is changed when harm is measured: name → where it goes back to, and the share of its way from there
 #: that it keeps. From zero on it is the component itself that is scaled, with what it brought from pre-training.
 CHANGES: Mapping[str, tuple[Literal["initial", "zero"], float]] = {
@@ -80,7 +85,7 @@ def run_studies(
 def results_by_study(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """The results of all map studies below a folder, by the study's name; see `read_results`."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for result in read_results(folder, SCHEMA, of="map study", named="map-study--*.json"):
+    for result in read_results(folder, SCHEMA, of="map study", named="map-study--*.json", keys=OF_A_SUMMARY):
         found.setdefault(result["study"], []).append(result)
     return found
 

@@ -23,7 +23,7 @@ QUESTIONS: Mapping[str, tuple[Callable[[Result, str], Values], Callable[[Result]
     "first look, harm of a reset": (lambda r, label: r["maps"][label][0]["scores"], lambda r: r["harm"]["reset"]),
     "E at the end, harm of a reset": (lambda r, label: r["error_maps"][label], lambda r: r["harm"]["reset"]),
     "E at the end, harm of taking back half": (lambda r, label: r["error_maps"][label], lambda r: r["harm"]["halved"]),
-    "E at the end, harm of scaling": (lambda r, label: r["error_maps"][label], lambda r: r["harm"]["scaled"]),
+    "E at the end, harm of scaling": (lambda r, label: r["error_maps"][label], lambda r: r["harm"].get("scaled", {})),
 }
 
 #: What tables say of intervals that know nothing of seeds.

@@ -63,6 +63,12 @@ Scores = Callable[[Answered], dict[str, float]]
 _BESIDE = ("labels", "groups", "worths")
 
 
+def _own(splits: Mapping[str, Sequence[Labelled]]) -> tuple[str, ...]:
+    """What examples have beside texts and labels; worths only where there are some: examples are fingerprinted."""
+    has_worths = any(row.worth for rows in splits.values() for row in rows)
+    return ("groups", "worths") if has_worths else ("groups",)
+
+
 def labelled_task(
     splits: Mapping[str, Sequence[Labelled]], *, names: tuple[str, ...], scores: Scores, train_size: int, seed: int,
     model: str | None, max_tokens: int, primary_metric: str,
@@ -89,6 +95,7 @@ def labelled_task(
         name, labels=len(names) or 1, seed=seed, pad_token_id=tokenizer.pad_token_id,
         **(kind if names else {"problem_type": "regression"}),
     )  # fmt: skip
+    own = _own(splits)
     rows = {**splits, "train": drawn(splits["train"], train_size, seed=seed, what="rows")}
 
     def encoded(some: Sequence[Labelled]) -> list[dict[str, Any]]:
@@ -98,13 +105,12 @@ def labelled_task(
         return [
             {
                 **{key: ids[key] for key in keys}, "labels": int(row.label) if names else row.label,
-                "groups": row.group, "worths": row.worth,
+                **{key: {"groups": row.group, "worths": row.worth}[key] for key in own},
             }
             for ids, row in zip(inputs, some, strict=True)
         ]  # fmt: skip
 
     def batched(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        own = ("groups", "worths")
         inputs = [{key: value for key, value in example.items() if key not in own} for example in examples]
         return {
             **collate(tokenizer, inputs),
@@ -140,7 +146,8 @@ class _Grouped:
         self._rows: list[tuple[Tensor, ...]] = []
 
     def update(self, logits: Tensor, batch: Mapping[str, Any]) -> None:
-        self._rows.append((logits.float().cpu(), *(batch[key].cpu() for key in _BESIDE)))
+        rows = {"worths": torch.zeros(len(logits)), **batch}
+        self._rows.append((logits.float().cpu(), *(rows[key].cpu() for key in _BESIDE)))
 
     def compute(self) -> dict[str, float]:
         if not self._rows:

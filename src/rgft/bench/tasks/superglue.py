@@ -55,7 +55,7 @@ class Source:
 
 def _copa(row: Row) -> list[Part]:
     asked, right = f"{row['premise']} What was the {row['question']}?", row["label"]
-    return [((asked, str(row[f"choice{n + 1}"])), int(right == n), float(right == n)) for n in (0, 1)]
+    return [((asked, str(row[f"choice{n + 1}"])), int(right == n), 0.0) for n in (0, 1)]
 
 
 def _multirc(row: Row) -> list[Part]:

@@ -80,3 +80,15 @@ def test_what_cannot_be_compared_is_undefined() -> None:
     assert likeness({"a": [up], "b": [up]}).difference is None
     other_model = likeness({"a": [up, up], "b": [{"x": 1.0, "y": 2.0, "z": 3.0}]})
     assert (other_model.between, other_model.difference, other_model.p) == (None, None, None)
+
+
+def test_only_runs_that_can_change_places_are_dealt_out() -> None:
+    up, down, other = values(1, 2, 3, 4), values(4, 3, 2, 1), {"x": 1.0, "y": 2.0, "z": 3.0}
+    two = likeness({"a": [up] * 2, "b": [down] * 2})
+    assert two.p == two.least_p == pytest.approx(1 / 3)
+    unmeasured = likeness({"a": [up] * 2, "b": [down] * 2, "c": [{}] * 3})
+    assert (unmeasured.p, unmeasured.least_p) == (two.p, two.least_p)
+    assert unmeasured.within["c"] is None
+    of_two_models = likeness({"a": [up] * 2, "b": [down] * 2, "c": [other] * 3})
+    assert (of_two_models.difference, of_two_models.p, of_two_models.least_p) == (None, None, None)
+    assert of_two_models.between == pytest.approx(-1.0)

@@ -27,6 +27,7 @@ def write_study(folder: Path, seed: int, *looks: Mapping[str, float]) -> None:
         "schema": "rgft.map_study/1", "study": "s", "seed": seed, "settings": {"steps": 10},
         "components": [{"name": name} for name in PARTS],
         "maps": {"taylor": [{"step": 10 * place, "scores": look} for place, look in enumerate(looks)]},
+        "error_maps": {}, "harm": {}, "gain_alone": {},
     }  # fmt: skip
     (folder / f"map-study--seed{seed}.json").write_text(json.dumps(result))
 

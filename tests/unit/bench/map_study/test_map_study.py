@@ -18,10 +18,11 @@ from rgft.bench.map_study.settings import MapStudy
 from rgft.bench.map_study.summary import markdown, summarise
 from rgft.bench.map_study.worth import gain_of_training_alone, harm_of_moving, weights_of
 from rgft.bench.runner import Conditions
-from rgft.errors import ConfigError, DataError
+from rgft.errors import ConfigError, DataError, NonFiniteError
 from rgft.evaluation import evaluate
 from rgft.execution.views import bind
 from rgft.partition import partition
+from rgft.tasks.base import PreparedTask
 from tests.unit.bench.tiny_texts import in_place_of_bench_task, tiny_task
 
 SIGNALS = {"generalising_decrease": {"name": "generalising_decrease"}, "norm": {"name": "grad_norm", "p": 2}}
@@ -210,6 +211,36 @@ def test_a_seed_that_another_sitting_is_at_is_left_to_it(tmp_path: Path, monkeyp
     assert [made.path.name for made in runner.run_studies([study], tmp_path)] == ["map-study--seed1.json"]
     held.release()
     assert [path.name for path in (tmp_path / study.name).iterdir()] == ["map-study--seed1.json"]
+
+
+def test_a_seed_that_diverges_leaves_the_others_of_its_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_seed(study: MapStudy, task: PreparedTask, *, seed: int) -> dict[str, Any]:
+        if seed == 0:
+            raise NonFiniteError("the loss is nan")
+        return {"seed": seed, "settings": {}}
+
+    monkeypatch.setattr(runner, "bench_task", in_place_of_bench_task([]))
+    monkeypatch.setattr(runner, "run_seed", run_seed)
+    first, second = runner.run_studies([replace(STUDY, alone_steps=0, seeds=(0, 1))], tmp_path)
+    assert "the loss is nan" in first.failure
+    assert (second.path.name, second.failure) == ("map-study--seed1.json", "")
+    assert second.path.exists()
+
+
+def test_results_without_what_a_summary_needs_are_named(tmp_path: Path) -> None:
+    folder = stored_study("map_study_bbc", 1, tmp_path)
+    path = folder / "map-study--seed0.json"
+    stored = json.loads(path.read_text())
+    del stored["harm"]["scaled"]  # as results were before components were scaled
+    path.write_text(json.dumps(stored))
+    (rows,) = summarise(folder).answers.values()
+    assert rows["generalising_decrease"]["E at the end, harm of scaling"].rho is None
+    assert rows["generalising_decrease"]["E at the end, harm of a reset"].rho is not None
+    path.write_text(json.dumps({"schema": runner.SCHEMA}))
+    with pytest.raises(
+        DataError, match=r"map-study--seed0.json: .* found a damaged file \(without seed, settings, study"
+    ):
+        runner.results_by_study(tmp_path)
 
 
 def test_a_damaged_file_of_another_kind_does_not_stop_a_summary(tmp_path: Path) -> None:

@@ -35,6 +35,11 @@ class Group:
     corpora: frozenset[str]
     settings: tuple[tuple[str, str], ...]
 
+    @property
+    def heading(self) -> str:
+        """Its title, which it may have in common with that of cuts fixed by hand, told apart from theirs."""
+        return f"{self.title}, the cut fixed by hand" if self.fixes_cuts else self.title
+
     @classmethod
     def of(cls, result: Mapping[str, Any]) -> Group:
         """The comparison that a result belongs to.

@@ -45,13 +45,14 @@ class Outcomes:
     def __init__(self, task: PreparedTask, split: SizedDataset) -> None:
         self._task, count = task, len(split)
         self._losses, self._weights = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.int32)
+        self._questions = torch.full((count,), -1)
         self._predicted, self._labels = (torch.full((count,), -1, dtype=torch.int16) for _ in range(2))
         self._has_losses = self._has_classes = True
 
     def observe(self, places: Sequence[int], losses: Tensor, logits: Tensor, batch: Mapping[str, Any]) -> None:
         where, labels, groups = torch.tensor(places), batch["labels"], batch.get("groups")
-        if groups is not None and bool((groups >= 0).any()):  # rows of one question are no examples by themselves
-            self._has_losses = self._has_classes = False
+        if groups is not None:
+            self._questions[where] = groups.cpu()
         if losses.shape == (len(places),):
             weights = torch.tensor([self._task.weight(row) for _, row in pieces(batch, 1)])
             # Losses are such that their mean is that of all that the batch weighs.
@@ -70,16 +71,33 @@ class Outcomes:
         """Field → its numbers in the split's order, packed; a field that there is not is left out.
 
         `loss`: mean of the example; `weight`: what it counts for in the split's (not said where all count alike);
-        `predicted`, `label`: classes.
+        `predicted`, `label`: classes. Rows of one question are one example, and have no classes of their own.
         """
         found: dict[str, Tensor] = {}
-        if self._has_losses and not bool((self._losses.abs() > MAX_LOSS).any()):
-            found["loss"] = self._losses
-            if bool((self._weights != 1).any()):
-                found["weight"] = self._weights
-        if self._has_classes:
+        are_rows = bool((self._questions < 0).all())
+        losses, weights = (self._losses, self._weights) if are_rows else self._of_questions()
+        if self._has_losses and not bool((losses.abs() > MAX_LOSS).any()):
+            found["loss"] = losses
+            if bool((weights != 1).any()):
+                found["weight"] = weights
+        if self._has_classes and are_rows:
             found |= {"predicted": self._predicted, "label": self._labels}
         return {name: _packed(values, name) for name, values in found.items()}
+
+    def _of_questions(self) -> tuple[Tensor, Tensor]:
+        """The mean loss of each question and what it weighs, [questions] both; a row that is of none is one."""
+        alone = -1 - torch.arange(len(self._questions))
+        names, of_row = torch.where(self._questions >= 0, self._questions, alone).unique(return_inverse=True)
+        weights = torch.zeros(len(names), dtype=torch.int32).index_add_(0, of_row, self._weights)
+        sums = torch.zeros(len(names), dtype=torch.float64).index_add_(0, of_row, self._losses * self._weights)
+        return torch.where(weights > 0, sums / weights, 0.0), weights
+
+
+def number_of_examples(result: Mapping[str, Any]) -> int | None:
+    """How many examples a run was tested on, of which rows of one question are one; None: it does not say."""
+    if "loss" in (stored := result.get("outcomes") or {}):
+        return len(_unpacked(stored, "loss"))
+    return ((result.get("data") or {}).get("test") or {}).get("examples")
 
 
 def by_example(result: Mapping[str, Any], metric: str) -> Tensor | None:

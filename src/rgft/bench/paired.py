@@ -45,10 +45,14 @@ def difference(method: Finals, baseline: Finals, metric: str, *, margin: float =
     return agreeing(found, difference(method, baseline, "loss"))
 
 
+#: Of a score that is good otherwise. It is said of one side only: the other's loss is better.
+_LOSS_DISAGREES = "held-out loss is worse"
+
+
 def agreeing(score: Comparison, loss: Comparison | None) -> Comparison:
     """What a score says, unless it is good and the held-out loss says worse."""
     disagrees = loss is not None and loss.verdict == "worse" and score.verdict in ("better", "non-inferior")
-    return undecided(score, "held-out loss is worse") if disagrees else score
+    return undecided(score, _LOSS_DISAGREES) if disagrees else score
 
 
 def at_equal_score(found: Comparison, score: Comparison, loss: Comparison | None) -> Comparison:
@@ -64,6 +68,8 @@ def at_equal_score(found: Comparison, score: Comparison, loss: Comparison | None
     whose, gained, price = "its", score, loss
     if found.verdict == "worse":
         whose, gained, price = "the baseline's", mirrored(score), None if loss is None else mirrored(loss)
+        if score.why and score.why != _LOSS_DISAGREES:
+            gained = undecided(gained, score.why)
     gained = agreeing(gained, price)
     if gained.verdict in ("better", "non-inferior"):
         return found

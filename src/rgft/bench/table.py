@@ -51,14 +51,13 @@ def markdown(folder: Path) -> str:
 
 def _table(group: Group, budget: float, contenders: list[Finals], reference: Finals | None) -> str:
     name = group.metric.replace("_", " ")
-    cuts = ", the cut fixed by hand" if group.fixes_cuts else ""
     whose = "RGFT's" if reference is None or reference.budget == budget else f"RGFT's at {reference.budget:g}:"
     headings = [
         "", "lr", "tuning", "FLOPs", "steps", name, "held-out loss", f"{whose} {name} higher by",
         f"{whose} loss lower by", "",
     ]  # fmt: skip
     lines = [
-        f"**{group.title}{cuts}, {budget:g} of full fine-tuning's FLOPs**", "", *heading(headings),
+        f"**{group.heading}, {budget:g} of full fine-tuning's FLOPs**", "", *heading(headings),
     ]  # fmt: skip
     lines += [
         _row(finals, reference, group.metric)

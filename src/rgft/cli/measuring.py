@@ -37,13 +37,18 @@ def bench_reach(
 
         found = reached(results, metric=metric, target=target, of=of, against=baseline, against_budget=against)
         if as_json:
-            typer.echo(json.dumps({group.title: [asdict(row) for row in rows] for group, rows in found.items()}))
+            typer.echo(json.dumps({group.heading: [asdict(row) for row in rows] for group, rows in found.items()}))
             return
         for group, rows in found.items():
-            typer.echo(f"\n{group.title}: {metric} {rows[0].target:.3f}")
+            typer.echo(f"\n{group.heading}: {metric} {rows[0].target:.3f}")
             for row in rows:
                 for line in lines_of(row, metric=metric):
                     typer.echo(f"  {line}")
+            if baseline is not None and not any(
+                row.label == baseline and against in (None, row.budget) for row in rows
+            ):
+                at = "" if against is None else f" at {against:g}"
+                typer.echo(f"  held against nothing: no run of {baseline}{at} here was evaluated along the way")
 
 
 def bench_engine_table(

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from rgft.bench.costs import BESIDE_OTHERS, RESIDENT
 from rgft.bench.figures import COSTS, figure, is_lower_better, is_of, is_of_texts, names
 from rgft.bench.frontier import frontiers
+from rgft.bench.paired import agreeing, at_equal_score, undecided
 from rgft.bench.statistics import Comparison, Ratio, compare, compare_logarithms, mirrored
 from rgft.bench.verdict import Equal, Verdict, verdicts
 from rgft.cli.app import app
@@ -279,3 +280,15 @@ def test_mirrored_is_the_other_order() -> None:
         found = compare(ours, theirs, higher_is_better=True, margin=margin)
         other = compare(theirs, ours, higher_is_better=True, margin=margin)
         assert mirrored(found) == other
+
+
+def test_what_leaves_a_score_open_leaves_it_open_for_the_other_side_too() -> None:
+    worse = compare({s: 0.0 + s / 90 for s in range(5)}, dict.fromkeys(range(5), 1.0), higher_is_better=True)
+    assert worse.verdict == "worse"
+    equal = compare({s: s / 90 for s in range(5)}, dict.fromkeys(range(5), 0.02), higher_is_better=True, margin=0.1)
+    assert equal.verdict == "non-inferior"
+    assert at_equal_score(worse, equal, None).verdict == "worse"
+    found = at_equal_score(worse, undecided(equal, "held-out loss is undefined"), None)
+    assert (found.verdict, found.why) == ("undecided", "held-out loss is undefined")
+    # That one side's loss is worse is no objection to the other.
+    assert at_equal_score(worse, agreeing(equal, worse), None).verdict == "worse"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rgft.bench.finals import Finals, final_results
-from rgft.bench.outcomes import Outcomes, by_example
+from rgft.bench.outcomes import Outcomes, by_example, number_of_examples
 from rgft.bench.paired import difference, said
 from rgft.evaluation import evaluate
 from rgft.tasks.base import PreparedTask
@@ -133,18 +133,41 @@ def test_of_tokens_each_text_counts_for_what_it_predicts() -> None:
     assert len(set(values.tolist())) > 1
 
 
-def test_rows_of_one_question_are_no_examples_by_themselves() -> None:
+def test_rows_of_one_question_are_one_example() -> None:
     rows = texts(6)
     task = of_classes(rows)
-    for groups, fields in (([-1] * 6, {"loss", "predicted", "label"}), ([0, 0, 0, 1, 1, 1], set[str]())):
-        outcomes = Outcomes(task, rows)
+    groups = [7, -1, 2, 7, 7, 2]
 
-        def collate(some: list[dict[str, Any]], groups: list[int] = groups) -> dict[str, Tensor]:
-            return {**padded(some), "groups": torch.tensor(groups[: len(some)])}
+    def collate(some: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return {**padded(some), "groups": torch.tensor([groups[rows.index(row)] for row in some])}
 
-        task.collate = collate
-        evaluate(task, rows, batch_size=6, loss=task.loss, observer=outcomes.observe)
-        assert set(outcomes.to_dict()) == fields
+    task.collate = collate
+    outcomes = Outcomes(task, rows)
+    loss = evaluate(task, rows, batch_size=4, loss=task.loss, observer=outcomes.observe)["loss"]
+    stored = outcomes.to_dict()
+    assert set(stored) == {"loss", "weight"}
+    values = by_example({"outcomes": stored}, "loss")
+    assert values is not None
+    assert float(values.mean()) == pytest.approx(loss, rel=1e-3)
+    alone = [float(task.loss(task.model, padded([row]))[0]) for row in rows]
+    deviations = torch.tensor([alone[row] - loss for row in range(6)], dtype=torch.float64)
+    by_question = torch.stack([deviations[[1]].sum(), deviations[[2, 5]].sum(), deviations[[0, 3, 4]].sum()])
+    assert values.tolist() == pytest.approx((loss + by_question * 3 / 6).tolist(), rel=1e-2, abs=1e-3)
+    # Six rows, but three questions, by which the least error of a score goes.
+    assert number_of_examples({"outcomes": stored, "data": {"test": {"examples": 6}}}) == 3
+    assert number_of_examples({"data": {"test": {"examples": 6}}}) == 6
+    assert number_of_examples({}) is None
+
+
+def test_rows_that_are_each_alone_are_examples() -> None:
+    rows = texts(6)
+    task = of_classes(rows)
+    plain, told = Outcomes(task, rows), Outcomes(task, rows)
+    evaluate(task, rows, batch_size=4, loss=task.loss, observer=plain.observe)
+    task.collate = lambda some: {**padded(some), "groups": torch.full((len(some),), -1)}
+    evaluate(task, rows, batch_size=4, loss=task.loss, observer=told.observe)
+    assert told.to_dict() == plain.to_dict()
+    assert set(told.to_dict()) == {"loss", "predicted", "label"}
 
 
 def packed(hits: list[int]) -> dict[str, str]:

@@ -39,6 +39,18 @@ def test_reach(tmp_path: Path) -> None:
         ["a", 3, 0.2], ["c", 2, 0.3], ["b", 0, None],
     ]  # fmt: skip
     refused("bench", "reach", str(tmp_path), "--target", "0.5", "--metric", "f1")
+    assert not any("held against nothing" in line for line in shown)
+    for seed in (0, 1):  # on another task, and with cuts fixed by hand: neither has the baseline
+        write(tmp_path / "bbc", "a", seed, {"along": CURVE}, task={"name": "bbc"})
+        write(tmp_path / "cuts", "a", seed, {"along": CURVE}, method="cut", settings={"frozen": seed})
+    shown = invoke("bench", "reach", str(tmp_path), "--target", "0.5", "--baseline", "b").stdout.splitlines()
+    alone = [place for place, line in enumerate(shown) if "held against nothing: no run of b here" in line]
+    titles = [place for place, line in enumerate(shown) if line.endswith(": loss 0.500")]
+    assert len(titles) == 3
+    assert [max(title for title in titles if title < place) for place in alone] == titles[1:]
+    by_title = json.loads(invoke("bench", "reach", str(tmp_path), "--target", "0.5", "--json").stdout)
+    assert [len(rows) for rows in by_title.values()] == [3, 2, 1]
+    assert "the cut fixed by hand" in list(by_title)[1]
     refused("bench", "reach", str(tmp_path), "--target", "0.5", "--baseline", "d")
 
 

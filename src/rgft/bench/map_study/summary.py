@@ -100,7 +100,10 @@ def summarise(folder: Path) -> Summary:
             for name, values in _wanted(everywhere).items()
         },
         favoured={
-            study: {name: _favoured([_body(r, of(r)) for r in results]) for name, of in _wanted(labels[study]).items()}
+            study: {
+                name: favoured_by([_body(result, of(result)) for result in results])
+                for name, of in _wanted(labels[study]).items()
+            }
             for study, results in by_study.items()
         },
         components={
@@ -139,10 +142,13 @@ def _wanted(labels: Sequence[str]) -> dict[str, Callable[[Result], Values]]:
     }
 
 
-def _favoured(maps: Sequence[Values]) -> list[Favoured]:
-    """Those of equally many seeds by their mean place. A map in which all are alike favours none."""
+def favoured_by(maps: Sequence[Values]) -> list[Favoured]:
+    """Those of equally many seeds by their mean place.
+
+    Components that a map has alike share the last place of theirs, so that it favours none of many alike.
+    """
     places = [
-        {name: place for place, name in enumerate(sorted(values, key=lambda name: -values[name]))}
+        {name: sum(other >= value for other in values.values()) - 1 for name, value in values.items()}
         for values in maps
         if len(set(values.values())) > 1
     ]

@@ -15,7 +15,7 @@ from rgft.bench.claims import claim
 from rgft.bench.map_study import runner
 from rgft.bench.map_study.runner import run_seed
 from rgft.bench.map_study.settings import MapStudy
-from rgft.bench.map_study.summary import markdown, summarise
+from rgft.bench.map_study.summary import favoured_by, markdown, summarise
 from rgft.bench.map_study.worth import gain_of_training_alone, harm_of_moving, weights_of
 from rgft.bench.runner import Conditions
 from rgft.errors import ConfigError, DataError, NonFiniteError
@@ -343,3 +343,11 @@ def test_a_seed_that_cannot_be_run_leaves_out_the_others(tmp_path: Path, monkeyp
     monkeypatch.setattr(runner, "bench_task", in_place_of_bench_task([]))
     (outcome,) = runner.run_studies([replace(STUDY, probe_size=32, seeds=(0, 1))], tmp_path)
     assert "probe_size 32" in outcome.failure
+
+
+def test_components_that_a_map_has_alike_are_not_favoured_by_their_order() -> None:
+    tied = {"a": 2.0, "b": 0.0, "c": 0.0, "d": 0.0, "e": 0.0}
+    clear = {"a": 5.0, "b": 4.0, "c": 3.0, "d": 3.0, "e": 0.0}
+    alike = dict.fromkeys(tied, 1.0)
+    found = favoured_by([tied, clear, alike])
+    assert [(one.component, one.seeds, one.of) for one in found] == [("a", 2, 2), ("b", 1, 2)]

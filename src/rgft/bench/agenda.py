@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ class Agenda:
         self._tunings = {c.label: Tuning(experiment, c, self._loss) for c in experiment.contenders}
         self._settled: set[str] = set()  # labels
         self._left_out: set[str] = set()
+        self._unfit: set[tuple[str, str | None]] = set()  # labels and their variants
         self._are_data_known = False
         self.failure = ""
         # Results are long, and read once: by file name the loss, and of those from before what their data are
@@ -95,9 +97,15 @@ class Agenda:
         """Offers no more runs of a contender; None: of any."""
         self._left_out.update(c.label for c in self.experiment.contenders if contender is None or c is contender)
 
+    def leave_out_variant(self, cell: Cell) -> None:
+        """Offers no more runs of the variant that is tried with this one, and chooses among the others."""
+        self._unfit.add((cell.contender.label, cell.variant))
+
     def _claimed(self) -> Cell | None:
         for cell in self._open():
-            if cell.file_name not in self._taken and self._claims.take(self.results.path(cell)):
+            if self._is_unfit(cell) or cell.file_name in self._taken:
+                continue
+            if self._claims.take(self.results.path(cell)):
                 self._taken.add(cell.file_name)
                 return cell
         return None
@@ -116,7 +124,12 @@ class Agenda:
             if not choice.has_diverged:
                 yield from self.experiment.final_cells(contender, choice)
 
+    def _is_unfit(self, cell: Cell) -> bool:
+        return (cell.contender.label, cell.variant) in self._unfit
+
     def _loss(self, cell: Cell) -> float | None:
+        if self._is_unfit(cell):
+            return math.inf
         if cell.file_name not in self._losses:
             self.note(cell)
         return self._losses.get(cell.file_name)

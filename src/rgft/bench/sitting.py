@@ -222,6 +222,9 @@ class _OfExperiment:
         self._agenda.release(cell)
         if failure is None:
             self._agenda.note(cell)
+        elif failure.concerns == "contender" and cell.variant is not None and not cell.is_final:
+            self._agenda.leave_out_variant(cell)
+            log.warning("%s: this variant is left out, and chosen among the others", cell.file_name)
         elif failure.concerns != "run":
             self._agenda.leave_out(cell.contender if failure.concerns == "contender" else None)
             log.warning("%s: the other runs of this %s are left out", cell.file_name, failure.concerns)

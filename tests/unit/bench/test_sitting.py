@@ -147,6 +147,25 @@ def test_what_would_fail_likewise_is_left_out(
     assert [outcome.failure == "" for outcome in outcomes] == [False] + [True] * len(rest)
 
 
+def test_a_variant_that_cannot_be_run_leaves_the_choice_to_the_others(
+    tmp_path: Path, runs: Callable[..., list[str]]
+) -> None:
+    few, many = ({"config": {"mask": {"q": q}}} for q in (0.25, 0.75))
+    tuned = contender(method="random", lrs=[1e-4, 2e-4], variants={"few": few, "many": many})
+    experiment = loaded(tmp_path, contenders=[tuned], max_extensions=0)
+    begun = runs(a_tuning_few_lr0_0002_seed100=BudgetError("too little"))
+    outcomes = list(run_experiments([experiment], tmp_path))
+    assert [outcome.path.stem for outcome in outcomes if outcome.failure] == ["a--tuning--few--lr0.0002--seed100"]
+    assert begun == [
+        *IN_ORDER[:2], "a--tuning--few--lr0.0002--seed100", "a--tuning--many--lr0.0002--seed100",
+        "a--tuning--many--lr0.0001--seed100", *IN_ORDER[2:4],
+    ]  # fmt: skip
+    # Whether it can be run now, each sitting asks anew.
+    begun.clear()
+    assert [outcome.failure for outcome in run_experiments([experiment], tmp_path)] == ["BudgetError: too little"]
+    assert begun == ["a--tuning--few--lr0.0002--seed100"]
+
+
 def test_one_experiment_s_data_do_not_stop_another(tmp_path: Path, runs: Callable[..., list[str]]) -> None:
     begun = runs()
     first, second = loaded(tmp_path), loaded(tmp_path, name="y", task={"name": "no_such_task"})

@@ -93,7 +93,8 @@ class Finals:
     def seeds(self) -> str:
         """How many there are, or how many of them diverged."""
         count = len(self.by_seed) + len(self.diverged)
-        return f"{len(self.diverged)} of {count} seeds diverged" if self.diverged else f"{count} seeds"
+        of_all = f"{count} seed{'s' if count != 1 else ''}"
+        return f"{len(self.diverged)} of {of_all} diverged" if self.diverged else of_all
 
     @property
     def title(self) -> str:

@@ -106,8 +106,8 @@ def test_tuning_of_a_contender_without_any_is_nothing(tmp_path: Path) -> None:
     write(tmp_path, "rgft", 0, 0.4)
     write(tmp_path, "rgft-auto", 0, 0.4, method="rgft", settings={"lr": "auto"})
     table = markdown(tmp_path)
-    assert row(table, "rgft (1 seeds)").startswith("| rgft (1 seeds) | 0.0001 | 0.9 | 0.30 |")
-    assert row(table, "rgft-auto").startswith("| rgft-auto (1 seeds) | 0.0001 | 0.0 | 0.30 |")
+    assert row(table, "rgft (1 seed)").startswith("| rgft (1 seed) | 0.0001 | 0.9 | 0.30 |")
+    assert row(table, "rgft-auto").startswith("| rgft-auto (1 seed) | 0.0001 | 0.0 | 0.30 |")
 
 
 def test_a_rate_at_the_edge_of_what_was_tried_is_marked(tmp_path: Path) -> None:

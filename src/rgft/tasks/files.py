@@ -113,13 +113,18 @@ def _read_texts(path: Path, columns: Sequence[str]) -> list[Row]:
 
 
 def _read_hub(name: str, columns: Sequence[str], split: str) -> list[Row]:
-    data = hub_split(name, split)
+    data = hub_split(name, split, instead=f"the path of a file ending in {', '.join(SUFFIXES)}")
     require_columns(name, columns, data.column_names)
     return [dict(row) for row in data.select_columns(list(dict.fromkeys(columns)))]
 
 
-def hub_split(name: str, split: str) -> Any:
+def hub_split(name: str, split: str, *, instead: str, configuration: str | None = None) -> Any:
     """A split of a data set on the hub (`datasets.Dataset`).
+
+    Args:
+        name, split: on the hub.
+        instead: what may be given in the name's place, for messages.
+        configuration: of the data set, where it has several.
 
     Raises:
         DataError: it could not be loaded.
@@ -127,12 +132,12 @@ def hub_split(name: str, split: str) -> Any:
     from datasets import load_dataset
 
     try:
-        return load_dataset(name, split=split)
+        return load_dataset(name, configuration, split=split)
     except Exception as error:  # the hub's client raises many kinds
+        which = split if configuration is None else f"{configuration}, {split}"
         raise DataError(
-            f"{name!r} is no file here, and could not be loaded from the hub ({type(error).__name__}: {error}). "
-            f"Give the path of a file ending in {', '.join(SUFFIXES)}, or check the name, the network and "
-            "HF_HUB_OFFLINE"
+            f"{name!r} ({which}) is not here, and could not be loaded from the hub ({type(error).__name__}: {error}). "
+            f"Give {instead}, or check the name, the network and HF_HUB_OFFLINE"
         ) from error
 
 

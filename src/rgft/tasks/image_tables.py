@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rgft.errors import DataError
-from rgft.tasks.files import require_columns
+from rgft.tasks.files import hub_split, require_columns
 from rgft.tasks.images import LabelledImage
 
 
@@ -41,7 +41,7 @@ def read_table(source: str, *, image: str, label: str, split: str) -> tuple[list
 
 
 def _load(source: str, split: str) -> Any:
-    from datasets import Dataset, load_dataset
+    from datasets import Dataset
 
     path = Path(source).expanduser()
     if path.suffix == ".parquet":
@@ -51,14 +51,7 @@ def _load(source: str, split: str) -> Any:
             return Dataset.from_parquet(str(path))
         except Exception as error:  # the library wraps its readers' errors in its own
             raise DataError(f"{path}: cannot be read as parquet: {_first_cause(error)}") from error
-    try:
-        return load_dataset(source, split=split)
-    except Exception as error:  # the hub's client raises many kinds
-        raise DataError(
-            f"{source!r} is no folder here, and could not be loaded from the hub ({type(error).__name__}: {error}). "
-            "Give a folder of images in folders named like their class, or check the name, the network and "
-            "HF_HUB_OFFLINE"
-        ) from error
+    return hub_split(source, split, instead="a folder of images in folders named like their class")
 
 
 def _labels(source: str, data: Any, column: str) -> tuple[list[str], tuple[str, ...]]:

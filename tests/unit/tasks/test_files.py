@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from rgft.errors import DataError
-from rgft.tasks.files import read_rows
+from rgft.tasks.files import hub_split, read_rows
 
 ROWS = [{"text": 'a "quoted", comma', "label": "x"}, {"text": "two\nlines", "label": "y"}]
 
@@ -72,8 +72,12 @@ def test_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(
         "datasets.load_dataset", lambda *args, **kwargs: (_ for _ in ()).throw(ConnectionError("offline"))
     )
-    with pytest.raises(DataError, match=r"could not be loaded from the hub \(ConnectionError: offline\)"):
+    with pytest.raises(DataError, match=r"could not be loaded from the hub \(ConnectionError: offline\)") as caught:
         read_rows("some/name", ["text"])
+    assert str(caught.value).startswith("'some/name' (train) is not here")
+    assert "Give the path of a file ending in .csv, " in str(caught.value)
+    with pytest.raises(DataError, match=r"'some/name' \(part, test\) is not here.* Give it up, or check the name"):
+        hub_split("some/name", "test", instead="it up", configuration="part")
 
 
 def test_hub_names_go_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +85,7 @@ def test_hub_names_go_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
 
     asked: list[tuple[str, str]] = []
 
-    def load_dataset(name: str, split: str) -> datasets.Dataset:
+    def load_dataset(name: str, configuration: None, *, split: str) -> datasets.Dataset:
         asked.append((name, split))
         return datasets.Dataset.from_list([{**row, "more": 1} for row in ROWS])
 

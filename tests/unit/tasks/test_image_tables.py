@@ -68,7 +68,7 @@ def test_a_hub_name_is_loaded_with_its_split(tmp_path: Path, monkeypatch: pytest
     stored = datasets.Dataset.from_parquet(write(tmp_path / "a.parquet", ["x", "y"]))
     asked: list[tuple[str, str]] = []
 
-    def load(name: str, *, split: str) -> Any:
+    def load(name: str, configuration: None, *, split: str) -> Any:
         asked.append((name, split))
         return stored
 
@@ -114,5 +114,5 @@ def test_files_and_names_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pyte
         read(str(tmp_path / "torn.parquet"))
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match=r"(?s)is no folder here, and could not be loaded.*folders named like"):
+    with pytest.raises(DataError, match=r"(?s)is not here, and could not be loaded.*folders named like"):
         read("someone/animals")

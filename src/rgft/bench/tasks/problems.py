@@ -68,7 +68,7 @@ def read_problems(source: str) -> list[Problem]:
     path = Path(source).expanduser()
     if path.exists() or path.suffix in FILES:
         return _read(path)
-    rows = hub_split(source, "test")
+    rows = hub_split(source, "test", instead="the path of a .jsonl or .jsonl.gz file")
     return _problems(source, ((f"row {number}", partial(dict, row)) for number, row in enumerate(rows, start=1)))
 
 

@@ -197,7 +197,7 @@ def _is_known(source: Source, label: Any) -> bool:
 
 
 def _rows(task: str, source: Source, data: str | None, split: str) -> list[Row]:
-    from rgft.tasks.files import read_rows, require_columns
+    from rgft.tasks.files import hub_split, read_rows, require_columns
 
     columns = [*source.columns, source.label]
     folder = None if data is None else Path(data).expanduser()
@@ -206,15 +206,7 @@ def _rows(task: str, source: Source, data: str | None, split: str) -> list[Row]:
         if not found:
             raise DataError(f"{folder}: expected {split}.parquet or {split}.jsonl in it, found neither")
         return list(read_rows(str(found[0]), columns))
-    from datasets import load_dataset
-
     name, configuration = data or source.hub, task.removeprefix("super_").removesuffix("_mismatched")
-    try:
-        loaded = load_dataset(name, configuration, split=split)
-    except Exception as error:  # the hub's client raises many kinds
-        raise DataError(
-            f"{name} ({configuration}, {split}) could not be loaded from the hub ({type(error).__name__}: {error}); "
-            "check the network and HF_HUB_OFFLINE, or give data a folder with its files"
-        ) from error
+    loaded = hub_split(name, split, configuration=configuration, instead="data a folder with its files")
     require_columns(name, columns, loaded.column_names)
     return [dict(row) for row in loaded.select_columns(columns)]

@@ -47,14 +47,14 @@ def test_what_comes_after_the_function_is_cut_off(tmp_path: Path) -> None:
 
 
 def test_problems_of_the_hub_are_those_of_its_test_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    def split_of(name: str, split: str) -> list[dict[str, Any]]:
+    def split_of(name: str, split: str, *, instead: str) -> list[dict[str, Any]]:
         assert (name, split) == ("google-research-datasets/mbpp", "test")
         return [MBPP, {**MBPP, "task_id": 8, "text": "Write a function to add two numbers."}]
 
     monkeypatch.setattr(problems, "hub_split", split_of)
     found = read_problems("google-research-datasets/mbpp")
     assert [problem.name for problem in found] == ["7", "8"]
-    monkeypatch.setattr(problems, "hub_split", lambda name, split: [MBPP, {"prompt": "x"}])
+    monkeypatch.setattr(problems, "hub_split", lambda name, split, instead: [MBPP, {"prompt": "x"}])
     with pytest.raises(DataError, match=r"owner/problems-v1.0, row 2: expected a problem like"):
         read_problems("owner/problems-v1.0")
 

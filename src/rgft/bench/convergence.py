@@ -181,9 +181,14 @@ def reached(
     return found
 
 
+def is_meant(contender: Finals | Reached, label: str | None, budget: float | None) -> bool:
+    """Whether it has this label and budget; None: any budget."""
+    return contender.label == label and budget in (None, contender.budget)
+
+
 def _highest(runs: Sequence[_Runs], label: str | None, budget: float | None) -> _Runs | None:
     """The contender of a label at a budget, or at its highest."""
-    alike = [r for r in runs if r.finals.label == label and budget in (None, r.finals.budget)]
+    alike = [of_one for of_one in runs if is_meant(of_one.finals, label, budget)]
     return max(alike, key=lambda r: r.finals.budget, default=None)
 
 

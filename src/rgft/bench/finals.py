@@ -15,7 +15,7 @@ from rgft.bench.figures import figure, is_of
 from rgft.bench.fingerprint import require_equal
 from rgft.bench.group import Group, canonical, told_apart
 from rgft.bench.methods import METHODS
-from rgft.bench.outcomes import number_of_examples
+from rgft.bench.outcomes import examples_of_test
 from rgft.bench.results import OF_A_FINAL_RUN, read_result, require
 from rgft.errors import DataError
 
@@ -141,7 +141,7 @@ class Finals:
     @property
     def test_examples(self) -> int | None:
         """How many it was tested on; None: an early result, which does not say."""
-        return next((count for result in self.by_seed.values() if (count := number_of_examples(result))), None)
+        return next((count for result in self.by_seed.values() if (count := examples_of_test(result))), None)
 
     @property
     def flops(self) -> float:

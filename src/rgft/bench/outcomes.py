@@ -93,7 +93,7 @@ class Outcomes:
         return torch.where(weights > 0, sums / weights, 0.0), weights
 
 
-def number_of_examples(result: Mapping[str, Any]) -> int | None:
+def examples_of_test(result: Mapping[str, Any]) -> int | None:
     """How many examples a run was tested on, of which rows of one question are one; None: it does not say."""
     if "loss" in (stored := result.get("outcomes") or {}):
         return len(_unpacked(stored, "loss"))

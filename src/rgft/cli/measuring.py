@@ -32,7 +32,7 @@ def bench_reach(
     from rgft.cli.failures import reported
 
     with reported():
-        from rgft.bench.convergence import reached
+        from rgft.bench.convergence import is_meant, reached
         from rgft.cli.reaching import lines_of
 
         found = reached(results, metric=metric, target=target, of=of, against=baseline, against_budget=against)
@@ -44,9 +44,7 @@ def bench_reach(
             for row in rows:
                 for line in lines_of(row, metric=metric):
                     typer.echo(f"  {line}")
-            if baseline is not None and not any(
-                row.label == baseline and against in (None, row.budget) for row in rows
-            ):
+            if baseline is not None and not any(is_meant(row, baseline, against) for row in rows):
                 at = "" if against is None else f" at {against:g}"
                 typer.echo(f"  held against nothing: no run of {baseline}{at} here was evaluated along the way")
 

@@ -37,7 +37,10 @@ def read_rows(source: str, columns: Sequence[str], *, split: str = "train") -> l
     """
     path = Path(source)
     is_file = path.exists() or path.suffix in SUFFIXES
-    rows = _read_file(path, columns) if is_file else _read_hub(source, columns, split)
+    if is_file:
+        rows = _read_file(path, columns)
+    else:
+        rows = read_hub(source, columns, split, instead=f"the path of a file ending in {', '.join(SUFFIXES)}")
     if not rows:
         raise DataError(f"{source}: expected at least one row, found none")
     return rows
@@ -112,8 +115,15 @@ def _read_texts(path: Path, columns: Sequence[str]) -> list[Row]:
     return [{columns[0]: paragraph.strip("\n")} for paragraph in paragraphs if paragraph.strip()]
 
 
-def _read_hub(name: str, columns: Sequence[str], split: str) -> list[Row]:
-    data = hub_split(name, split, instead=f"the path of a file ending in {', '.join(SUFFIXES)}")
+def read_hub(
+    name: str, columns: Sequence[str], split: str, *, instead: str, configuration: str | None = None
+) -> list[Row]:  # fmt: skip
+    """Columns of a split on the hub; arguments as `hub_split`.
+
+    Raises:
+        DataError: it could not be loaded, or a column is missing.
+    """
+    data = hub_split(name, split, instead=instead, configuration=configuration)
     require_columns(name, columns, data.column_names)
     return [dict(row) for row in data.select_columns(list(dict.fromkeys(columns)))]
 

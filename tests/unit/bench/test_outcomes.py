@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rgft.bench.finals import Finals, final_results
-from rgft.bench.outcomes import Outcomes, by_example, number_of_examples
+from rgft.bench.outcomes import Outcomes, by_example, examples_of_test
 from rgft.bench.paired import difference, said
 from rgft.evaluation import evaluate
 from rgft.tasks.base import PreparedTask
@@ -107,6 +107,18 @@ class Tokens(nn.Module):
         return self.Output(nn.functional.one_hot(input_ids * 2 % 5, 5) * 1.7)
 
 
+def weighed(task: PreparedTask, rows: list[dict[str, Any]], batch_size: int) -> tuple[dict[str, str], Tensor, float]:
+    """What is stored where examples weigh unalike, what each brings to the split's loss, and this loss."""
+    outcomes = Outcomes(task, rows)
+    loss = evaluate(task, rows, batch_size=batch_size, loss=task.loss, observer=outcomes.observe)["loss"]
+    stored = outcomes.to_dict()
+    assert set(stored) == {"loss", "weight"}
+    values = by_example({"outcomes": stored}, "loss")
+    assert values is not None
+    assert float(values.mean()) == pytest.approx(loss, rel=1e-3)
+    return stored, values, loss
+
+
 def test_of_tokens_each_text_counts_for_what_it_predicts() -> None:
     rows = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in texts(9)]
 
@@ -122,13 +134,7 @@ def test_of_tokens_each_text_counts_for_what_it_predicts() -> None:
         model=Tokens(), processor=None, train=rows, validation=None, test=rows, collate=collate, loss=token_losses,
         metric=TokenMetric, weight=number_of_targets, primary_metric="loss",
     )  # fmt: skip
-    outcomes = Outcomes(task, rows)
-    loss = evaluate(task, rows, batch_size=2, loss=task.loss, observer=outcomes.observe)["loss"]
-    stored = outcomes.to_dict()
-    assert set(stored) == {"loss", "weight"}
-    values = by_example({"outcomes": stored}, "loss")
-    assert values is not None
-    assert float(values.mean()) == pytest.approx(loss, rel=1e-3)
+    _, values, _ = weighed(task, rows, batch_size=2)
     assert len(values) == 9
     assert len(set(values.tolist())) > 1
 
@@ -142,21 +148,15 @@ def test_rows_of_one_question_are_one_example() -> None:
         return {**padded(some), "groups": torch.tensor([groups[rows.index(row)] for row in some])}
 
     task.collate = collate
-    outcomes = Outcomes(task, rows)
-    loss = evaluate(task, rows, batch_size=4, loss=task.loss, observer=outcomes.observe)["loss"]
-    stored = outcomes.to_dict()
-    assert set(stored) == {"loss", "weight"}
-    values = by_example({"outcomes": stored}, "loss")
-    assert values is not None
-    assert float(values.mean()) == pytest.approx(loss, rel=1e-3)
+    stored, values, loss = weighed(task, rows, batch_size=4)
     alone = [float(task.loss(task.model, padded([row]))[0]) for row in rows]
     deviations = torch.tensor([alone[row] - loss for row in range(6)], dtype=torch.float64)
     by_question = torch.stack([deviations[[1]].sum(), deviations[[2, 5]].sum(), deviations[[0, 3, 4]].sum()])
     assert values.tolist() == pytest.approx((loss + by_question * 3 / 6).tolist(), rel=1e-2, abs=1e-3)
     # Six rows, but three questions, by which the least error of a score goes.
-    assert number_of_examples({"outcomes": stored, "data": {"test": {"examples": 6}}}) == 3
-    assert number_of_examples({"data": {"test": {"examples": 6}}}) == 6
-    assert number_of_examples({}) is None
+    assert examples_of_test({"outcomes": stored, "data": {"test": {"examples": 6}}}) == 3
+    assert examples_of_test({"data": {"test": {"examples": 6}}}) == 6
+    assert examples_of_test({}) is None
 
 
 def test_rows_that_are_each_alone_are_examples() -> None:

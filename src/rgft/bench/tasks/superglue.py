@@ -197,7 +197,7 @@ def _is_known(source: Source, label: Any) -> bool:
 
 
 def _rows(task: str, source: Source, data: str | None, split: str) -> list[Row]:
-    from rgft.tasks.files import hub_split, read_rows, require_columns
+    from rgft.tasks.files import read_hub, read_rows
 
     columns = [*source.columns, source.label]
     folder = None if data is None else Path(data).expanduser()
@@ -207,6 +207,4 @@ def _rows(task: str, source: Source, data: str | None, split: str) -> list[Row]:
             raise DataError(f"{folder}: expected {split}.parquet or {split}.jsonl in it, found neither")
         return list(read_rows(str(found[0]), columns))
     name, configuration = data or source.hub, task.removeprefix("super_").removesuffix("_mismatched")
-    loaded = hub_split(name, split, configuration=configuration, instead="data a folder with its files")
-    require_columns(name, columns, loaded.column_names)
-    return [dict(row) for row in loaded.select_columns(columns)]
+    return list(read_hub(name, columns, split, configuration=configuration, instead="data a folder with its files"))

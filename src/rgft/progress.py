@@ -123,7 +123,7 @@ class Progress:
         """Whether the budget would not pay for another step under the plan, in force then."""
         if self.run_plan is None:
             return False
-        return not self._spending.pays_for_typical(plan, self.step, is_hit=self._knows_batches)
+        return not self._spending.pays_for_another(plan, self.step, is_hit=self._knows_batches)
 
     @property
     def _knows_batches(self) -> bool:

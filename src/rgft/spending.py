@@ -60,9 +60,9 @@ class Spending:
         self.ledger = Ledger()
         self.costs: CostModel | None = None
         self._drops = True
-        self.full = self._allowed_flops = math.inf
+        self.full = self._of_data = self._allowed_flops = math.inf
         self.typical = self.typical_of_steps = (1, 1)
-        self._largest = (1, 1)
+        self._smallest = self._largest = (1, 1)
         self.groups: LengthGroups | None = None
         self.count: Callable[[Any], int] | None = None
         self._largest_target_share = 1.0
@@ -91,9 +91,11 @@ class Spending:
         """
         self.costs = costs.with_dropout(self._drops)
         self.typical, self.typical_of_steps = workload.typical, workload.typical_of_steps
-        self._largest = max(workload.shapes, key=math.prod)
+        self._smallest, self._largest = (pick(workload.shapes, key=math.prod) for pick in (min, max))
         self._largest_target_share = workload.largest_target_share
-        self.full = workload.full_flops(costs) if full is None else full
+        of_data = workload.full_flops(costs)
+        self.full = of_data if full is None else full
+        self._of_data = of_data if workload.is_exact else math.inf
         self._allowed_flops = self.full * self._share
         if self.meter is not None:
             self.meter.begin(self.ledger.seconds)
@@ -291,8 +293,19 @@ class Spending:
         if batches > 1:  # whatever they are: a step that was begun is ended
             targets = self._most_targets(*self._largest)
             most = self._step(plan, step, *self._largest, cached_below=plan.cut if is_hit else 0, targets=targets)
-            others = (batches - 1) * max(flops, most)
+            others = min(
+                (batches - 1) * max(flops, most), self._rest_after(batch) * max(1.0, flops / self._whole(batch))
+            )
         return beside + flops + others + of_optimizer <= self.left
+
+    def _whole(self, batch: Any) -> float:
+        """FLOPs of full fine-tuning on the batch."""
+        assert self.costs is not None
+        return self.costs.full_step(*batch_shape(batch)).total
+
+    def _rest_after(self, batch: Any) -> float:
+        """The same, on all the data that come after it; infinite where they are known by a sample only."""
+        return max(0.0, self._of_data - self.ledger.reference_flops - self._whole(batch))
 
     def _of_pass(self, plan: UpdatePlan, step: int, batch: Any, ids: Sequence[int] | None) -> float:
         """FLOPs of a pass over the batch, and of filling the cache before it."""
@@ -314,11 +327,19 @@ class Spending:
             plan, step, rows, tokens, cached_below=cached_below, targets=targets, dx_into=dx_into
         )  # fmt: skip
 
-    def pays_for_typical(self, plan: UpdatePlan, step: int, *, is_hit: bool) -> bool:
-        """Whether it still pays for a step on typical batches, which the cache knows or does not."""
+    def pays_for_another(self, plan: UpdatePlan, step: int, *, is_hit: bool) -> bool:
+        """Whether it still pays for a step on typical batches, which the cache knows or does not.
+
+        Where all of full fine-tuning is allowed, on the smallest: the batches at the end of the data may be such.
+        """
         if self.costs is None or not self.is_limited:
             return True
-        return self._typical(plan, step, cached_below=plan.cut if is_hit else 0) <= self.left
+        cached_below = plan.cut if is_hit else 0
+        flops = self._typical(plan, step, cached_below=cached_below)
+        if self._counts_flops and self._share >= 1.0:
+            smallest = self._step(plan, step, *self._smallest, cached_below=cached_below)
+            flops = min(flops, smallest + self._of_optimizer(plan.active_set(step), step=step))
+        return flops <= self.left
 
     def steps_left(self, plan: UpdatePlan, step: int, *, new: float = math.inf) -> float:
         """How many steps of the plan it pays for, on typical batches; a cache knows those after the first `new`."""

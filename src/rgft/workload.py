@@ -32,6 +32,7 @@ class Workload:
         target_share: targets per position, padding included; 1 where targets are not counted.
         largest_target_share: of any batch.
         computed_share: positions that training steps compute, of all; below 1 where rows of like length pass together.
+        is_exact: whether every batch was looked at.
     """
 
     shapes: Mapping[tuple[int, int], float]
@@ -39,6 +40,7 @@ class Workload:
     target_share: float = 1.0
     largest_target_share: float = 1.0
     computed_share: float = 1.0
+    is_exact: bool = True
 
     @classmethod
     def scan(
@@ -78,7 +80,7 @@ class Workload:
             batches=stream.total_batches,
             target_share=sum(n for n, _ in targets) / sum(of for _, of in targets) if targets else 1.0,
             largest_target_share=max((n / of for n, of in targets), default=1.0),
-            computed_share=sum(n for n, _ in positions) / sum(of for _, of in positions),
+            computed_share=sum(n for n, _ in positions) / sum(of for _, of in positions), is_exact=scale == 1.0,
         )  # fmt: skip
 
     def full_flops(self, costs: CostModel) -> float:

@@ -44,6 +44,22 @@ def test_preset_full_is_plain_adamw(name: str) -> None:
     compare(name, {"preset": "full"}, decay=0.1 * (position % 2), accumulation=1 + position // 2 % 2, probed=False)
 
 
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_all_of_the_budget_is_all_of_the_batches(accumulation: int) -> None:
+    """The last batch is smaller than the usual one."""
+    family = FAMILIES["bert"]
+    model = family.build()
+    expected = copy.deepcopy(model)
+    guide = Guide(model, Config(preset="full", budget=1.0))
+    torch.manual_seed(1)
+    batches, _ = guided(guide, adamw(guide), Examples(family, count=34), batch_size=4, accumulation=accumulation)
+    assert [len(batch["labels"]) for batch in batches] == [4] * 8 + [2]
+    assert guide.flops_fraction == 1.0
+    torch.manual_seed(1)
+    plain(expected, plain_adamw(expected), batches, accumulation=accumulation)
+    assert_same_state(model, expected)
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("name", ["bert", "llama"])

@@ -621,6 +621,18 @@ def test_batches_of_uneven_length_do_not_overspend(tmp_path: Path) -> None:
         assert trainer.state.global_step == guide.step_count
 
 
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_all_of_the_budget_is_all_of_the_steps(tmp_path: Path, accumulation: int) -> None:
+    trainer = make_trainer(
+        tmp_path, dataset=Texts(50), more={"data_collator": Pad()}, gradient_accumulation_steps=accumulation,
+        per_device_train_batch_size=4,
+    )  # fmt: skip
+    guide = enable(trainer, preset="full", budget=1.0)
+    trainer.train()
+    assert guide.step_count == trainer.state.max_steps == 3 * -(-13 // accumulation)
+    assert guide.flops_fraction == 1.0
+
+
 def test_streams_and_impossible_budgets_leave_nothing_attached(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, dataset=examples(80).to_iterable_dataset(), max_steps=4)
     with pytest.raises(AttachError, match="map-style"):

@@ -449,6 +449,22 @@ def test_tied_embeddings_sit_once_at_the_bottom(family: str):
     assert owned_by(split, kind="lm_head") == []
 
 
+@pytest.mark.parametrize(("outputs", "kind"), [(11, "lm_head"), (3, "classifier")])
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_what_is_called_cls_is_known_by_its_width(outputs: int, kind: str, *, is_nested: bool):
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
+            self.embed_tokens = nn.Embedding(11, 8)
+            self.encoder = nn.TransformerEncoder(layer, 2)
+            head = nn.Linear(8, outputs)
+            self.cls = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), head) if is_nested else head
+
+    (component,) = (c for c in partition(Encoder()) if c.name == "cls")
+    assert component.kind == kind
+
+
 def test_tied_weight_registered_first_at_the_top_still_sits_at_its_lowest_use():
     class HeadFirst(nn.Module):
         def __init__(self) -> None:

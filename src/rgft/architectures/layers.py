@@ -14,10 +14,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from rgft.architectures.matrices import has_matrix, matrix_size
 from rgft.architectures.patterns import (
     ATTENTION,
     CLASSIFIERS,
     LM_HEADS,
+    LM_HEADS_OR_CLASSIFIERS,
     RUNS_AFTER_LAYERS,
     RUNS_BEFORE_LAYERS,
     matches,
@@ -102,13 +104,18 @@ def find_structure(model: nn.Module) -> Structure:
         first += len(paths)
     position = {path: index for index, (path, _) in enumerate(model.named_modules(remove_duplicate=False))}
     opened = {join(*path.split(".")[:length]) for path in layers for length in range(path.count(".") + 1)} | {""}
+    tables = (
+        module for path, module in model.named_modules() if isinstance(module, nn.Embedding) and "pos" not in path
+    )
+    vocabulary = max((table.num_embeddings for table in tables), default=0)
     outside: list[Outside] = []
     for path, module in _units(model, opened, set(layers)):
         is_module = path in position
         holder = path if is_module else path.rpartition(".")[0]
         before = sum(position[layer] < position[holder] for layer in layers)
         depth = _depth(path, module, before, ranges, len(layers), is_module=is_module)
-        outside.append(Outside(path=path, depth=depth, kind=_kind(path, module, depth, len(layers))))
+        kind = _kind(path, module, depth, len(layers), vocabulary=vocabulary)
+        outside.append(Outside(path=path, depth=depth, kind=kind))
     if not any(unit.kind in ("classifier", "lm_head") for unit in outside):
         _name_classifier(model, outside, depth=len(layers) + 1)
     return Structure(layers=tuple(layers), outside=tuple(outside))
@@ -225,7 +232,7 @@ def _depth(path: str, module: nn.Module, before: int, stacks: list[Stack], layer
 
     nearest = [stack for stack in stacks if shared(stack) == max(map(shared, stacks))]
     last = path.rpartition(".")[2]
-    if nearest and is_module and last in RUNS_AFTER_LAYERS + LM_HEADS:
+    if nearest and is_module and last in RUNS_AFTER_LAYERS + LM_HEADS + LM_HEADS_OR_CLASSIFIERS:
         before = max(stack.stop for stack in nearest)
     elif nearest and _runs_before(path, module):
         before = min(stack.first for stack in nearest)
@@ -239,12 +246,15 @@ def _runs_before(path: str, module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) or "prompt_encoder" in names or "embed" in names[-1]
 
 
-def _kind(path: str, module: nn.Module, depth: int, layers: int) -> str:
+def _kind(path: str, module: nn.Module, depth: int, layers: int, *, vocabulary: int) -> str:
     last = path.rpartition(".")[2]
     if depth == 0 and layers:
         return "embedding"
     if last in LM_HEADS:
         return "lm_head"
+    if last in LM_HEADS_OR_CLASSIFIERS:
+        outputs = {matrix_size(inner)[1] for inner in module.modules() if has_matrix(inner)}
+        return "lm_head" if vocabulary in outputs else "classifier"
     if last.lstrip("_") in CLASSIFIERS:
         return "classifier"
     if is_norm(module):

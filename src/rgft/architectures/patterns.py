@@ -206,13 +206,16 @@ RUNS_AFTER_LAYERS = (
 )  # fmt: skip
 
 #: Last names of modules that map hidden states to the vocabulary.
-LM_HEADS = ("lm_head", "embed_out", "cls", "generator_lm_head", "vocab_projector", "vocab_transform")
+LM_HEADS = ("lm_head", "embed_out", "generator_lm_head", "vocab_projector", "vocab_transform")
 
 #: Last names of modules that belong to a task's head: pooler, projections and classifier.
 CLASSIFIERS = (
     "classifier", "pre_classifier", "score", "pooler", "qa_outputs", "classification_head", "seq_relationship", "fc",
     "head", "cls_classifier", "distillation_classifier", "summary",
 )  # fmt: skip
+
+#: Last names of modules that are the one or the other, by whether they map to the vocabulary.
+LM_HEADS_OR_CLASSIFIERS = ("cls",)
 
 
 def matches(layer: nn.Module, patterns: tuple[BlockPattern, ...]) -> Iterator[BlockPattern]:

@@ -56,7 +56,9 @@ def traced_costs(
         check_calls()
         if not proves:
             return costs
-        positions = ReadPositions.find(model, binding.partition, example, of)
+        positions = ReadPositions.find(
+            model, binding.partition, example, of, has_one_length=costs.fixed_tokens is not None
+        )  # fmt: skip
         if positions is None:
             # That form reads the head's weight, where it would not see a pair.
             has_pair = low_rank is not None and any(binding.partition[c].kind == "lm_head" for c in low_rank.sites)

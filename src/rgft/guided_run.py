@@ -14,6 +14,7 @@ from rgft.allocation.selection import matching
 from rgft.assembly import attach_pairs, build_cache, build_policy, build_signal, find_pair_sites
 from rgft.config import Config, checked
 from rgft.cost import CostModel
+from rgft.cost.loss import model_loss
 from rgft.deciding import Decisions
 from rgft.error_map import ErrorMap
 from rgft.errors import AttachError
@@ -35,7 +36,7 @@ from rgft.readout import Reader, Readout
 from rgft.spending import Spending
 from rgft.step import Step
 from rgft.telemetry.ledger import Ledger
-from rgft.training_loss import Loss, TrainingLoss, model_loss
+from rgft.training_loss import Loss, TrainingLoss
 from rgft.weighted_loss import WeightedLoss
 
 

@@ -13,11 +13,6 @@ from rgft.execution.target_positions import CHOSEN, ChosenTargets, TargetLoss
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
-def model_loss(model: nn.Module, batch: Any) -> Tensor:
-    """The model's own `.loss` (Transformers' convention): a scalar, so examples cannot be told apart."""
-    return model(**batch).loss
-
-
 class TrainingLoss:
     """A batch's mean loss: as it was given, and for training steps at targets alone, where that was proved.
 

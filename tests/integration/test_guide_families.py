@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from rgft import Config, Guide
+from rgft.telemetry.flop_counter import count_flops
 from tests.families import FAMILIES
 from tests.integration.loops import Examples, adamw, collate
 
@@ -43,6 +45,58 @@ def test_preset_rgft_trains(name: str, granularity: str) -> None:
     assert guide.plans
     assert guide.plan.reason
     assert 0.0 < guide.flops_fraction <= 1.03
+
+
+class OfTwelveTokens(nn.Module):
+    """Positions are a parameter, so no other length goes through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.positions = nn.Embedding(50, 16), nn.Parameter(torch.zeros(12, 16))
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True) for _ in range(4))
+        self.classifier = nn.Linear(16, 3)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden_BTD = self.embed(input_ids) + self.positions
+        for layer in self.layers:
+            hidden_BTD = layer(hidden_BTD, src_key_padding_mask=attention_mask == 0)
+        return self.classifier(hidden_BTD[:, 0])
+
+
+def test_a_model_that_takes_one_length_alone() -> None:
+    """Though its batches are padded and could be narrower."""
+    torch.manual_seed(0)
+    labels = torch.arange(96) % 3
+    ids = torch.randint(3, 50, (96, 12))
+    ids[:, 1] = labels
+    mask = (torch.arange(12) < torch.randint(2, 13, (96, 1))).long()
+    rows = [dict(zip(("ids", "mask", "labels"), row, strict=True)) for row in zip(ids, mask, labels, strict=True)]
+
+    def losses_B(model: nn.Module, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(model(batch["ids"], batch["mask"]), batch["labels"], reduction="none")
+
+    guide = Guide(OfTwelveTokens(), Config(budget=0.3), loss=losses_B)
+    optimizer = adamw(guide, lr=1e-2)
+    losses, counted = [], 0.0
+
+    def step(batch: Any) -> None:
+        loss = guide.loss(batch)
+        losses.append(float(loss.detach()))
+        loss.backward()
+        guide.step(optimizer)
+        optimizer.zero_grad()
+
+    for batch in guide.batches(rows, batch_size=16, epochs=8):
+        before = guide.ledger.spent_flops
+        counted += count_flops(lambda batch=batch: step(batch))
+        assert guide.ledger.spent_flops > before
+    assert guide.costs is not None
+    assert guide.costs.fixed_tokens == 12
+    assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
+    assert 0.9 * 0.3 < guide.flops_fraction <= 0.3
+    assert guide.ledger.forward_flops + guide.ledger.dx_flops + guide.ledger.dw_flops == pytest.approx(
+        counted, rel=0.02
+    )
 
 
 @pytest.mark.parametrize("adapter", [{"target_modules": ["query", "word_embeddings"]}, {"trainable_token_indices": {

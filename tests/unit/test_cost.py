@@ -265,10 +265,21 @@ def test_a_forward_pass_that_fails_is_told_from_one_that_fails_on_other_sizes() 
         trace_costs(model, partition, {"input_ids": ids})
     with pytest.raises(ConfigError, match="loss: expected a tensor, found NoneType; models return none"):
         trace_costs(model, partition, {"input_ids": ids}, lambda model, batch: model(**batch).loss)
-    with pytest.raises(
-        RGFTError, match=r"made from the example batch: ValueError: another length; give an example batch"
-    ):
-        trace_costs(model, partition, {"input_ids": ids, "labels": torch.tensor([0, 1, 1, 0])})
+
+
+def test_a_model_of_one_length_is_known_at_that_one() -> None:
+    model = Classifier()
+    partition = by_module(model, {"embedding": 0, "head": 1})
+    batch = {"input_ids": torch.zeros(4, 7, dtype=torch.long), "labels": torch.tensor([0, 1, 1, 0])}
+    costs = CostModel.from_dict(trace_costs(model, partition, batch).to_dict())
+    assert costs.fixed_tokens == 7
+    for rows in (4, 9):
+        ids, labels = torch.zeros(rows, 7, dtype=torch.long), torch.zeros(rows, dtype=torch.long)
+        counted = count_flops(lambda ids=ids, labels=labels: model(ids, labels).loss.backward())
+        assert costs.full_step(rows, 7).total == counted
+    for ask in (lambda: costs.full_step(4, 6), lambda: costs.forward_flops(4, 6)):
+        with pytest.raises(RGFTError, match=r"known for batches of 7 tokens alone, .*found one of 6: pad all"):
+            ask()
 
 
 def test_round_trip_through_json(mlp_costs: CostModel) -> None:

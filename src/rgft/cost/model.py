@@ -77,6 +77,7 @@ class CostModel:
         running: components whose pairs are part of the model, whether they are on or off.
         freezes_others: whether, of a component that is trained by pairs, nothing else is.
         drops: whether training steps are made with the model's dropout. Full fine-tuning always is.
+        fixed_tokens: the one length of batches that the model takes; None: it takes others.
     """
 
     names: tuple[str, ...]
@@ -92,6 +93,7 @@ class CostModel:
     running: frozenset[str] = frozenset()
     freezes_others: bool = False
     drops: bool = True
+    fixed_tokens: int | None = None
     _memo: dict[Any, tuple[Axes, Axes, Axes]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _steps: dict[Any, StepCost] = field(default_factory=dict, init=False, repr=False, compare=False)
     _full: dict[tuple[int, int], StepCost] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -118,7 +120,8 @@ class CostModel:
             low_rank: names of the components that are trained by pairs if they are on; None: as the model has it.
 
         Raises:
-            RGFTError: a name is unknown, or an active component lies below `cached_below`.
+            RGFTError: a name is unknown, an active component lies below `cached_below`, or the model takes batches of
+                another length alone.
         """
         on = active if isinstance(active, frozenset) else frozenset(active)
         plan = (on, cached_below, training, self.low_rank if low_rank is None else low_rank)
@@ -130,6 +133,7 @@ class CostModel:
         self, plan: tuple[frozenset[str], int, bool, frozenset[str]], rows: int, tokens: int, targets: int | None,
         dx_into: int,
     ) -> StepCost:  # fmt: skip
+        self._check_length(tokens)
         parts = self._memo.get(plan) or _remember(self._memo, plan, self._plan(*plan))
         share = self.target_share if targets is None else targets / (rows * tokens)
         body, head = ([evaluate(axis, rows, tokens) for axis in axes] for axes in parts[:2])
@@ -162,6 +166,14 @@ class CostModel:
         plan = (self._all, 0, True, frozenset[str]())
         step = self._dropping.without_skipping._step(plan, rows, tokens, rows * tokens, dx_into=0)
         return _remember(self._full, (rows, tokens), replace(step, recomputed=0.0))
+
+    def _check_length(self, tokens: int) -> None:
+        if self.fixed_tokens not in (None, tokens):
+            raise RGFTError(
+                f"the model's costs are known for batches of {self.fixed_tokens} tokens alone, since it failed on "
+                f"others made from the first batch; found one of {tokens}: pad all batches to one length, or, if the "
+                "model takes others, begin with a longer batch"
+            )
 
     @property
     def without_skipping(self) -> CostModel:
@@ -211,6 +223,7 @@ class CostModel:
             below: only layers of lower depth run.
             cached_below: a lower cut, where it is read from the cache.
         """
+        self._check_length(tokens)
         operations = (
             op for op in self.probing
             if (below is None or op.depth < below) and (op.depth >= cached_below or op.depth == 0)
@@ -260,7 +273,7 @@ class CostModel:
             "plain": None if self.plain is None else self.plain.to_dict(), "skips_to": self.skips_to,
             "target_share": self.target_share,
             "recomputes_to": self.recomputes_to, "low_rank": sorted(self.low_rank), "running": sorted(self.running),
-            "freezes_others": self.freezes_others,
+            "freezes_others": self.freezes_others, "fixed_tokens": self.fixed_tokens,
         }  # fmt: skip
 
     @classmethod
@@ -274,6 +287,7 @@ class CostModel:
             target_share=data["target_share"],
             recomputes_to=data["recomputes_to"], low_rank=frozenset(data.get("low_rank", ())),
             running=frozenset(data.get("running", ())), freezes_others=data.get("freezes_others", False),
+            fixed_tokens=data.get("fixed_tokens"),
         )  # fmt: skip
 
     @cached_property

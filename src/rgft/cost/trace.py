@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -15,17 +16,20 @@ from rgft.components import Partition
 from rgft.cost.batch_shape import BatchShape
 from rgft.cost.counting import flop_counter
 from rgft.cost.graph import MaskedAttention, WeightInfo, read_operations
+from rgft.cost.loss import Loss, model_loss
 from rgft.cost.model import CostModel
 from rgft.cost.operations import Coefficients, Operation, PairShare, Product
 from rgft.cost.undisturbed import undisturbed
 from rgft.errors import ConfigError, PartitionError, RGFTError
 
-Loss = Callable[[nn.Module, Any], Tensor]
+log = logging.getLogger("rgft")
 
 #: How far the modelled forward pass may be from the counted one.
 TOLERANCE = 0.02
 #: One would break batch normalisation in training mode. A trace of one row more tells what is made once a pass.
 TRACE_ROWS = 2
+#: What a forward pass raises that cannot take its batch.
+_OF_FORWARD = (IndexError, RuntimeError, TypeError, ValueError)
 #: Kind of the work that left no trace in the graph.
 OUTSIDE = "outside the graph"
 
@@ -41,7 +45,7 @@ def trace_costs(
     without dropout) and in eval mode, and leaves it as it was: RNG, buffers, modes, `requires_grad` flags; no gradient
     is made. FLOPs of any other batch follow exactly, being rows × a polynomial of degree two in the token count, or, of
     work on weights alone (an adapter's orthogonal matrix, the norms that DoRA finds outside the graph), the same for
-    any number of rows.
+    any number of rows. Of a model that takes one token count alone, costs are known at that one.
 
     What counts: matrix products, convolutions, attention, as `FlopCounterMode` counts them (see `rgft.cost.counting`
     for where that departs from the work done). With an encoder and a decoder, `tokens` is the encoder's length, and
@@ -67,28 +71,20 @@ def trace_costs(
             a modelled forward pass more than 2 % away from the counted one.
     """
     weights = _weights(model, partition, is_sliceable, pairs)
-    shape = BatchShape.of(batch)
-    small = replace(shape, rows=min(shape.rows, TRACE_ROWS))
-    parts = _lengths(small)
-    run = _Run(model, partition, weights, loss or _model_loss, elementwise, example=batch)
-    shapes = [small.scaled(n) for n in parts[:3]]
-    dropless: tuple[Operation, ...] = ()
+    run = _Run(model, partition, weights, loss or model_loss, elementwise, example=batch)
     with undisturbed(model):
-        model.train()
-        training = run.operations(batch, shapes)
-        if without_dropout is not None:
-            with without_dropout():
-                dropless = run.operations(batch, shapes)
-        model.eval()
-        probing = run.operations(batch, shapes)
-        if len(parts) > 3:
-            held_out = small.scaled(parts[3])
-            counted = run.count(shape.resize(batch, held_out), held_out)
-            modelled = sum(op.evaluate(op.flops, held_out.rows, held_out.tokens or 1) for op in probing)
-            _compare(modelled, counted, held_out)
+        shapes, fixed_tokens = run.shapes, None
+        try:
+            training, dropless, probing = run.read(shapes, without_dropout)
+        except _OneLengthOnly as refused:
+            log.info("costs: %s", refused)
+            fixed_tokens = shapes[0].tokens
+            alone = replace(shapes[0], tokens=None, targets=None)
+            training, dropless, probing = run.read([alone], without_dropout)
     return CostModel(
         names=partition.names, depths=tuple(c.depth for c in partition), training=training, probing=probing,
-        dropless=dropless, low_rank=frozenset() if pairs is None else pairs.components,
+        dropless=dropless, fixed_tokens=fixed_tokens,
+        low_rank=frozenset() if pairs is None else pairs.components,
         freezes_others=pairs is not None and pairs.freezes_others,
     )  # fmt: skip
 
@@ -119,8 +115,12 @@ class LowRankShapes:
         )
 
 
+class _OneLengthOnly(Exception):
+    """The model takes the example batch, and not one of another length made from it."""
+
+
 class _Run:
-    """One model, traced or counted on batches of several shapes."""
+    """One model, traced or counted on batches of several shapes, all made from an example."""
 
     def __init__(
         self, model: nn.Module, partition: Partition, weights: Mapping[int, WeightInfo], loss: Loss,
@@ -130,24 +130,47 @@ class _Run:
         self.example = example
         self.components = partition.components
         self.after_layers = len(partition.layers) + 1
+        self._shape = BatchShape.of(example)
 
-    def operations(self, batch: Any, shapes: Sequence[BatchShape]) -> tuple[Operation, ...]:
+    @property
+    def shapes(self) -> list[BatchShape]:
+        """Of few rows, and of one or four lengths: three to fit, the fourth to check the fit."""
+        small = replace(self._shape, rows=min(self._shape.rows, TRACE_ROWS))
+        return [small.scaled(parts) for parts in _lengths(small)]
+
+    def read(
+        self, shapes: Sequence[BatchShape], without_dropout: Callable[[], AbstractContextManager[None]] | None
+    ) -> tuple[tuple[Operation, ...], ...]:
+        """Operations of training steps, of these without dropout (none: never asked for), and in eval mode."""
+        dropless: tuple[Operation, ...] = ()
+        self.model.train()
+        training = self.operations(shapes[:3])
+        if without_dropout is not None:
+            with without_dropout():
+                dropless = self.operations(shapes[:3])
+        self.model.eval()
+        probing = self.operations(shapes[:3])
+        for held_out in shapes[3:]:
+            modelled = sum(op.evaluate(op.flops, held_out.rows, held_out.tokens or 1) for op in probing)
+            _compare(modelled, self.count(held_out), held_out)
+        return training, dropless, probing
+
+    def operations(self, shapes: Sequence[BatchShape]) -> tuple[Operation, ...]:
         """Operations in the mode that the model is in, their FLOPs fitted to batches of these shapes."""
-        shape = BatchShape.of(batch)
-        traces = [self.trace(shape.resize(batch, at), at) for at in shapes]
+        traces = [self.trace(shape) for shape in shapes]
         once = (False,) * len(traces[-1])  # of one row that is the same, and products of one may be others
         if shapes[-1].rows == TRACE_ROWS:
             more = replace(shapes[-1], rows=TRACE_ROWS + 1)
-            once = _made_once((traces[-1], self.trace(shape.resize(batch, more), more)), (shapes[-1], more))
+            once = _made_once((traces[-1], self.trace(more)), (shapes[-1], more))
         fitted = _fit(traces, shapes, once)
         _check_outside(fitted, shapes[0])
         return fitted
 
-    def trace(self, batch: Any, shape: BatchShape) -> list[Operation]:
+    def trace(self, shape: BatchShape) -> list[Operation]:
         """Operations on one batch, FLOPs of the whole batch; the last is what runs outside the graph."""
         attention, counter = MaskedAttention(), flop_counter()
         with torch.enable_grad(), counter, attention:
-            loss = self._forward(batch, shape)
+            loss = self._forward(shape)
         operations = read_operations(
             loss, self.weights, self.components, after_layers=self.after_layers, attention=attention,
             elementwise=self.elementwise,
@@ -160,37 +183,35 @@ class _Run:
         )
         return [*operations, outside]
 
-    def count(self, batch: Any, shape: BatchShape) -> float:
+    def count(self, shape: BatchShape) -> float:
         counter = flop_counter()
         # With gradients enabled: without, some modules switch to inference kernels that are not counted.
         with torch.enable_grad(), counter:
-            self._forward(batch, shape)
+            self._forward(shape)
         return counter.get_total_flops()
 
-    def _forward(self, batch: Any, shape: BatchShape) -> Tensor:
+    def _forward(self, shape: BatchShape) -> Tensor:
         try:
-            return self._loss_of(batch)
-        except (IndexError, RuntimeError, TypeError, ValueError) as error:
-            if isinstance(error, RGFTError):
-                raise
-            self._require_example()
-            raise RGFTError(
-                f"the forward pass failed on {shape.rows} rows × {shape.tokens or 1} tokens made from the example "
-                f"batch: {type(error).__name__}: {error}; give an example batch with more tokens, or one whose encoder "
-                "and decoder lengths have a common divisor"
-            ) from error
+            return self._loss_of(self._shape.resize(self.example, shape))
+        except RGFTError:
+            raise
+        except _OF_FORWARD as error:
+            at = f"{shape.rows} rows × {shape.tokens or self._shape.tokens or 1} tokens"
+            self._require(self._shape, "the example batch as it is")
+            if shape.tokens not in (None, self._shape.tokens):
+                rows = replace(self._shape, rows=shape.rows)
+                self._require(rows, "made from the example batch")
+                raise _OneLengthOnly(f"known at {rows.tokens} tokens alone, for at {at}: {_told(error)}") from error
+            raise RGFTError(f"the forward pass failed on {at} made from the example batch: {_told(error)}") from error
 
-    def _require_example(self) -> None:
-        """Raises RGFTError where the example batch fails as it is: then its size is not the cause."""
+    def _require(self, shape: BatchShape, what: str) -> None:
+        """Raises RGFTError where the example batch fails in this shape: then its length is not the cause."""
         try:
-            self._loss_of(self.example)
-        except (IndexError, RuntimeError, TypeError, ValueError) as error:
-            if isinstance(error, RGFTError):
-                raise
-            shape = BatchShape.of(self.example)
+            self._loss_of(self._shape.resize(self.example, shape))
+        except _OF_FORWARD as error:
             raise RGFTError(
-                f"the forward pass failed on {shape.rows} rows × {shape.tokens or 1} tokens, the example batch as it "
-                f"is: {type(error).__name__}: {error}; give a batch that model and loss take (its inputs, its labels)"
+                f"the forward pass failed on {shape.rows} rows × {shape.tokens or 1} tokens, {what}: {_told(error)}; "
+                "give a batch that model and loss take (its inputs, its labels)"
             ) from error
 
     def _loss_of(self, batch: Any) -> Tensor:
@@ -202,16 +223,8 @@ class _Run:
         return loss
 
 
-def _model_loss(model: nn.Module, batch: Any) -> Tensor:
-    if not isinstance(batch, Mapping):
-        raise ConfigError(f"a batch of type {type(batch).__name__} needs loss=(model, batch) → scalar")
-    loss = getattr(model(**batch), "loss", None)
-    if loss is None:
-        raise ConfigError(
-            f"{type(model).__name__} returned no loss for a batch with {', '.join(map(str, batch))}; "
-            "add labels to the batch or pass loss=(model, batch) → scalar"
-        )
-    return loss
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _compare(modelled: float, counted: float, shape: BatchShape) -> None:

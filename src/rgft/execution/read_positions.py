@@ -63,16 +63,25 @@ class ReadPositions:
         self._handles += [m.register_forward_hook(self._widen) for m in modules]
 
     @classmethod
-    def find(cls, model: nn.Module, partition: Partition, batch: Any, loss: Loss) -> ReadPositions | None:
+    def find(
+        cls, model: nn.Module, partition: Partition, batch: Any, loss: Loss, *, has_one_length: bool = False
+    ) -> ReadPositions | None:  # fmt: skip
         """What can be skipped on batches like `batch`; None where nothing can, or where that cannot be proved.
 
         Runs a few passes on two rows of it, and leaves the model as it was, but for the hooks.
+
+        Args:
+            model, partition, batch: of the run.
+            loss: of its steps.
+            has_one_length: whether the model takes batches of no other length.
         """
         if not partition.layers:
             return None
         shape = BatchShape.of(batch)
         small = replace(shape, rows=min(shape.rows, ROWS))
-        lengths = {small.scaled(small.unit), small.scaled(max(1, small.unit // 2))} if shape.tokens else {small}
+        lengths = {small}
+        if shape.tokens and not has_one_length:
+            lengths.add(small.scaled(max(1, small.unit // 2)))
         batches = [shape.resize(batch, length) for length in lengths]
         with undisturbed(model), torch.enable_grad():
             search = _Search(model, partition.layers[-1], loss)

@@ -29,6 +29,7 @@ from transformers.trainer_optimizer import is_optimizer_factory
 
 from rgft.config import Config
 from rgft.config.tree import Settings
+from rgft.cost.loss import model_loss
 from rgft.errors import AttachError, BudgetError, RGFTError, RGFTWarning
 from rgft.guide import Guide
 from rgft.integrations.hf_callback import RGFTCallback
@@ -49,7 +50,6 @@ from rgft.integrations.trainer_state import load_state, log_entries, save_state
 from rgft.model_defaults import without_usual_pairs
 from rgft.probe_schedule import ProbePool, set_aside
 from rgft.pruning import KeptRows
-from rgft.training_loss import model_loss
 from rgft.workload import batch_shape
 
 log = logging.getLogger("rgft")

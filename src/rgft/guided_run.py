@@ -259,6 +259,11 @@ class GuidedRun:
         return self._progress.passes(self.plan)
 
     @property
+    def steps(self) -> float:
+        """About how many steps the run will have made at its end; infinite where the data are unknown."""
+        return self._progress.steps(self.plan)
+
+    @property
     def is_done(self) -> bool:
         """Whether the budget would not pay for another step."""
         if self._step.is_open:

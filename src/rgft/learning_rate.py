@@ -1,11 +1,12 @@
-"""The learning rate where none is given: by a rule of thumb, from the model's width and the passes over the data.
+"""The learning rate where none is given: by a rule of thumb, from the width, the passes over the data and the steps.
 
 The best rate of Adam falls with the width (Yang et al. 2021, arXiv:2203.03466). How it falls with how often the run
-sees its examples was read off the grids of this project's bench (decision 20).
+sees its examples, and where it stops to, was read off the grids of this project's bench (decision 20).
 """
 
 from __future__ import annotations
 
+import math
 from statistics import median
 
 from torch import nn
@@ -20,16 +21,22 @@ REFERENCE_RATE, REFERENCE_WIDTH = 3e-4, 384
 #: The power of the passes, beyond the first, that the rate falls with where half of the layers or more are trained;
 #: where fewer are, less, by their share: the less is trained, the less a repetition spoils (decision 25).
 POWER, ENOUGH_LAYERS = 1.75, 0.5
+#: What the rate times the steps is at least, at that width: with less, runs over few examples end before they have
+#: learnt anything, however often they see them.
+LEAST_MOVE = 2.5e-3
 #: Of adapters, against dense weights.
 ADAPTERS = 4.0
 
 
-def usual_rate(model: nn.Module, *, passes: float = 1.0, trained: float = 1.0, factor: float = 1.0) -> float:
+def usual_rate(
+    model: nn.Module, *, passes: float = 1.0, steps: float = math.inf, trained: float = 1.0, factor: float = 1.0
+) -> float:  # fmt: skip
     """A learning rate that suits a run.
 
     Args:
         model: to be trained. One that carries adapters trains them.
         passes: how often the run sees each training example, in the mean.
+        steps: of the optimizer, that it makes; infinite: many.
         trained: share of the layers that are trained.
         factor: of the optimizer's usual rate against AdamW's.
     """
@@ -40,7 +47,8 @@ def usual_rate(model: nn.Module, *, passes: float = 1.0, trained: float = 1.0, f
     ]  # fmt: skip
     width = median(widths) if widths else REFERENCE_WIDTH
     power = POWER * min(1.0, trained / ENOUGH_LAYERS)
-    rate = factor * REFERENCE_RATE * REFERENCE_WIDTH / width / max(1.0, passes) ** power
+    rate = REFERENCE_RATE / max(1.0, passes) ** power
+    rate = max(rate, min(REFERENCE_RATE, LEAST_MOVE / max(1.0, steps))) * factor * REFERENCE_WIDTH / width
     return float(f"{rate * (ADAPTERS if carriers else 1.0):.2g}")
 
 

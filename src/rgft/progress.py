@@ -89,6 +89,12 @@ class Progress:
         ahead = accumulation * self._spending.steps_left(plan, self.step, new=new)
         return min(course.position + ahead, course.total_batches) / course.batches_per_epoch
 
+    def steps(self, plan: UpdatePlan) -> float:
+        """About how many steps the run will have made at its end, under the plan from here on; infinite if unknown."""
+        if self.course is None:
+            return math.inf
+        return self.passes(plan) * self.course.batches_per_epoch / self._spending.accumulation
+
     def sees_none_again(self, plan: UpdatePlan) -> bool:
         """Whether the run, under the plan, is over before an example comes for the second time.
 

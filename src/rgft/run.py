@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -180,9 +181,9 @@ class Run:
         if self.was_stopped and not is_saved:
             self.checkpoint()
 
-    def rate_for(self, passes: float, *, trained: float = 1.0) -> float:
-        """What the run begins with where it makes so many passes over the data, and trains that share of the layers."""
-        return self.settings.first_lr(self.task.model, passes=passes, trained=trained)
+    def rate_for(self, passes: float, *, steps: float = math.inf, trained: float = 1.0) -> float:
+        """What the run begins with where it makes so many passes and steps, and trains that share of the layers."""
+        return self.settings.first_lr(self.task.model, passes=passes, steps=steps, trained=trained)
 
     def rate_text(self, lr: float) -> str:
         """A learning rate as it is shown: that of dense weights, and of low-rank pairs where there are any."""
@@ -193,8 +194,9 @@ class Run:
         guide = self.guide
         if self._is_lr_settled or (guide.is_measuring and guide.step_count > 1):
             return
-        passes = guide.passes * (CUT_BUYS if guide.is_measuring else 1.0)
-        lr = self.rate_for(passes, trained=guide.partition.share_above(guide.plan.cut))
+        ahead = CUT_BUYS if guide.is_measuring else 1.0
+        passes, steps = ahead * guide.passes, ahead * guide.steps
+        lr = self.rate_for(passes, steps=steps, trained=guide.partition.share_above(guide.plan.cut))
         scale_rates(self.optimizer, self.scheduler, lr / self.lr)
         self.lr, self._is_lr_settled = lr, guide.step_count > 0 and not guide.is_measuring
         if self._is_lr_settled:

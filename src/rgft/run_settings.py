@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -86,10 +87,13 @@ class Settings:
     def is_lr_by_rule(self) -> bool:
         return isinstance(self.lr, str)
 
-    def first_lr(self, model: nn.Module, *, passes: float = 1.0, trained: float = 1.0) -> float:
+    def first_lr(
+        self, model: nn.Module, *, passes: float = 1.0, steps: float = math.inf, trained: float = 1.0
+    ) -> float:  # fmt: skip
         """What a run begins with: the rate that is given, the lower of the middle ones, or `usual_rate`."""
         if isinstance(self.lr, str):
-            return usual_rate(model, passes=passes, trained=trained, factor=KINDS[self.optimizer].rate_factor)
+            factor = KINDS[self.optimizer].rate_factor
+            return usual_rate(model, passes=passes, steps=steps, trained=trained, factor=factor)
         return first_rate(self._given_lrs)
 
     def candidate_lrs(self, usual: float) -> tuple[float, ...]:

@@ -165,6 +165,26 @@ def test_a_preview_counts_the_step_in_which_the_data_end(folder: Path, task: Pre
     run.close()
 
 
+@pytest.mark.parametrize("frozen", [0.5, 0.75])
+def test_a_preview_says_how_many_steps_are_made(folder: Path, task: PreparedTask, frozen: float) -> None:
+    """A cut by hand; what lies below it is cached, so that later epochs are cheaper than the first."""
+    request = request_for(
+        folder, "rgft.budget=0.3", "epochs=12", "execution.cache=memory", "mask.name=budget",
+        f"mask.frozen_fraction={frozen}",
+    )  # fmt: skip
+    run = Run(task, request.config, run_settings(request.settings))
+    run.prepare()
+    data = preview(run)
+    run.train()
+    cut = run.guide.plan.cut
+    assert cut > 0
+    (said,) = (row["steps"] for row in data["by_depth"] if row["depth"] == cut)
+    assert said == pytest.approx(run.guide.step_count, rel=0.1)
+    (rate,) = data["learning_rates"]
+    assert rate == pytest.approx(run.lr, rel=0.2)
+    run.close()
+
+
 def test_what_a_run_spends_is_within_what_was_predicted(run: Run) -> None:
     data = preview(run)
     run.train()

@@ -19,7 +19,13 @@ EXAMPLES = 108  # of 120, a tenth is held out
 
 @pytest.mark.parametrize(
     ("config", "settings"),
-    [(UNLIMITED, {}), (UNLIMITED, {"accumulation": 2}), (HALF, {"epochs": 12}), (MEASURED, {"epochs": 12})],
+    [
+        (UNLIMITED, {}),
+        (UNLIMITED, {"accumulation": 2}),
+        (UNLIMITED, {"batch_size": 36, "epochs": 6}),
+        (HALF, {"epochs": 12}),
+        (MEASURED, {"epochs": 12}),
+    ],
 )
 def test_the_rate_is_that_of_the_passes_that_are_made(
     prepared: PreparedTask, config: dict[str, Any], settings: dict[str, Any]  # noqa: F811
@@ -32,7 +38,8 @@ def test_the_rate_is_that_of_the_passes_that_are_made(
     assert passes > 1.5
     trained = run.guide.partition.share_above(run.guide.plan.cut)
     lowest, highest = (
-        usual_rate(run.task.model, passes=passes * factor, trained=trained) for factor in (1.15, 1 / 1.15)
+        usual_rate(run.task.model, passes=passes * factor, steps=run.guide.step_count * factor, trained=trained)
+        for factor in (1.15, 1 / 1.15)
     )
     assert lowest < run.lr < highest if trained else lowest == run.lr == highest
     assert peaks[-1] == pytest.approx(run.lr)

@@ -34,6 +34,15 @@ def test_rates_fall_with_passes_beyond_the_first() -> None:
     assert [usual_rate(net, passes=passes) for passes in (0.1, 1.0, 2.0, 3.0)] == [3e-4, 3e-4, 8.9e-5, 4.4e-5]
 
 
+def test_runs_of_few_steps_keep_a_rate_at_which_they_get_somewhere() -> None:
+    net = Net(384)
+    rates = [usual_rate(net, passes=passes, steps=10 * passes) for passes in (1.0, 2.0, 5.0, 10.0, 20.0)]
+    assert rates == [2.5e-4 * 1.2, 1.3e-4, 5e-5, 2.5e-5, 1.3e-5]
+    assert usual_rate(net, passes=5.0, steps=1e6) == usual_rate(net, passes=5.0) == 1.8e-5
+    assert usual_rate(net, passes=0.2, steps=1e6) == usual_rate(net, passes=9.0, steps=3) == 3e-4
+    assert usual_rate(Net(768), passes=5.0, steps=50) == 2.5e-5
+
+
 def test_the_width_is_of_inputs() -> None:
     assert usual_rate(nn.Conv2d(24, 48, 4)) == 3e-4
     assert usual_rate(Conv1D(1536, 384)) == 3e-4

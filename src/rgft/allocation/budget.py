@@ -164,7 +164,7 @@ class BudgetMask(Mask):
         total, exponent = sum(signal.values()), self.bias_exponent or NEW_HEAD_EXPONENT
         choices: list[CutChoice] = []
         for cut in sorted({component.depth for component in situation.components}):
-            flops, steps = _affords(situation, cut)
+            flops, steps = affords(situation, cut)
             worth = self._worth(steps, situation.steps_per_epoch)
             out_of_reach = 1.0 - sum(value for depth, value in signal.items() if depth >= cut) / total
             bias = (_missed_below(cut, situation) * out_of_reach) ** exponent
@@ -214,7 +214,7 @@ def _cheapest(choices: Sequence[CutChoice]) -> CutChoice:
     return min(choices, key=lambda choice: (choice.cost, choice.cut))
 
 
-def _affords(situation: Situation, cut: int) -> tuple[float, float]:
+def affords(situation: Situation, cut: int) -> tuple[float, float]:
     """FLOPs of a step with everything on above a cut, and how many steps the whole budget buys, at least one.
 
     Where a cache keeps what lies below the cut, an epoch's repetition is cheaper than the epoch.

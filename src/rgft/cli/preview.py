@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from rgft.allocation.base import Situation
+from rgft.allocation.budget import affords
 from rgft.assembly import build_policy
 from rgft.cli.progress import short
 from rgft.cost import CostModel, StepCost
@@ -33,9 +35,12 @@ def preview(run: Run) -> dict[str, Any]:
     assert guide.run_plan is not None
     assert guide.costs is not None
     situation = replace(guide.situation(), batches=run.batches_in_full, batches_per_epoch=run.batches_in_epoch)
+    left = guide.flops_left
+    assert left is not None  # what was read out before the first step is spent
+    probes = guide.run_plan.probes * guide.costs.probe_flops(guide.run_plan.probe_size, situation.tokens, weights=True)
     policy = build_policy(guide.config)
     first = guide.plan if policy is None else policy.decide(situation)
-    by_depth = _by_depth(run, guide.costs, situation.rows, situation.tokens)
+    by_depth = _by_depth(run, guide.costs, replace(situation, flops_allowed=max(0.0, left - probes)))
     return {
         "model": {"components": len(guide.partition), "parameters": guide.partition.numel,
                   "family": guide.partition.family, "granularity": guide.partition.granularity},
@@ -58,8 +63,8 @@ def preview(run: Run) -> dict[str, Any]:
 
 def _learning_rates(run: Run, steps: int, cut: int) -> list[float]:
     settings = run.settings
-    passes = min(steps * settings.accumulation, run.batches_in_full) / run.batches_in_epoch
-    lr = run.rate_for(passes, trained=run.guide.partition.share_above(cut))
+    passes = steps * settings.accumulation / run.batches_in_epoch
+    lr = run.rate_for(passes, steps=steps, trained=run.guide.partition.share_above(cut))
     return list(settings.candidate_lrs(lr)) if settings.is_lr_searched else [lr]
 
 
@@ -72,9 +77,8 @@ def low_rank(guide: Guide) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
-def _by_depth(run: Run, costs: CostModel, rows: int, tokens: int) -> list[dict[str, Any]]:
-    partition, run_plan = run.guide.partition, run.guide.run_plan
-    assert run_plan is not None
+def _by_depth(run: Run, costs: CostModel, situation: Situation) -> list[dict[str, Any]]:
+    partition, rows, tokens = run.guide.partition, situation.rows, situation.tokens
     full = costs.full_step(rows, tokens).total
     at: dict[int, StepCost] = defaultdict(lambda: StepCost(forward=0.0, dx=0.0, dw=0.0))
     depth_of = {component.name: component.depth for component in partition}
@@ -97,7 +101,7 @@ def _by_depth(run: Run, costs: CostModel, rows: int, tokens: int) -> list[dict[s
                 "forward_flops": at[depth].forward, "dx_flops": at[depth].dx, "dw_flops": at[depth].dw,
                 "step_fraction": step / full,
                 "cached_step_fraction": cached / full if run.guide.cache is not None else None,
-                "steps": int(run_plan.flops / (step * run.settings.accumulation)),
+                "steps": int(affords(situation, depth)[1]),
                 "unexplained": readout.unexplained.get(here[0].layer) if readout and here[0].layer else None,
             }
         )  # fmt: skip

@@ -77,6 +77,7 @@ def test_labels_unseen_in_training(options: list[str], tmp_path: Path) -> None:
         (["--model", "./missing"], "./missing: expected a folder with a saved model"),
         (["--text", "sentence"], "there is no column 'sentence'"),
         (["--task", "regression"], "expected a number as label, found 'good'"),
+        (["--budget", "0.01%"], "the smallest budget of this run is"),
         (["--budget", "0.0001"], "the smallest budget of this run is"),
         (["--set", "device=tpu"], "device: expected auto, cpu or a device of this machine, found 'tpu'"),
         (["--set", "mask.frozen_fraction=2"], "mask.frozen_fraction: expected 0 <= frozen_fraction <= 1, found 2"),
@@ -87,6 +88,17 @@ def test_labels_unseen_in_training(options: list[str], tmp_path: Path) -> None:
 def test_what_is_refused_leaves_nothing(options: list[str], tmp_path: Path, more: list[str], message: str) -> None:
     assert message in refused(*options, *more, "--output", str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_budget_is_a_share_or_a_percentage(options: list[str], tmp_path: Path) -> None:
+    found = [
+        json.loads(invoke(*options, "--budget", share, "--dry-run", "--json", "--output", str(tmp_path / "run")).stdout)
+        for share in ("0.3", "30%", "30 %")
+    ]
+    assert found[0]["budget"] == pytest.approx(0.3)
+    assert found[0] == found[1] == found[2]
+    message = CliRunner().invoke(app, [*options, "--budget", "a third", "--output", str(tmp_path / "run")]).stderr
+    assert "such as 0.3 or 30%, found 'a third'" in " ".join(message.replace("│", "").split())
 
 
 def test_a_refused_overwrite_keeps_the_old_run(options: list[str], tmp_path: Path) -> None:

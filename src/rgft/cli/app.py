@@ -15,6 +15,18 @@ from rgft.cli.benching import bench
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Residual-guided fine-tuning.")
 app.add_typer(bench, name="bench")
 
+
+def _share(text: str) -> float:
+    """A number, or a percentage."""
+    try:
+        number = text.removesuffix("%").strip()
+        return float(number) / 100.0 if text.endswith("%") else float(number)
+    except ValueError:
+        raise typer.BadParameter(
+            f"expected a share of full fine-tuning's FLOPs, such as 0.3 or 30%, found {text!r}"
+        ) from None
+
+
 Model = Annotated[str | None, typer.Option(help="hub name or folder of a pre-trained model")]
 Data = Annotated[
     str | None,
@@ -85,7 +97,9 @@ def train(
     budget: Annotated[
         float | None,
         typer.Option(
-            help="share of full fine-tuning's FLOPs, in (0, 1]  [default: 0.3 with the preset rgft, else no limit]"
+            parser=_share,
+            metavar="SHARE",
+            help="of full fine-tuning's FLOPs, such as 0.3 or 30%  [default: 0.3 with the preset rgft, else no limit]",
         ),
     ] = None,
     seconds: Annotated[float | None, typer.Option(help="wall-clock budget; with --budget, what is first")] = None,
@@ -166,7 +180,10 @@ def sweep(
     text: Text = None,
     label: Label = None,
     validation: Annotated[str | None, typer.Option(help="validation examples; else a tenth is held out")] = None,
-    budget: Annotated[float | None, typer.Option(help="of each trial, as a share of full fine-tuning's FLOPs")] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(parser=_share, metavar="SHARE", help="of each trial, as a share of full fine-tuning's FLOPs"),
+    ] = None,
     preset: Preset = None,
     granularity: Granularity = None,
     epochs: Annotated[float | None, typer.Option(help="of each trial, as in `rgft train`")] = None,
@@ -268,7 +285,9 @@ def plan_costs(
     epochs: Annotated[float, typer.Option(min=0.01, help="passes over them")] = 3.0,
     labels: Annotated[int, typer.Option(min=2, help="classes")] = 2,
     dtype: Annotated[str, typer.Option(help="of the weights: fp32 or bf16")] = "fp32",
-    budget: Annotated[float | None, typer.Option(help="share of full fine-tuning's FLOPs")] = None,
+    budget: Annotated[
+        float | None, typer.Option(parser=_share, metavar="SHARE", help="of full fine-tuning's FLOPs")
+    ] = None,
     memory: Annotated[
         str | None, typer.Option(help="say what fits into so much, e.g. 8GB, and what RGFT would do to fit")
     ] = None,

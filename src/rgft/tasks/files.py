@@ -57,6 +57,7 @@ def _read_file(path: Path, columns: Sequence[str]) -> list[Row]:
                 reader = csv.DictReader(file, delimiter=_DELIMITERS[path.suffix], strict=True)
                 if not reader.fieldnames:
                     raise DataError(f"{path}: expected a header with the names of the columns, found an empty line")
+                _require_separator(path, reader.fieldnames)
                 require_columns(str(path), columns, reader.fieldnames)
                 return [_picked(path, number, row, columns) for number, row in enumerate(reader, start=2)]
         if path.suffix == ".jsonl":
@@ -149,6 +150,17 @@ def hub_split(name: str, split: str, *, instead: str, configuration: str | None 
             f"{name!r} ({which}) is not here, and could not be loaded from the hub ({type(error).__name__}: {error}). "
             f"Give {instead}, or check the name, the network and HF_HUB_OFFLINE"
         ) from error
+
+
+def _require_separator(path: Path, names: Sequence[str]) -> None:
+    """Raises DataError where the header is one name with another separator in it."""
+    own = _DELIMITERS[path.suffix]
+    other = next((sign for sign in ",;\t|" if sign != own and sign in names[0]), None)
+    if len(names) == 1 and other is not None:
+        raise DataError(
+            f"{path}: expected columns separated by {own!r}, found the header {names[0]!r}: separate them so, or, "
+            "separated by tabs, call the file .tsv"
+        )
 
 
 def require_columns(where: str, wanted: Iterable[str], found: Iterable[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 from collections import OrderedDict
@@ -92,10 +93,16 @@ class RunFolder:
             raise RunFolderError(f"{path}: expected resume or overwrite, found both; --resume keeps what is there")
         try:
             content = sorted(item.name for item in path.iterdir()) if path.exists() else []
+            above = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
         except NotADirectoryError as error:
             raise RunFolderError(f"{path}: expected a folder, found a file; choose another path") from error
         except OSError as error:
             raise RunFolderError(f"{path}: could not be read: {error.strerror or error}") from error
+        if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+            what = "a folder that may not be written" if above.is_dir() else "a file"
+            raise RunFolderError(
+                f"{path}: expected a folder that can be written, found {what}, {above}; choose another"
+            )
         is_run = (path / CONFIG).is_file()
         if resume and not is_run:
             raise RunFolderError(f"{path}: nothing to resume, there is no {CONFIG} in it; start without --resume")

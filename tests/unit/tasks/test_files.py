@@ -43,6 +43,8 @@ def test_a_missing_column_names_the_nearest(tmp_path: Path, name: str) -> None:
     [
         ("a.csv", b"", r"a\.csv: expected rows, found an empty file"),
         ("a.jsonl", b"", "found an empty file"),
+        ("a.csv", b"text;label\na;b\n", "expected columns separated by ',', found the header 'text;label'"),
+        ("a.tsv", b"text,label\na,b\n", r"expected columns separated by '\\t', found the header 'text,label'"),
         ("a.parquet", b"", "found an empty file"),
         ("a.txt", b"", "found an empty file"),
         ("a.csv", b"\n\n", "expected a header with the names of the columns, found an empty line"),

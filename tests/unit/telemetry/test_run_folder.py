@@ -95,7 +95,7 @@ def test_a_file_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
     with pytest.raises(RunFolderError, match="found a file"):
         RunFolder.create(tmp_path / "run")
-    with pytest.raises(RunFolderError, match=r"could not be made: .*; choose another path") as caught:
+    with pytest.raises(RunFolderError, match=r"that can be written, found a file, .*; choose another") as caught:
         RunFolder.create(tmp_path / "run" / "below")
     assert exit_code(caught.value) == 2
     with pytest.raises(RunFolderError, match="could not be written") as caught:

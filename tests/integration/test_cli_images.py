@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from rgft.run import Run, StepReport
 from rgft.telemetry.run_folder import RunFolder
-from tests.integration.cli_inputs import invoke, refused
+from tests.integration.cli_inputs import invoke, refused, used_as_the_card_says
 from tests.unit.tasks.pictures import FAMILIES, SIDE, picture, save_folder, save_model
 
 EPOCHS = 6
@@ -39,7 +39,9 @@ def losses(run: RunFolder) -> list[float]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_run_learns_within_its_budget_and_leaves_everything_behind(folder: Path, tmp_path: Path, family: str) -> None:
+def test_a_run_learns_within_its_budget_and_leaves_everything_behind(
+    folder: Path, tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     more = ("--test", str(folder / "test"), "--budget", "0.5", "--json", "--output", str(tmp_path / "run"))
@@ -71,6 +73,9 @@ def test_a_run_learns_within_its_budget_and_leaves_everything_behind(folder: Pat
         right = model(**batch).logits.argmax(-1) == torch.tensor([label for _, label in cases])
     assert float(right.float().mean()) == pytest.approx(report["metrics"]["test"]["accuracy"])
     assert "pipeline_tag: image-classification" in (run.path / "model" / "README.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    cases[0][0].save("image.png")
+    assert {answer["label"] for answer in used_as_the_card_says(run.path / "model")} == {"down", "up"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

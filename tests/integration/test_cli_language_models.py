@@ -17,7 +17,7 @@ from rgft.tasks.base import PreparedTask
 from rgft.telemetry.run_folder import RunFolder
 from tests.decoders import WORDS, save_decoder, word_tokenizer
 from tests.gguf_files import TOKENS, tiny_llama, write_gguf
-from tests.integration.cli_inputs import invoke, refused
+from tests.integration.cli_inputs import invoke, refused, used_as_the_card_says
 
 LETTERS = "abcdefghij"
 
@@ -118,6 +118,8 @@ def test_a_run_learns_and_leaves_a_plain_model(inputs: dict[str, list[str]], tmp
             assert tokenizer.decode(said).split() == [answer, "<|end|>"]
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     assert "pipeline_tag: text-generation" in card
+    (answer,) = used_as_the_card_says(Path(report["model"]))
+    assert answer["generated_text"]
 
 
 @pytest.mark.parametrize("task", ["language-modelling", "chat"])

@@ -19,7 +19,7 @@ from rgft.cli.preparing import prepare_task
 from rgft.cli.request import RunSettings
 from rgft.tasks.base import PreparedTask
 from rgft.telemetry.run_folder import RunFolder
-from tests.integration.cli_inputs import invoke, refused, save_inputs
+from tests.integration.cli_inputs import invoke, refused, save_inputs, used_as_the_card_says
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,7 @@ def test_a_run_reaches_the_budget_and_leaves_everything_behind(
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
     assert tokenizer("good a b")["input_ids"] == tasks[0].processor("good a b")["input_ids"]
     assert (tmp_path / "run" / "model" / "README.md").read_text().startswith("---\nlibrary_name: transformers")
+    assert used_as_the_card_says(tmp_path / "run" / "model")[0]["label"] in {"bad", "good"}
     names = {
         "config.json",
         "environment.json",
@@ -166,6 +167,9 @@ def test_a_run_that_is_finished_is_not_run_again(inputs: list[str], tmp_path: Pa
     again = json.loads(invoke("train", "--resume", "--output", str(tmp_path / "run"), "--json").stdout)
     assert (again["metrics"], again["flops"]) == (first["metrics"], first["flops"])
     assert (tmp_path / "run" / "records.jsonl").read_bytes() == records
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    again = json.loads(invoke("train", "--resume", "--output", str(moved), "--json").stdout)
+    assert (again["output"], again["model"]) == (str(moved), str(moved / "model"))
 
 
 def test_a_file_asks_for_the_same_run_as_flags(inputs: list[str], tmp_path: Path) -> None:
@@ -198,6 +202,7 @@ def test_regression_and_pairs_of_texts(inputs: list[str], tmp_path: Path) -> Non
     assert 0.0 < report["metrics"]["test"]["mse"] < 1.0
     evaluations = [r for r in RunFolder.open(tmp_path / "run").read_records() if r.type == "evaluation"]
     assert {r.data["split"]: r.data["metrics"] for r in evaluations} == report["metrics"]
+    assert used_as_the_card_says(tmp_path / "run" / "model").keys() == {"label", "score"}
 
 
 def test_what_is_said_goes_to_standard_error_and_tables_to_standard_output(inputs: list[str], tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ PIPELINES: Mapping[TaskName, str] = {
 
 def model_card(
     settings: RunSettings, *, metrics: Mapping[str, Mapping[str, float]], ledger: Mapping[str, Any], lr: float,
-    pairs: Mapping[str, Any] | None, loader: str, version: str,
+    pairs: Mapping[str, Any] | None, version: str,
 ) -> str:  # fmt: skip
     """The text of `README.md`, with front-matter as model hubs read it.
 
@@ -28,7 +28,6 @@ def model_card(
         ledger: its summary.
         lr: learning rate at multiplier 1.
         pairs: the low-rank pairs that layers were trained by (`rgft.cli.preview.low_rank`); None: none.
-        loader: name of the class that loads the model.
         version: of RGFT.
     """
     import yaml
@@ -77,15 +76,31 @@ def model_card(
         "## Use",
         "",
         "```python",
-        f"from transformers import {loader}",
+        "from transformers import pipeline",
         "",
-        f'model = {loader}.from_pretrained("path/of/this/folder")',
+        f'model = pipeline("{PIPELINES[settings.task]}", model="path/of/this/folder")',
+        f"model({_example(settings)})",
         "```",
         "",
         f"Learning rate {rates}, seed {settings.seed}; all settings are in the run's `config.json`.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _example(settings: RunSettings) -> str:
+    """What the task's pipeline is called with."""
+    match settings.task:
+        case "text-classification" | "regression" if len(settings.text) == 2:
+            return '{"text": "a text", "text_pair": "another"}, truncation=True'
+        case "text-classification" | "regression":
+            return '"a text", truncation=True'
+        case "language-modelling":
+            return '"the beginning of a text"'
+        case "chat":
+            return '[{"role": "user", "content": "a question"}]'
+        case "image-classification":
+            return '"image.png"'
 
 
 def _skipped(data: Mapping[str, Any]) -> list[str]:

@@ -232,11 +232,13 @@ def _seconds(seconds: float) -> str:
 
 
 def finished(folder: RunFolder) -> dict[str, Any] | None:
-    """The report of a run that came to its end; None of one that did not."""
+    """The report of a run that came to its end, with where its folder is now; None of one that did not."""
     if not (folder.path / "records.jsonl").exists():
         return None
     ends = [record for record in folder.read_records() if record.type == "end"]
-    return dict(ends[-1].data) if ends and ends[-1].data["status"] == "finished" else None
+    if not ends or ends[-1].data["status"] != "finished":
+        return None
+    return {**ends[-1].data, "output": str(folder.path), "model": str(folder.model)}
 
 
 def error_map(run: Run) -> dict[str, Any]:
@@ -261,7 +263,6 @@ def save_model(
     if task.processor is not None:
         task.processor.save_pretrained(path)
     text = model_card(
-        request.settings, metrics=metrics, ledger=ledger, lr=lr, pairs=pairs, loader=type(model).__name__,
-        version=rgft.__version__,
+        request.settings, metrics=metrics, ledger=ledger, lr=lr, pairs=pairs, version=rgft.__version__
     )  # fmt: skip
     (path / "README.md").write_text(text, encoding="utf-8")

@@ -59,7 +59,7 @@ def _read_file(path: Path, columns: Sequence[str]) -> list[Row]:
                     raise DataError(f"{path}: expected a header with the names of the columns, found an empty line")
                 _require_separator(path, reader.fieldnames)
                 require_columns(str(path), columns, reader.fieldnames)
-                return [_picked(path, number, row, columns) for number, row in enumerate(reader, start=2)]
+                return [_picked(path, reader.line_num, row, columns) for row in reader]
         if path.suffix == ".jsonl":
             return _read_jsonl(path, columns)
         if path.suffix == ".parquet":
@@ -71,7 +71,8 @@ def _read_file(path: Path, columns: Sequence[str]) -> list[Row]:
             return _read_texts(path, columns)
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path}: expected UTF-8, found byte {error.object[error.start]:#x} at {error.start}"
+            f"{path}: expected UTF-8, found byte {error.object[error.start]:#x} at {error.start}; "
+            "save the file as UTF-8"
         ) from error
     except (OSError, csv.Error, ValueError) as error:
         if isinstance(error, DataError):

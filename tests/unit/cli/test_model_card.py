@@ -16,7 +16,7 @@ def card(model: str, *, pairs: dict[str, Any] | None = None, **settings: Any) ->
     ledger.end_step(seconds=2.0, updated={"layer": 1000})
     text = model_card(
         RunSettings(model=model, data="d.csv", **settings), metrics=METRICS, ledger=ledger.summary(1e10), lr=2e-4,
-        pairs=pairs, loader="BertForSequenceClassification", version="1.2.3",
+        pairs=pairs, version="1.2.3",
     )  # fmt: skip
     _, front, body = text.split("---\n", 2)
     return yaml.safe_load(front), body
@@ -37,7 +37,7 @@ def test_scores_and_cost_are_in_the_text() -> None:
         "| validation | accuracy | 0.8750 |", "| test | f1 | 0.7500 |",
         "3e+09 FLOPs of training and scoring, 30.0% of full fine-tuning's 1e+10",
         "1 steps of 16 examples; 1,000 parameters updated per step", "Fine-Tuning 1.2.3",
-        "BertForSequenceClassification.from_pretrained",
+        'pipeline("text-classification", model="path/of/this/folder")\nmodel("a text", truncation=True)',
     ):  # fmt: skip
         assert expected in body
 

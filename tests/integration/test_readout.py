@@ -106,6 +106,23 @@ def test_labels_that_the_layers_tell_are_told_from_chance() -> None:
     }
 
 
+def test_several_labels_an_example_are_read_as_one_label_is() -> None:
+    """Where just one of the labels holds, a regression leaves what it leaves of classes."""
+    model = model_of_two_classes()
+    one, several = Labelled(model, 80, by="layer"), Labelled(model, 80, by="layer")
+    for row in several.rows:
+        row["labels"] = torch.nn.functional.one_hot(row["labels"], 3).float()
+    of_one = opened(copy.deepcopy(model), one).readout
+    model.config.problem_type = "multi_label_classification"
+    guide = Guide(model, Config(budget=0.5, warmup_fraction=0.0, mask={"readout": 0.3}))
+    guide.set_optimizer(adamw(guide))
+    guide.open(several, batch_size=8, collate_fn=trimmed, epochs=2)
+    assert of_one is not None
+    assert guide.readout is not None
+    assert guide.readout.targets == of_one.targets
+    assert guide.readout.unexplained == pytest.approx(of_one.unexplained, rel=1e-4)
+
+
 def test_it_moves_nothing_and_books_what_it_computes() -> None:
     model = model_of_two_classes()
     data = Labelled(model, 80, by="layer")

@@ -20,10 +20,10 @@ from rgft.signals.targets import targets_of
 class ResidualDot(Signal):
     """R_l = ⟨∂R/∂h_l, ∂L/∂h_l⟩ over batch × tokens × width, for the output h_l of each layer (proposal A).
 
-    R = ‖y − ŷ‖²: Brier's score for classification and language models (mean over targets), squared error for
-    regression. For head a, h_{l,a} is its slice of the attention context before the output projection; every other
-    component of a layer gets the layer's value; components outside the layers are left out. Costs one forward pass and
-    two vector–Jacobian products down to the lowest layer, one when L is R; no dW.
+    R = ‖y − ŷ‖²: Brier's score for classification (of one label or several) and language models (mean over targets),
+    squared error for regression. For head a, h_{l,a} is its slice of the attention context before the output
+    projection; every other component of a layer gets the layer's value; components outside the layers are left out.
+    Costs one forward pass and two vector–Jacobian products down to the lowest layer, one when L is R; no dW.
 
     Known weakness: softmax saturates, so the Brier residual's gradient vanishes where the model is confidently wrong,
     exactly where the error is largest. With three or more classes the two gradients may disagree and R_l be negative.

@@ -16,7 +16,7 @@ from rgft.errors import DataError
 from rgft.signals.base import at_least_float32
 from rgft.signals.captures import first_tensor
 
-Task = Literal["classification", "language_model", "regression"]
+Task = Literal["classification", "multi_label_classification", "language_model", "regression"]
 
 #: Label of a target that does not count, as in `torch.nn.CrossEntropyLoss`.
 IGNORED = -100
@@ -28,8 +28,10 @@ class Targets:
 
     Attributes:
         task: kind of task.
-        logits: [B, C] (classification), [B, T, C] (language model), or [B, D] (regression); at least float32.
-        labels: [B] or [B, T] integers (−100 does not count), or [B, D] floats; aligned with `logits`.
+        logits: [B, C] (classification, one label or several), [B, T, C] (language model), or [B, D] (regression); at
+            least float32.
+        labels: [B] or [B, T] integers (−100 does not count), or floats, [B, C] (several labels) or [B, D]; aligned with
+            `logits`.
         shifted: whether position t predicts token t+1, so that T is one less than the model's.
     """
 
@@ -40,22 +42,25 @@ class Targets:
 
     @property
     def counts(self) -> Tensor:
-        """Which targets count, [B] or [B, T]; of regression all examples do."""
-        return torch.ones_like(self.labels[:, 0]).bool() if self.task == "regression" else self.labels != IGNORED
+        """Which targets count, [B] or [B, T]; of floats all examples do."""
+        is_float = self.labels.is_floating_point()
+        return torch.ones_like(self.labels[:, 0]).bool() if is_float else self.labels != IGNORED
 
     @property
     def counting(self) -> Tensor:
-        """The targets that count: integers [N], or [B, D] floats."""
+        """The targets that count: integers [N], or floats as `labels`."""
         return self.labels[self.counts]
 
     def residual(self) -> Tensor:
         """R = ‖y − ŷ‖², a scalar with a graph.
 
         Brier's score Σ_c (1[c = y] − softmax_c)² as a mean over targets for classification and language models
-        (Brier 1950), the squared error summed over outputs as a mean over examples for regression.
+        (Brier 1950), its Σ_c (y_c − sigmoid_c)² where an example has several labels, the squared error summed over
+        outputs as a mean over examples for regression.
         """
-        if self.task == "regression":
-            return (self.logits - self.labels).square().flatten(1).sum(-1).mean()
+        if self.labels.is_floating_point():
+            found = self.logits if self.task == "regression" else self.logits.sigmoid()
+            return (found - self.labels).square().sum(-1).mean()
         probabilities_NC = self.logits[self.counts].softmax(-1)
         right_N = probabilities_NC.gather(-1, self.counting.unsqueeze(-1)).squeeze(-1)
         return (probabilities_NC.square().sum(-1) - 2.0 * right_N + 1.0).mean()
@@ -67,8 +72,8 @@ def targets_of(
     """Finds logits and labels, infers the task from them, and aligns them.
 
     Integer labels [B] mean classification, [B, T] a language model (also masked ones and token classification), floats
-    regression. Token labels are shifted when they repeat the input tokens, as causal models' labels do; `shift` decides
-    instead where that cannot be seen.
+    regression, or several labels an example where `model.config.problem_type` says so. Token labels are shifted when
+    they repeat the input tokens, as causal models' labels do; `shift` decides instead where that cannot be seen.
 
     Raises:
         DataError: logits or labels are missing, do not fit each other, or no target counts.
@@ -83,7 +88,7 @@ def targets_of(
         )
     logits, labels = at_least_float32(logits), labels.to(logits.device)
     if labels.is_floating_point():
-        return _regression(model, logits, labels)
+        return _of_floats(model, logits, labels)
     if logits.dim() != labels.dim() + 1 or labels.dim() not in (1, 2) or logits.shape[:-1] != labels.shape:
         raise DataError(
             f"expected integer labels [B] with logits [B, C], or [B, T] with [B, T, C]; found labels "
@@ -103,19 +108,16 @@ def targets_of(
     return Targets(task=task, logits=logits, labels=labels, shifted=shifted)
 
 
-def _regression(model: nn.Module, logits: Tensor, labels: Tensor) -> Targets:
-    if getattr(getattr(model, "config", None), "problem_type", None) == "multi_label_classification":
-        raise DataError(
-            "float labels of a multi-label classifier are no regression targets; pass residual=<function of output "
-            "and batch>, e.g. the squared error of the sigmoid"
-        )
+def _of_floats(model: nn.Module, logits: Tensor, labels: Tensor) -> Targets:
+    several = "multi_label_classification"
+    task: Task = several if getattr(getattr(model, "config", None), "problem_type", None) == several else "regression"
     if logits.numel() != labels.numel() or logits.shape[0] != labels.shape[0]:
         raise DataError(
             f"expected one output per float label; found labels {tuple(labels.shape)} with outputs "
             f"{tuple(logits.shape)}; pass residual=<function of output and batch>"
         )
     rows = labels.shape[0]
-    return Targets(task="regression", logits=logits.reshape(rows, -1), labels=labels.to(logits.dtype).reshape(rows, -1))
+    return Targets(task=task, logits=logits.reshape(rows, -1), labels=labels.to(logits.dtype).reshape(rows, -1))
 
 
 def _labels_of(batch: Any) -> Tensor:

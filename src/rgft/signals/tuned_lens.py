@@ -84,7 +84,7 @@ def leave_one_out_errors(states_ND: Tensor, targets_NC: Tensor, *, ridge: float)
 
 
 def target_matrix(counting: Tensor) -> Tensor:
-    """[N, C]: one-hot over the classes that occur among integers [N], or regression targets as they are."""
+    """[N, C]: one-hot over the classes that occur among integers [N], or float targets as they are."""
     if counting.is_floating_point():
         return counting
     return torch.nn.functional.one_hot(counting.unique(return_inverse=True)[1]).to(torch.float64)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -71,8 +73,17 @@ def test_errors(batch, output, message: str) -> None:
         found(batch, output)
 
 
-def test_multi_label_targets_are_refused() -> None:
+def test_brier_of_several_labels_is_the_squared_distance_to_the_sigmoid() -> None:
+    torch.manual_seed(0)
     model = nn.Identity()
     model.config = SimpleNamespace(problem_type="multi_label_classification")  # type: ignore[assignment]
-    with pytest.raises(DataError, match="multi-label"):
-        targets_of(model, {"labels": torch.rand(2, 3)}, torch.randn(2, 3), outputs=None, shift=None)
+    logits, labels = torch.randn(2, 3, dtype=torch.float64), torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
+    targets = targets_of(model, {"labels": labels}, logits, outputs=None, shift=None)
+    assert targets.task == "multi_label_classification"
+    assert targets.counting.tolist() == labels.tolist()
+    expected = sum(
+        (1 / (1 + math.exp(-float(logits[i, c]))) - float(labels[i, c])) ** 2 for i, c in product(range(2), range(3))
+    )
+    assert float(targets.residual()) == pytest.approx(expected / 2, rel=1e-12)
+    with pytest.raises(DataError, match="one output per float label"):
+        targets_of(model, {"labels": labels[:, :2]}, logits, outputs=None, shift=None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,10 @@ from rgft.bench.claims import Claims
 from rgft.bench.durations import Durations
 from rgft.bench.experiment import Cell, Choice, Contender, Experiment
 from rgft.bench.fingerprint import DataCheck
-from rgft.bench.results import Results, set_aside, unlike
+from rgft.bench.results import Results, read_result, set_aside, unlike, write_result
 from rgft.bench.runner import ALONE, Conditions, identity_of
 from rgft.bench.tasks import bench_task
-from rgft.bench.tuning import Tuning, validation_loss
+from rgft.bench.tuning import LAST, Standing, Tuning, standing
 from rgft.errors import DataError
 
 log = logging.getLogger("rgft")
@@ -41,23 +40,24 @@ class Agenda:
         self._conditions = conditions
         self._taken: set[str] = set()
         self._claims = Claims(folder)
-        self._tunings = {c.label: Tuning(experiment, c, self._loss) for c in experiment.contenders}
+        self._tunings = {c.label: Tuning(experiment, c, self._standing) for c in experiment.contenders}
         self._settled: set[str] = set()  # labels
         self._left_out: set[str] = set()
         self._unfit: set[tuple[str, str | None]] = set()  # labels and their variants
         self._are_data_known = False
         self.failure = ""
-        # Results are long, and read once: by file name the loss, and of those from before what their data are
+        # Results are long, and read once: by file name how they stand, and of those from before what their data are
         # compared by.
-        self._losses: dict[str, float] = {}
+        self._standings: dict[str, Standing] = {}
         self._durations = Durations(conditions.device)
         self._stored: list[tuple[Path, dict[str, Any]]] = []
         for cell in experiment.all_cells():
             result = self.note(cell)
             if result is not None:
                 self._require_same_settings(cell, result)
-                if "diverged" not in result:
-                    self._stored.append((self.results.path(cell), {"seed": result["seed"], "data": result.get("data")}))
+                self._keep_data(self.results.path(cell), result)
+            elif (path := self._elsewhere(cell)) is not None:
+                self._keep_data(path, read_result(path))
 
     def take(self) -> Cell | None:
         """A run that can be begun now, which is not offered again; None: there is none, or none yet.
@@ -85,7 +85,7 @@ class Agenda:
         """Takes notice of a run's result, and gives it; None: there is none."""
         result = self.results.read(cell)
         if result is not None:
-            self._losses[cell.file_name] = validation_loss(result)
+            self._standings[cell.file_name] = standing(self.experiment, result)
             self._durations.note(result)
         return result
 
@@ -103,7 +103,7 @@ class Agenda:
 
     def _claimed(self) -> Cell | None:
         for cell in self._open():
-            if self._is_unfit(cell) or cell.file_name in self._taken:
+            if self._is_unfit(cell) or cell.file_name in self._taken or self._is_taken_over(cell):
                 continue
             if self._claims.take(self.results.path(cell)):
                 self._taken.add(cell.file_name)
@@ -124,15 +124,37 @@ class Agenda:
             if not choice.has_diverged:
                 yield from self.experiment.final_cells(contender, choice)
 
+    def _is_taken_over(self, cell: Cell) -> bool:
+        """Whether a missing result is there now, since the experiment that this one is like has it."""
+        path = self._elsewhere(cell)
+        if path is None:
+            return False
+        write_result(self.results.path(cell), {**read_result(path), **identity_of(self.experiment, cell)})
+        log.info("%s: the same run as %s", self.results.path(cell), path)
+        return True
+
+    def _elsewhere(self, cell: Cell) -> Path | None:
+        """Where the experiment that this one is like has the result of a run that is missing here."""
+        if self.experiment.like is None or self.results.path(cell).exists():
+            return None
+        path = self.results.folder.with_name(self.experiment.like) / cell.file_name
+        wanted = identity_of(self.experiment, cell)
+        del wanted["chosen_by"]
+        return path if path.exists() and not unlike(read_result(path), wanted) else None
+
+    def _keep_data(self, path: Path, result: Mapping[str, Any]) -> None:
+        if "diverged" not in result:
+            self._stored.append((path, {"seed": result["seed"], "data": result.get("data")}))
+
     def _is_unfit(self, cell: Cell) -> bool:
         return (cell.contender.label, cell.variant) in self._unfit
 
-    def _loss(self, cell: Cell) -> float | None:
+    def _standing(self, cell: Cell) -> Standing | None:
         if self._is_unfit(cell):
-            return math.inf
-        if cell.file_name not in self._losses:
+            return LAST
+        if cell.file_name not in self._standings:
             self.note(cell)
-        return self._losses.get(cell.file_name)
+        return self._standings.get(cell.file_name)
 
     def _settle(self, contender: Contender, choice: Choice) -> None:
         """Final runs that were made with something else than what is chosen now are kept, and count no more."""

@@ -17,10 +17,14 @@ from rgft.bench import settings_file
 from rgft.bench.measures import Extra
 from rgft.bench.methods import METHODS, Followed, method
 from rgft.bench.settings_file import Group, MethodSettings, Name, Rates, Seeds, Share, Shares
+from rgft.bench.tasks import known_task
 from rgft.config.presets import laid_over
 from rgft.config.sections import Section
 from rgft.errors import ConfigError
 from rgft.run import Settings
+
+#: What rates and variants are chosen by; a score is the task's own.
+Choosing = Literal["loss", "score"]
 
 #: Where a rate lies among those that were tried.
 Edge = Literal["low", "high"]
@@ -169,6 +173,9 @@ class Experiment(Section):
         evaluate: what is evaluated of final runs beside their test split (see `measures.Extra`): time, no budget.
             Contenders may ask for something else.
         max_extensions: how many rates a contender may try beyond its grid, while the best is at an edge.
+        choose: what rates and variants are chosen by: the loss, or the task's own score and, where two are equal in
+            that, the loss.
+        like: name of the experiment of which this is another choice: what that has run is not run again.
     """
 
     name: Name
@@ -180,6 +187,8 @@ class Experiment(Section):
     seeds: Seeds
     evaluate: Annotated[Extra, BeforeValidator(_extra)] = Field(default_factory=Extra)
     max_extensions: int = Field(default=3, ge=0)
+    choose: Choosing = "loss"
+    like: Name | None = None
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
@@ -205,10 +214,20 @@ class Experiment(Section):
                 )
             except ConfigError as error:
                 problems += error.problems
+        if self.choose == "score":
+            problems += self._wrong_choice()
         problems += [problem for contender in self.contenders for problem in self._wrong_settings(contender)]
         if problems:
             raise ConfigError(problems)
         return self
+
+    def _wrong_choice(self) -> list[str]:
+        try:
+            is_judged = known_task(self.task).is_judged
+        except ConfigError as error:
+            return error.problems
+        why = "choose: expected 'loss', since this task's score is of what a model writes, on the test split alone"
+        return [f"{why}; found 'score'"] if is_judged else []
 
     def _wrong_settings(self, contender: Contender) -> Iterator[str]:
         for variant in (None, *contender.variants):
@@ -234,12 +253,15 @@ class Experiment(Section):
         """Reads an experiment file.
 
         Its contenders may be the name of a file beside it, which several experiments share; with `budgets` each of
-        them is there at each of these, as "label-budget".
+        them is there at each of these, as "label-budget". With `like`, the name of a file beside it, it is that
+        experiment under a name of its own, with another choice; its contenders are labels of that one's.
 
         Raises:
             ConfigError: the file cannot be used; all problems at once.
         """
         data, problems = settings_file.read_settings(path, "an experiment"), list[str]()
+        if "like" in data:
+            return cls._like(path, data)
         budgets: tuple[float | None, ...] = (None,)
         if "budgets" in data:
             spread = settings_file.checked(_Budgets, {"budgets": data.pop("budgets")}, str(path), problems)
@@ -249,6 +271,25 @@ class Experiment(Section):
         experiment = settings_file.checked(cls, data, str(path), problems)
         if problems or experiment is None:
             raise ConfigError(list(dict.fromkeys(problems)))  # a contender has the same ones at each budget
+        return experiment
+
+    @classmethod
+    def _like(cls, path: Path, data: Mapping[str, Any]) -> Experiment:
+        problems = list[str]()
+        given = settings_file.checked(_Like, data, str(path), problems)
+        if given is None:
+            raise ConfigError(problems)
+        other = cls.load(path.parent / given.like)
+        if given.name == other.name:
+            raise ConfigError(f"{path}: name: expected another one than that of {given.like}, found {given.name!r}")
+        try:
+            (named,) = of_contenders([other], given.contenders)
+        except ConfigError as error:
+            raise ConfigError([f"{path}: contenders: {problem}" for problem in error.problems]) from error
+        fields = {**dict(named), "name": given.name, "choose": given.choose, "like": other.name}
+        experiment = settings_file.checked(cls, fields, str(path), problems)
+        if experiment is None:
+            raise ConfigError(problems)
         return experiment
 
     def tuning_cells(self, contender: Contender, choice: Choice) -> Iterator[Cell]:
@@ -292,6 +333,13 @@ def of_contenders(experiments: Sequence[Experiment], labels: Collection[str]) ->
         for experiment in experiments
     )
     return [experiment for experiment in chosen if experiment.contenders]
+
+
+class _Like(Section):
+    name: Name
+    like: Annotated[str, Field(min_length=1)]
+    choose: Choosing
+    contenders: Annotated[tuple[Name, ...], BeforeValidator(settings_file.as_tuple), Field(min_length=1)]
 
 
 class _Budgets(Section):

@@ -25,7 +25,7 @@ class Group:
         fixes_cuts: whether these are cuts fixed by hand, beside RGFT's own.
         metric: what tables show beside the loss.
         corpora: where its examples come from: tasks with one in common are not independent.
-        settings: of the task and of its runs, defaults included: names and values as texts.
+        settings: of the task, of its runs and of how rates were chosen, defaults included: names and values as texts.
     """
 
     task: str
@@ -53,15 +53,20 @@ class Group:
         task = TASKS[name]
         settings = task.with_defaults(given)
         run = {**{item.name: item.default for item in fields(Settings)}, **result["run"]}
-        shared = {**settings, **{key: value for key, value in run.items() if key not in _OF_NO_EFFECT}}
+        shared = {
+            "chosen_by": result.get("chosen_by", "loss"),
+            **settings,
+            **{key: value for key, value in run.items() if key not in _OF_NO_EFFECT},
+        }
         variant = task.variant(given)
         epochs = "one epoch" if run["epochs"] == 1 else f"{run['epochs']:g} epochs"
         size = f"{given['train_size']:,}" if given.get("train_size") is not None else "all"
         cut = f" of {given['tokens']} tokens" if "tokens" in given else ""
+        by_score = ", rates by score" if shared["chosen_by"] == "score" else ""
         model = f" {given['model']}," if given.get("model") not in (None, task.settings.get("model")) else ""
         return cls(
             task=name, fixes_cuts=result["method"] == "cut", metric=task.metric(settings), corpora=task.corpora(given),
-            title=f"{task.title}{f' ({variant})' if variant else ''},{model} {size} examples{cut}, {epochs}",
+            title=f"{task.title}{f' ({variant})' if variant else ''},{model} {size} examples{cut}, {epochs}{by_score}",
             settings=tuple(sorted((key, canonical(value)) for key, value in shared.items())),
         )  # fmt: skip
 

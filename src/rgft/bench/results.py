@@ -87,10 +87,10 @@ def write_result(path: Path, result: Mapping[str, Any]) -> None:
 def unlike(result: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
     """What a stored result has otherwise than is wanted: key → found.
 
-    Results from before these were kept have no `common_config`, which is not compared then, and no `revision`, which
-    was the first.
+    Results from before these were kept have no `common_config`, which is not compared then, no `revision`, which was
+    the first, and no `chosen_by`, which was the loss.
     """
-    found = {"common_config": wanted["common_config"], "revision": 1, **result}
+    found = {"common_config": wanted["common_config"], "revision": 1, "chosen_by": "loss", **result}
     return {key: found.get(key) for key, value in wanted.items() if found.get(key) != value}
 
 

@@ -148,7 +148,7 @@ def identity_of(experiment: Experiment, cell: Cell) -> dict[str, Any]:
         "contender": contender.label, "method": contender.method, "revision": method(contender.method).revision,
         "budget": contender.budget, "settings": cell.settings, "lr": cell.lr, "seed": cell.seed,
         "is_final": cell.is_final, "task": dict(experiment.task), "run": dict(experiment.run),
-        "common_config": dict(experiment.config),
+        "common_config": dict(experiment.config), "chosen_by": experiment.choose,
         **({} if cell.variant is None else {"variant": cell.variant, "settings_but_for_it": dict(contender.settings)}),
     }  # fmt: skip
 

@@ -61,7 +61,8 @@ def _name(value: str) -> str:
     return value
 
 
-def _list(value: Any) -> Any:
+def as_tuple(value: Any) -> Any:
+    """A list of a file, which settings keep as a tuple."""
     if isinstance(value, (list, tuple)):
         return tuple(value)
     raise ValueError("expected a list")
@@ -88,11 +89,11 @@ def _each_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
 Name = Annotated[str, AfterValidator(_name)]
 #: Of full fine-tuning's FLOPs.
 Share = Annotated[float, Field(gt=0, le=1)]
-Shares = Annotated[tuple[Share, ...], BeforeValidator(_list), AfterValidator(_each_once), Field(min_length=1)]
+Shares = Annotated[tuple[Share, ...], BeforeValidator(as_tuple), AfterValidator(_each_once), Field(min_length=1)]
 Rate = Annotated[float, Field(gt=0)]
-Rates = Annotated[tuple[Rate, ...], BeforeValidator(_list), AfterValidator(_each_once), Field(min_length=1)]
+Rates = Annotated[tuple[Rate, ...], BeforeValidator(as_tuple), AfterValidator(_each_once), Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Seeds = Annotated[tuple[Seed, ...], BeforeValidator(_list), AfterValidator(_each_once)]
+Seeds = Annotated[tuple[Seed, ...], BeforeValidator(as_tuple), AfterValidator(_each_once)]
 #: Settings by name, of what checks them itself.
 Group = Annotated[dict[str, Any], BeforeValidator(_group)]
 #: Those of a method, with RGFT's under `config`.

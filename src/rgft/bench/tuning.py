@@ -1,4 +1,4 @@
-"""How a contender's learning rate and variant are chosen: by mean validation loss over the tuning seeds."""
+"""How a contender's learning rate and variant are chosen: by means over the tuning seeds, on validation data."""
 
 from __future__ import annotations
 
@@ -9,6 +9,15 @@ from statistics import mean
 from typing import Any
 
 from rgft.bench.experiment import Cell, Choice, Contender, Edge, Experiment
+from rgft.bench.figures import is_lower_better
+from rgft.bench.tasks import known_task
+
+#: What a run is judged by, less being better: its loss, or its score (negative where more is better; infinite where
+#: undefined) and then its loss, which is infinite where it diverged.
+Standing = tuple[float, ...]
+
+#: Of a run that cannot be made.
+LAST: Standing = (inf, inf)
 
 
 class Tuning:
@@ -18,11 +27,13 @@ class Tuning:
     Args:
         experiment: whose contender.
         contender: what is tuned.
-        loss_of: the validation loss of a run, infinite where it diverged; None: it has no result yet.
+        standing_of: a run's; None: it has no result yet.
     """
 
-    def __init__(self, experiment: Experiment, contender: Contender, loss_of: Callable[[Cell], float | None]) -> None:
-        self._experiment, self._contender, self._loss_of = experiment, contender, loss_of
+    def __init__(
+        self, experiment: Experiment, contender: Contender, standing_of: Callable[[Cell], Standing | None]
+    ) -> None:
+        self._experiment, self._contender, self._standing_of = experiment, contender, standing_of
         self._choice: Choice | None = None
 
     def cells(self) -> Generator[Cell, None, Choice | None]:
@@ -73,22 +84,29 @@ class Tuning:
             choice = best
 
     def _best(self, choices: Iterable[Choice]) -> Generator[Cell, None, Choice | None]:
-        """The choice with the lowest loss, the first (of rates the lowest) of equals; None while runs are missing."""
-        means: dict[Choice, float] = {}
+        """The choice that stands first, the first (of rates the lowest) of equals; None while runs are missing."""
+        means: dict[Choice, Standing] = {}
         is_complete = True
         for choice in choices:
             cells = list(self._experiment.tuning_cells(self._contender, choice))
             yield from cells
-            losses = [loss for cell in cells if (loss := self._loss_of(cell)) is not None]
-            means[choice] = mean(losses) if losses else inf
-            is_complete = is_complete and len(losses) == len(cells)
+            found = [standing for cell in cells if (standing := self._standing_of(cell)) is not None]
+            means[choice] = tuple(map(mean, zip(*found, strict=True))) or LAST
+            is_complete = is_complete and len(found) == len(cells)
         best = min(means, key=lambda choice: means[choice])
-        return replace(best, has_diverged=isinf(means[best])) if is_complete else None
+        return replace(best, has_diverged=isinf(means[best][-1])) if is_complete else None
 
 
-def validation_loss(result: Mapping[str, Any]) -> float:
-    """Of a run; infinite where it diverged."""
-    return float(result["metrics"].get("validation", {}).get("loss", inf))
+def standing(experiment: Experiment, result: Mapping[str, Any]) -> Standing:
+    """A run's, by what the experiment chooses by."""
+    metrics = result["metrics"].get("validation", {})
+    loss = float(metrics.get("loss", inf))
+    if experiment.choose == "loss":
+        return (loss,)
+    score = known_task(experiment.task).score(experiment.task)
+    if isinf(loss) or score not in metrics:
+        return (inf, loss)
+    return (metrics[score] if is_lower_better(score) else -metrics[score], loss)
 
 
 def _edge(rate: float, tried: Sequence[float]) -> Edge | None:

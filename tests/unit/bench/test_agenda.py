@@ -137,3 +137,63 @@ def test_results_from_before_are_taken_as_they_are(tmp_path: Path, monkeypatch: 
     assert result["revision"] == 1
     path.write_text(json.dumps({key: result[key] for key in result if key not in ("revision", "common_config")}))
     assert run(experiment, tmp_path, monkeypatch) == []
+
+
+def by_score(tmp_path: Path, labels: tuple[str, ...] = ("a",)) -> Experiment:
+    """The experiment `x` with another choice."""
+    path = tmp_path / "y.json"
+    path.write_text(json.dumps({"name": "y", "like": "experiment.json", "choose": "score", "contenders": list(labels)}))
+    return Experiment.load(path)
+
+
+def test_another_choice_makes_only_the_runs_that_the_first_has_not_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = one(tmp_path, lrs=[1e-4, 2e-4, 4e-4], seeds=[0, 1])
+    run(first, tmp_path, monkeypatch, best=2e-4)  # accuracy is not measured, so that the loss decides
+    other = by_score(tmp_path)
+    assert run(other, tmp_path, monkeypatch, best=2e-4) == []
+    names = {path.name for path in (tmp_path / "x").glob("*.json")}
+    assert {path.name for path in (tmp_path / "y").glob("*.json")} == names
+    for name in names:
+        ours, theirs = (json.loads((tmp_path / folder / name).read_text()) for folder in ("y", "x"))
+        assert ours == {**theirs, "chosen_by": "score"}
+    # Their tables are two: what was chosen otherwise is not compared.
+    assert sorted(group.title for group in final_results(tmp_path)) == [
+        "BBC news, 8 examples, one epoch", "BBC news, 8 examples, one epoch, rates by score",
+    ]  # fmt: skip
+
+
+def test_another_choice_has_its_own_final_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = one(tmp_path, lrs=[1e-4, 2e-4, 4e-4], max_extensions=1)
+    run(first, tmp_path, monkeypatch, best=2e-4)
+    for lr in first.contenders[0].lrs:
+        path = tmp_path / "x" / f"a--tuning--lr{lr:g}--seed100.json"
+        result = json.loads(path.read_text())
+        result["metrics"]["validation"]["accuracy"] = 0.5 + 100.0 * lr  # the highest rate has the best score
+        path.write_text(json.dumps(result))
+    begun = run(by_score(tmp_path), tmp_path, monkeypatch, best=2e-4)
+    assert begun == ["a--tuning--lr0.0008--seed100", "a--final--lr0.0004--seed0"]
+    assert {path.name for path in (tmp_path / "y").glob("*--final--*")} == {"a--final--lr0.0004--seed0.json"}
+    assert {path.name for path in (tmp_path / "x").glob("*--final--*")} == {"a--final--lr0.0002--seed0.json"}
+
+
+def test_runs_of_an_earlier_revision_are_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = one(tmp_path, lrs=[1e-4])
+    run(first, tmp_path, monkeypatch)
+    path = tmp_path / "x" / "a--final--lr0.0001--seed0.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "revision": 0}))
+    assert run(by_score(tmp_path), tmp_path, monkeypatch) == ["a--final--lr0.0001--seed0"]
+
+
+def test_runs_of_other_data_are_not_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = one(tmp_path, lrs=[1e-4])
+    run(first, tmp_path, monkeypatch)
+    path = tmp_path / "x" / "a--final--lr0.0001--seed0.json"
+    data = {"train": {"sha256": "0" * 64, "examples": 8}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "data": data}))
+    (outcome,) = run_experiments([by_score(tmp_path)], tmp_path)
+    assert "nothing of 'y' is run" in outcome.failure
+    assert str(path) in outcome.failure

@@ -231,3 +231,45 @@ def test_every_method_has_a_valid_configuration(name: str) -> None:
     )
     assert config.budget is not None
     assert (config.budget.flops, config.seed, config.classifier_lr_multiplier) == (0.3, 1, 10.0)
+
+
+def like(tmp_path: Path, **changes: Any) -> Experiment:
+    (tmp_path / "experiment.json").write_text(json.dumps(description(task={"name": "cola"})))
+    path = tmp_path / "other.json"
+    path.write_text(
+        json.dumps({"name": "y", "like": "experiment.json", "choose": "score", "contenders": ["b"], **changes})
+    )
+    return Experiment.load(path)
+
+
+def test_an_experiment_like_another_differs_in_its_choice_alone(tmp_path: Path) -> None:
+    other = like(tmp_path)
+    first = Experiment.load(tmp_path / "experiment.json")
+    assert (other.name, other.choose, other.like) == ("y", "score", "x")
+    assert other.contenders == first.contenders[1:]
+    same = {"name": "x", "choose": "loss", "like": None, "contenders": first.contenders}
+    assert other.model_copy(update=same) == first
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"contenders": ["c"]}, r"other\.json: contenders: expected labels of contenders \(a, b\), found c"),
+        ({"contenders": []}, r"other\.json: contenders: expected .*at least 1"),
+        ({"like": "gone.json"}, r"gone\.json: expected an experiment in JSON"),
+        ({"choose": "accuracy"}, r"other\.json: choose: expected 'loss' or 'score', found 'accuracy'"),
+        ({"seeds": [7]}, r"other\.json: seeds"),
+        ({"name": "x"}, r"other\.json: name: expected another one than that of experiment\.json, found 'x'"),
+    ],
+)
+def test_an_experiment_like_another_that_cannot_be(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        like(tmp_path, **changes)
+
+
+def test_a_choice_by_what_is_not_measured_on_validation_data(tmp_path: Path) -> None:
+    for task in ("instructions", "code", "summarisation"):
+        (problem,) = problems_of(tmp_path, task={"name": task}, choose="score")
+        assert problem.startswith("choose: expected 'loss', since this task's score is of what a model writes")
+    (problem,) = problems_of(tmp_path, task={"name": "colla"}, choose="score")
+    assert problem.startswith("task.name: expected one of the bench's tasks, found 'colla'; nearest: cola")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -9,18 +11,15 @@ from typing import Any
 import pytest
 
 from rgft.bench.experiment import Cell, Choice, Experiment
-from rgft.bench.tuning import Tuning, validation_loss
+from rgft.bench.tasks import TASKS
+from rgft.bench.tuning import Standing, Tuning, standing
 from tests.unit.bench.test_experiment import contender, loaded
 
 
 def tuned(experiment: Experiment, **losses: float) -> tuple[list[str], Choice | None]:
     """The runs that a tuning asks for, each done at once, and what it chooses; losses are by rate or variant."""
-    made: dict[str, float] = {}
-
-    def loss_of(cell: Cell) -> float | None:
-        return made.get(cell.file_name)
-
-    tuning = Tuning(experiment, experiment.contenders[0], loss_of)
+    made: dict[str, Standing] = {}
+    tuning = Tuning(experiment, experiment.contenders[0], lambda cell: made.get(cell.file_name))
     steps = tuning.cells()
     try:
         while True:
@@ -30,7 +29,7 @@ def tuned(experiment: Experiment, **losses: float) -> tuple[list[str], Choice | 
                 rate if cell.variant is None else f"{cell.variant}-{rate}", losses.get(cell.variant or "")
             )
             if loss is not None:
-                made[cell.file_name] = loss + 0.001 * (cell.seed - 100)
+                made[cell.file_name] = (loss + 0.001 * (cell.seed - 100),)
     except StopIteration as stop:
         return list(made), stop.value
 
@@ -53,8 +52,67 @@ def test_the_best_rate_has_the_lowest_mean_validation_loss(tmp_path: Path) -> No
     assert choice == Choice(lr=2e-4)
     found, choice = tuned(experiment, **{"lr0.0001": 0.5, "lr0.0004": 0.6})
     assert choice is None
-    assert validation_loss({"metrics": {"validation": {"loss": 0.5}, "test": {"loss": 0.1}}}) == 0.5
-    assert validation_loss({"metrics": {}, "diverged": "step 3"}) == inf
+    assert standing(experiment, {"metrics": {"validation": {"loss": 0.5}, "test": {"loss": 0.1}}}) == (0.5,)
+    assert standing(experiment, {"metrics": {}, "diverged": "step 3"}) == (inf,)
+
+
+#: What CoLA's runs at three rates and with two seeds may show of validation data: Matthews (None: undefined) and loss
+#: (None: diverged); and the rate that is best.
+OF_COLA = {
+    "best": ({1e-4: [(0.1, 0.5)] * 2, 2e-4: [(0.3, 0.7), (0.2, 0.7)], 4e-4: [(0.2, 0.6)] * 2}, 2e-4),
+    "undefined": ({1e-4: [(0.1, 0.5)] * 2, 2e-4: [(0.9, 0.4), (None, 0.4)], 4e-4: [(0.0, 0.6)] * 2}, 1e-4),
+    "equal": ({1e-4: [(0.2, 0.7)] * 2, 2e-4: [(0.2, 0.6)] * 2, 4e-4: [(0.1, 0.5)] * 2}, 2e-4),
+    "none": ({1e-4: [(None, 0.7)] * 2, 2e-4: [(None, 0.6)] * 2, 4e-4: [(None, None)] * 2}, 2e-4),
+}
+
+
+@pytest.mark.parametrize(("shown", "best"), OF_COLA.values(), ids=OF_COLA)
+def test_by_score_the_best_rate_has_the_best_one_and_of_equals_the_lowest_loss(
+    tmp_path: Path, shown: dict[float, list[tuple[float | None, float | None]]], best: float
+) -> None:
+    experiment = of_cola(tmp_path, lrs=list(shown), seeds=[100, 101])
+
+    def standing_of(cell: Cell) -> Standing:
+        matthews, loss = shown[cell.lr][cell.seed - 100]
+        given = {"matthews": matthews, "loss": loss}
+        validation = {name: value for name, value in given.items() if value is not None}
+        return standing(experiment, {"metrics": {"validation": validation}})
+
+    assert chosen(experiment, standing_of) == Choice(lr=best)
+
+
+def test_by_score_a_run_that_diverged_stands_behind_those_without_one(tmp_path: Path) -> None:
+    experiment = of_cola(tmp_path, lrs=[1e-4, 2e-4], seeds=[100])
+    diverged = standing(experiment, {"metrics": {}, "diverged": "step 3"})
+    assert standing(experiment, {"metrics": {"validation": {"loss": 9.0}}}) < diverged
+    assert chosen(experiment, lambda _: diverged) == Choice(lr=1e-4, has_diverged=True)
+
+
+def test_a_score_of_which_less_is_better_is_chosen_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TASKS, "cola", replace(TASKS["cola"], metric=lambda _: "top1_error"))
+    experiment = of_cola(tmp_path, lrs=[1e-4], seeds=[100])
+    low, high = (
+        standing(experiment, {"metrics": {"validation": {"loss": 1.0 - error, "top1_error": error}}})
+        for error in (0.2, 0.4)
+    )
+    assert low < high
+
+
+def of_cola(tmp_path: Path, *, lrs: list[float], seeds: list[int]) -> Experiment:
+    """An experiment with one contender, whose rates are chosen by Matthews."""
+    return loaded(
+        tmp_path, contenders=[contender(lrs=lrs)], tuning_seeds=seeds, task={"name": "cola"}, choose="score"
+    )  # fmt: skip
+
+
+def chosen(experiment: Experiment, standing_of: Callable[[Cell], Standing]) -> Choice | None:
+    """What a tuning all of whose runs are done ends with."""
+    cells = Tuning(experiment, experiment.contenders[0], standing_of).cells()
+    try:
+        while True:
+            next(cells)
+    except StopIteration as stop:
+        return stop.value
 
 
 def test_a_best_rate_at_an_edge_asks_for_the_next_one_beyond(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ class BenchTask:
         metric: settings → the one that tables show beside the loss.
         told_apart_by: settings that make it another task, with data of its own.
         executes_code: whether it runs code that a model wrote, if whoever runs the bench allows it.
+        is_judged: whether its score is of what a model writes, which is seen on the test split alone.
     """
 
     title: str
@@ -49,6 +50,7 @@ class BenchTask:
     metric: Callable[[Mapping[str, Any]], str] = lambda _: "accuracy"
     told_apart_by: tuple[str, ...] = ()
     executes_code: bool = False
+    is_judged: bool = False
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -68,6 +70,10 @@ class BenchTask:
         """Which of its tasks it is, in words; empty where it is one."""
         settings = self.with_defaults(given)
         return ", ".join(str(settings[name]) for name in self.told_apart_by if settings[name] is not None)
+
+    def score(self, given: Mapping[str, Any]) -> str:
+        """Its metric beside the loss."""
+        return self.metric(self.with_defaults(given))
 
     def corpora(self, given: Mapping[str, Any]) -> frozenset[str]:
         """Where its examples come from: tasks with a corpus in common are not independent."""
@@ -118,6 +124,7 @@ TASKS: Mapping[str, BenchTask] = {
         prepare=instructions.instructions,
         draws_on=lambda settings: (settings["data"], settings["validation"], settings["test"]),
         metric=lambda _: "exact_match",
+        is_judged=True,
         told_apart_by=("data",),
     ),
     "code": BenchTask(
@@ -126,6 +133,7 @@ TASKS: Mapping[str, BenchTask] = {
         draws_on=lambda settings: (settings["data"] or "python", settings["problems"]),  # those of the task `language`
         metric=lambda settings: f"pass@{min(settings['k'])}",
         executes_code=True,
+        is_judged=True,
         told_apart_by=("data", "problems", "train_problems"),
     ),
     "summarisation": BenchTask(
@@ -133,16 +141,30 @@ TASKS: Mapping[str, BenchTask] = {
         prepare=summarisation.summarisation,
         draws_on=lambda settings: (settings["data"], settings["validation"], settings["test"]),
         metric=lambda _: "rougeL",
+        is_judged=True,
         told_apart_by=("data",),
     ),
 }
 
 
+def known_task(settings: Mapping[str, Any]) -> BenchTask:
+    """The task that settings name: "rotten_tomatoes" where they name none.
+
+    Raises:
+        ConfigError: there is no such task; the message has the nearest.
+    """
+    name = settings.get("name", "rotten_tomatoes")
+    if name not in TASKS:
+        near = get_close_matches(name, TASKS, n=3) or list(TASKS)
+        raise ConfigError(f"task.name: expected one of the bench's tasks, found {name!r}; nearest: {', '.join(near)}")
+    return TASKS[name]
+
+
 def bench_task(settings: Mapping[str, Any], *, seed: int, allow_code_execution: bool = False) -> PreparedTask:
-    """The task of an experiment: its `name` ("rotten_tomatoes" where none is given), and the settings of that task.
+    """The task of an experiment, prepared.
 
     Args:
-        settings: of the task.
+        settings: of the task, its name among them (see `known_task`).
         seed: of what is drawn.
         allow_code_execution: whether code that a model wrote may be run; of no effect where none is.
 
@@ -151,17 +173,14 @@ def bench_task(settings: Mapping[str, Any], *, seed: int, allow_code_execution: 
             that may not be.
         DataError: its data are missing.
     """
-    rest = dict(settings)
-    name = rest.pop("name", "rotten_tomatoes")
-    if name not in TASKS:
-        near = get_close_matches(name, TASKS, n=3) or list(TASKS)
-        raise ConfigError(f"task.name: expected one of the bench's tasks, found {name!r}; nearest: {', '.join(near)}")
-    task = TASKS[name]
+    task = known_task(settings)
+    rest = {key: value for key, value in settings.items() if key != "name"}
     known = task.settings
     unknown = sorted(set(rest) - set(known))
     if unknown:
         raise ConfigError(
-            f"task: {name} has no setting {', '.join(map(repr, unknown))}; known: {', '.join(sorted(known))}"
+            f"task: {settings.get('name', 'rotten_tomatoes')} has no setting {', '.join(map(repr, unknown))}; known: "
+            f"{', '.join(sorted(known))}"
         )
     allowed = {"allow_code_execution": allow_code_execution} if task.executes_code else {}
     return task.prepare(seed=seed, **rest, **allowed)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rgft.bench import sitting
+from rgft.bench import agenda, sitting
 from rgft.bench.experiment import Cell, Choice, Experiment
 from rgft.bench.finals import final_results
 from rgft.bench.results import Results
@@ -16,6 +16,7 @@ from rgft.bench.runner import Conditions, identity_of
 from rgft.bench.sitting import run_experiments
 from rgft.errors import DataError
 from tests.unit.bench.test_experiment import contender, loaded
+from tests.unit.bench.tiny_texts import in_place_of_bench_task
 
 
 def one(tmp_path: Path, **changes: Any) -> Experiment:
@@ -186,9 +187,8 @@ def test_runs_of_an_earlier_revision_are_made_anew(tmp_path: Path, monkeypatch: 
     assert run(by_score(tmp_path), tmp_path, monkeypatch) == ["a--final--lr0.0001--seed0"]
 
 
-def test_runs_of_other_data_are_not_taken_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_runs_of_other_data_are_not_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agenda, "bench_task", in_place_of_bench_task([]))
     first = one(tmp_path, lrs=[1e-4])
     run(first, tmp_path, monkeypatch)
     path = tmp_path / "x" / "a--final--lr0.0001--seed0.json"

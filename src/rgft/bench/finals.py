@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -183,6 +183,19 @@ class _Trial(NamedTuple):
 def metric_of(group: Group, metric: str) -> str:
     """The metric of a task that is meant: `SCORE` is each task's own."""
     return group.metric if metric == SCORE else metric
+
+
+def of_another_choice(groups: Collection[Group], metric: str) -> list[Group]:
+    """Of tasks whose rates were chosen twice, those where that was not by what is compared: a task's score, or a loss.
+
+    The two are one task: a score is not asked of rates that were chosen by loss where others were chosen by score.
+    """
+    return [
+        group
+        for group in groups
+        if (group.chosen_by == "score") != (metric_of(group, metric) == group.metric)
+        and any(group.is_chosen_otherwise(other) for other in groups)
+    ]
 
 
 def final_results(folder: Path) -> dict[Group, list[Finals]]:

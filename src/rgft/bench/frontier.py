@@ -10,7 +10,7 @@ from statistics import mean, stdev
 
 from rgft.bench.costs import Cost, circumstances, unsound
 from rgft.bench.figures import is_lower_better
-from rgft.bench.finals import Finals, Kind, final_results, metric_of, without_superseded
+from rgft.bench.finals import Finals, Kind, final_results, metric_of, of_another_choice, without_superseded
 from rgft.bench.group import Group
 from rgft.errors import DataError
 
@@ -59,7 +59,7 @@ class Frontier:
 
 
 def frontiers(folder: Path, *, metric: str, against: Cost = "flops") -> dict[Group, Frontier]:
-    """All contenders of each task; fixed cuts are left out.
+    """All contenders of each task; fixed cuts are left out, and what `of_another_choice` names.
 
     Args:
         folder: of result files.
@@ -70,10 +70,11 @@ def frontiers(folder: Path, *, metric: str, against: Cost = "flops") -> dict[Gro
     Raises:
         DataError: there are no results, or the metric was measured on no task.
     """
+    results = {group: contenders for group, contenders in final_results(folder).items() if not group.fixes_cuts}
     found = {
         group: _frontier(without_superseded(contenders), metric_of(group, metric), against)
-        for group, contenders in final_results(folder).items()
-        if not group.fixes_cuts
+        for group, contenders in results.items()
+        if group not in of_another_choice(results, metric)
     }
     if not any(frontier.points for frontier in found.values()):
         reasons = sorted({why for frontier in found.values() for why in frontier.left_out.values()})

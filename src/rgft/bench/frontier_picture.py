@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from rgft.bench.costs import Cost
 from rgft.bench.figures import in_words, is_lower_better
@@ -34,7 +36,7 @@ _COSTS: Mapping[Cost, str] = {
     "co2_grams": "grams of CO2", "peak_memory": "peak memory, bytes",
 }  # fmt: skip
 
-#: Methods that stand out, in the order of the legend; RGFT does with all settings, dashed where they are not its own.
+#: Methods that stand out, in the order of the legend; RGFT does with other settings, too, dashed.
 _STRONG = {"rgft": "#d62728", "full": "#1f4e9c", "lora": "#e08e0b"}
 _MUTED = ("#8c8c8c", "#7f9a86", "#8a8fb0", "#b3907a", "#a884a0", "#6f8f9c")
 _MARKERS = ("o", "s", "D", "^", "v", "<", ">", "*", "P", "X", "p", "h", "d", "H", "8")
@@ -56,22 +58,32 @@ class Style:
     is_dashed: bool = False
 
 
-def styles(kinds: Iterable[Kind]) -> dict[Kind, Style]:
+def styles(panels: Sequence[Iterable[Kind]]) -> dict[Kind, Style]:
     """A style for each kind of contender, those that stand out first; each pair of colour and marker is there once.
+
+    RGFT with other settings stands out beside itself if it is on several tasks, or there is but one: what was changed
+    to be looked at on one of many does not.
+
+    Args:
+        panels: the kinds of each task.
 
     Raises:
         DataError: there are more kinds than pairs.
     """
     found: dict[Kind, Style] = {}
+    on = Counter(kind for kinds in panels for kind in set(kinds))
     strong = {method: iter(_MARKERS) for method in _STRONG}
     muted = product(_MARKERS, _MUTED)
-    for kind in sorted(kinds, key=_place):
+    for kind in sorted(on, key=_place):
         is_plain = kind.is_plain and kind.is_current
-        is_strong = kind.method == "rgft" or (kind.method in _STRONG and is_plain)
-        pair = next(((marker, _STRONG[kind.method]) for marker in strong[kind.method]) if is_strong else muted, None)
+        stands_out = is_plain if kind.method != "rgft" else is_plain or on[kind] >= min(2, len(panels))
+        own = strong.get(kind.method, iter(())) if stands_out else iter(())
+        bold = next(((marker, _STRONG[kind.method]) for marker in own), None)
+        pair = bold or next(muted, None)
         if pair is None:
             raise DataError(f"expected no more methods than the {len(_MARKERS) * len(_MUTED)} styles, found more")
         marker, colour = pair
+        is_strong = bold is not None
         found[kind] = Style(colour=colour, marker=marker, is_strong=is_strong, is_dashed=is_strong and not is_plain)
     return found
 
@@ -102,7 +114,8 @@ def figure(found: Mapping[Group, Frontier], *, against: Cost) -> Figure:
     if not panels:
         raise DataError("expected a task with two contenders to draw, found none")
     points = [point for frontier in panels.values() for point in frontier.points]
-    style, names = styles({point.kind for point in points}), _names(points)
+    style = styles([[point.kind for point in frontier.points] for frontier in panels.values()])
+    names = _names(points)
     columns = min(COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
     legend = math.ceil(len(style) / _LEGEND_COLUMNS) * _LEGEND_ROW + 0.2
@@ -152,8 +165,16 @@ def _names(points: Sequence[Point]) -> dict[Kind, str]:
     }
     labels = list(shortest.values())
     return {
-        kind: label if labels.count(label) == 1 else f"{label} {kind.settings}" for kind, label in shortest.items()
-    }  # fmt: skip
+        kind: label if labels.count(label) == 1 or kind.is_plain else f"{label} {_leaves(json.loads(kind.settings))}"
+        for kind, label in shortest.items()
+    }
+
+
+def _leaves(settings: Mapping[str, Any]) -> str:
+    """Settings in a legend: the innermost names and their values."""
+    return ", ".join(
+        _leaves(value) if isinstance(value, dict) and value else f"{name} {value}" for name, value in settings.items()
+    )
 
 
 def _lines(title: str) -> list[str]:

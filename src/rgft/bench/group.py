@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -40,6 +40,17 @@ class Group:
         """Its title, which it may have in common with that of cuts fixed by hand, told apart from theirs."""
         return f"{self.title}, the cut fixed by hand" if self.fixes_cuts else self.title
 
+    @property
+    def chosen_by(self) -> str:
+        """By what learning rates were chosen: "loss" or "score" of validation data."""
+        return dict(self.settings)["chosen_by"]
+
+    def is_chosen_otherwise(self, other: Group) -> bool:
+        """Whether the two are the same but for what rates were chosen by."""
+        return self.chosen_by != other.chosen_by and self == replace(
+            other, title=self.title, settings=_with(other.settings, chosen_by=self.chosen_by)
+        )
+
     @classmethod
     def of(cls, result: Mapping[str, Any]) -> Group:
         """The comparison that a result belongs to.
@@ -69,6 +80,10 @@ class Group:
             title=f"{task.title}{f' ({variant})' if variant else ''},{model} {size} examples{cut}, {epochs}{by_score}",
             settings=tuple(sorted((key, canonical(value)) for key, value in shared.items())),
         )  # fmt: skip
+
+
+def _with(settings: Iterable[tuple[str, str]], **changes: str) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted({**dict(settings), **changes}.items()))
 
 
 def canonical(value: Any) -> str:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from rgft.bench.costs import doubt, source
 from rgft.bench.figures import COSTS, is_lower_better, names
-from rgft.bench.finals import SCORE, Finals, Kind, final_results, metric_of
+from rgft.bench.finals import SCORE, Finals, Kind, final_results, metric_of, of_another_choice
 from rgft.bench.group import Group
 from rgft.bench.paired import (
     TARGET_MARGIN,
@@ -228,6 +228,9 @@ def _verdict(
             own_margin = target_margin(method, baseline, name) if margin is None else margin
             within = 0.0 if equal is None else equal.margin
             tasks[group] = _OnTask.of(method, baseline, name, own_margin, score, within)
+    for group in of_another_choice(tasks, metric):
+        left_out[group] = f"its rates were chosen by {group.chosen_by}: the same task with the fitting choice is there"
+        del tasks[group]
     counted = {group: task for group, task in tasks.items() if task.counts}
     ratios = {group: Ratio.of(c) for group, task in tasks.items() if (c := _heard(task, task.logarithm)) is not None}
     is_cost = metric in COSTS

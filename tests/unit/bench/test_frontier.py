@@ -84,7 +84,7 @@ def test_seconds_are_compared_of_runs_alone_on_one_machine(tmp_path: Path) -> No
 
 def test_each_contender_has_a_colour_and_marker_of_its_own() -> None:
     kinds = [*map(kind, METHODS), kind("rgft", '{"lr": "auto"}'), kind("lora", '{"rank": 16}')]
-    found = styles(kinds)
+    found = styles([kinds])
     pairs = {(style.colour, style.marker) for style in found.values()}
     assert len(pairs) == len(found) == len(kinds) > 40
     strong = {k: style for k, style in found.items() if style.is_strong}
@@ -96,7 +96,18 @@ def test_each_contender_has_a_colour_and_marker_of_its_own() -> None:
         style.colour for style in found.values() if not style.is_strong
     }
     with pytest.raises(DataError, match="found more"):
-        styles(kind("lora", f'{{"rank": {rank}}}') for rank in range(100))
+        styles([[kind("lora", f'{{"rank": {rank}}}') for rank in range(100)]])
+
+
+def test_what_was_changed_in_rgft_on_one_of_many_tasks_does_not_stand_out() -> None:
+    changed = [kind("rgft", f'{{"config": {{"beta": {number}}}}}') for number in range(40)]
+    both = [kind("rgft"), kind("rgft", '{"lr": "auto"}')]
+    found = styles([[*both, *changed, kind("lora")], both])
+    assert [k for k, style in found.items() if style.is_strong] == [*both, kind("lora")]
+    # On the only task they do, as long as there are markers.
+    alone = styles([[*both, *changed]])
+    assert [style.is_strong for style in alone.values()].count(True) == 15
+    assert len({(style.colour, style.marker) for style in alone.values()}) == 42
 
 
 def lines_of(axes: Any) -> dict[str, Any]:

@@ -175,7 +175,7 @@ def test_the_script_shares_its_minutes_among_studies_and_experiments(
         "-m rgft bench map-study benchmarks/map_studies/grid/bbc.json benchmarks/map_studies/grid/newsgroups.json "
         f"benchmarks/map_studies/grid/rotten_tomatoes.json --minutes {minutes} {how}"
     )
-    files = r"(benchmarks/experiments/\w+\.json ){16}(benchmarks/experiments/grid/\w+\.json ){14}"
+    files = r"(benchmarks/experiments/\w+\.json ){20}(benchmarks/experiments/grid/\w+\.json ){14}"
     run = rf"-m rgft bench run {files}--minutes 8\.9\d* {how}"
     assert [bool(re.fullmatch(run, line)) for line in rest] == [True] * is_time_left
     calls.unlink()

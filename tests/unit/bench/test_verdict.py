@@ -213,3 +213,34 @@ def test_compare_says_what_it_left_out_and_the_margin(tmp_path: Path) -> None:
     (told,) = json.loads(CliRunner().invoke(app, [*options, "--json"]).output)["budgets"]
     assert told["left_out"] == {"MRPC, 2,000 examples, 3 epochs": "no final runs of full at 1"}
     assert [task["verdict"] for task in told["tasks"].values()] == ["non-inferior"]
+
+
+def test_of_a_task_whose_rates_were_chosen_twice_the_fitting_choice_is_compared(tmp_path: Path) -> None:
+    for task in ("mrpc", "imdb"):
+        noisy(tmp_path / task, "rgft", by=0.01, loss_by=-0.01, task=task)
+        noisy(tmp_path / task, "lora", task=task)
+    noisy(tmp_path / "imdb_by_score", "rgft", by=0.03, loss_by=-0.05, task="imdb", chosen_by="score")
+    noisy(tmp_path / "imdb_by_score", "lora", task="imdb", chosen_by="score")
+    noisy(tmp_path / "bbc", "rgft", by=0.02, task="bbc", chosen_by="score")  # once only: it stands for either
+    noisy(tmp_path / "bbc", "lora", task="bbc", chosen_by="score")
+    compared = {
+        metric: {
+            group.title: round(comparison.difference, 3)
+            for group, comparison in verdicts(tmp_path, "rgft", "lora", metric=metric)[0].by_task.items()
+        }
+        for metric in ("score", "loss")
+    }
+    imdb, by_score = "IMDB, 2,000 examples, 3 epochs", "IMDB, 2,000 examples, 3 epochs, rates by score"
+    assert by_score in compared["score"]
+    assert imdb not in compared["score"]
+    assert compared["loss"][imdb] == -0.01
+    assert by_score not in compared["loss"]
+    assert all(len(tasks) == 3 for tasks in compared.values())
+    left_out = verdicts(tmp_path, "rgft", "lora", metric="loss")[0].left_out
+    assert {group.title: why for group, why in left_out.items()} == {
+        by_score: "its rates were chosen by score: the same task with the fitting choice is there"
+    }
+    # Where the fitting choice has no runs of one of them, the other is what there is.
+    for path in (tmp_path / "imdb_by_score").glob("lora--*.json"):
+        path.unlink()
+    assert imdb in {group.title for group in verdicts(tmp_path, "rgft", "lora", metric="score")[0].by_task}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,11 +11,14 @@ from torch import nn
 
 from rgft.cost import CostModel, trace_costs, with_targets
 from rgft.cost.rates import measure_products
+from rgft.errors import ConfigError
 from rgft.execution.binding import Binding
 from rgft.execution.dropout import Dropout
+from rgft.execution.eager import is_compiled
 from rgft.execution.executor import Executor
 from rgft.execution.linear import layout_of
 from rgft.execution.read_positions import ReadPositions
+from rgft.execution.sampled_rows import SampledRows, find_sampled
 from rgft.training_loss import Loss, TrainingLoss
 
 log = logging.getLogger("rgft")
@@ -23,7 +26,7 @@ log = logging.getLogger("rgft")
 
 def traced_costs(
     model: nn.Module, binding: Binding, executor: Executor, loss: TrainingLoss, example: Any, *, of: Loss, proves: bool,
-    dropout: Dropout | None = None,
+    dropout: Dropout | None = None, sampled: float = 1.0, seed: int = 0,
 ) -> CostModel:  # fmt: skip
     """Costs of any plan; finds on the way which positions the last layer, or the head, need not compute.
 
@@ -35,15 +38,48 @@ def traced_costs(
         of: the loss that is traced.
         proves: whether it is the one of the steps, and may tell what these need not compute.
         dropout: what steps may be made without; None: all are made with the model's own.
+        sampled: share of the positions that weight gradients are made from.
+        seed: of the draws.
     """
+    if executor.sampled is not None:
+        executor.sampled.detach()
+        executor.sampled = None
+    drawn = _drawn(model, binding, example, of) if sampled < 1.0 else []
+    costs = _traced(model, binding, executor, loss, example, of=of, proves=proves, dropout=dropout, drawn=drawn)
+    if drawn:
+        executor.sampled = SampledRows(model, drawn, sampled, seed)
+    return costs.with_sampling(sampled)
 
+
+def _drawn(model: nn.Module, binding: Binding, example: Any, of: Loss) -> list[str]:
+    """Modules whose weight gradients are made from a sample of the positions.
+
+    Raises:
+        ConfigError: the model is compiled.
+    """
+    if is_compiled(model):
+        raise ConfigError(
+            "update.sample: expected a model that is not compiled, whose graph would leave the draws out; found a "
+            "compiled one: leave torch.compile or update.sample out"
+        )
+    with binding.plain():
+        found = find_sampled(model, binding.partition, example, of)
+    if not found:
+        log.info("positions: all make weight gradients: no linear layer sees several of an example")
+    return found
+
+
+def _traced(
+    model: nn.Module, binding: Binding, executor: Executor, loss: TrainingLoss, example: Any, *, of: Loss, proves: bool,
+    dropout: Dropout | None, drawn: Collection[str],
+) -> CostModel:  # fmt: skip
     low_rank = binding.low_rank
 
     def traced(of: Loss = of) -> CostModel:
         return trace_costs(
             model, binding.partition, example, loss=of, is_sliceable=lambda module: layout_of(module) is not None,
             pairs=None if low_rank is None else low_rank.shapes,
-            without_dropout=None if dropout is None else dropout.left_out,
+            without_dropout=None if dropout is None else dropout.left_out, drawn=drawn,
         )  # fmt: skip
 
     loss.at_targets = None

@@ -175,6 +175,7 @@ class Guide(GuidedRun):
             example if memory is None else memory.traceable(example), of=cost_loss or self._loss.mean,
             proves=self.config.execution.positions != "all" and own_loss and cost_loss is None,
             dropout=self._dropout if self._may_leave_out_dropout else None,
+            sampled=self.config.update.sample, seed=self.config.seed,
         )  # fmt: skip
         if self._weighted is not None:
             self._weighted.check()
@@ -450,6 +451,7 @@ class Guide(GuidedRun):
     def end_step(self) -> None:
         """After the optimizer's step, before gradients are cleared."""
         self._executor.skip_positions(False)
+        self._executor.use_all_rows()
         self._dropout.turn(off=False)
         if self._measurement is not None:
             self._step.book_scoring(self._measurement.take_seconds())

@@ -190,8 +190,10 @@ class Step:
             return
         if not (self.is_open and module.training and torch.is_grad_enabled()):
             self._executor.skip_positions(False)
+            self._executor.use_all_rows()
             return
         self._passes += 1
+        self._executor.sample_rows(self._progress.step, self._passes)
         ids, cut = self._progress.ids, self._cut
         rows, tokens = batch_shape(kwargs or args)
         started = time.perf_counter()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rgft import Config, Guide, prober
-from rgft.errors import BudgetError
+from rgft.errors import BudgetError, ConfigError
 from rgft.progress import Progress
 from rgft.telemetry.flop_counter import count_flops
 from tests.families import FAMILIES
@@ -248,3 +248,46 @@ def test_accumulation_does_not_thin_out_what_is_scored(monkeypatch: pytest.Monke
     assert guide.step_count >= 8
     assert 3 <= len(scored) <= 9
     assert scored[-1] > guide.step_count / 2
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "vit", "peft_llama_lora"])
+@pytest.mark.parametrize("granularity", ["layer", "head"])
+def test_weight_gradients_from_a_sample_of_positions_are_counted(name: str, granularity: str) -> None:
+    if "peft" in name and granularity == "head":
+        granularity = "adapter"
+    settings: dict[str, Any] = {
+        "granularity": granularity, "mask": {"frozen_fraction": 0.5},
+        "probe": {"interval": 4, "size": 2}, "warmup_fraction": 0.1,
+    }  # fmt: skip
+    (plain, _), (guide, counted) = (
+        audited(name, {**settings, "update": {"sample": share, "low_rank": None}}, steps=10, epochs=2)
+        for share in (1.0, 0.25)
+    )
+    assert guide.ledger.spent_flops == pytest.approx(counted, rel=0.02)
+    assert guide.ledger.reference_flops == plain.ledger.reference_flops
+    made, all_of_them = guide.ledger.dw_flops, plain.ledger.dw_flops
+    assert 0.2 * all_of_them < made < 0.75 * all_of_them
+    # What was not made of it stands beside what was not made of components that are off.
+    rows = guide.ledger.as_rows()
+    assert sum(flops for _, flops, _ in rows[:-1]) == pytest.approx(rows[-1][1])
+
+
+def test_a_compiled_model_is_refused_where_gradients_are_sampled() -> None:
+    family = FAMILIES["bert"]
+    model = family.build()
+    model.compile(backend="eager")
+    guide = Guide(model, Config(update={"sample": 0.5}))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"update.sample: expected a model that is not compiled"):
+        next(guide.batches(Examples(family), batch_size=4, collate_fn=collate))
+
+
+def test_losses_of_a_step_are_exact_where_its_gradients_are_sampled() -> None:
+    family = FAMILIES["bert"]
+    losses = []
+    for share in (1.0, 0.25):
+        guide = Guide(family.build(), Config(preset="full", update={"sample": share, "dropout": "off"}))
+        losses.append(guided(guide, adamw(guide), Examples(family), steps=3, collate_fn=collate)[1])
+        guide.detach()
+    assert losses[0][0] == losses[1][0]
+    assert losses[0][1:] != losses[1][1:]
+    assert losses[0] == pytest.approx(losses[1], rel=0.2)

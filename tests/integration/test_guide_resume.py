@@ -25,6 +25,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "proposal_b": {"preset": "proposal_b"},
     "lisa": {"policy": {"name": "lisa", "every": 2}, "update": {"moments": "reset"}},
     "full": {"preset": "full"},
+    "sampled": {**COMMON, "warmup_fraction": 0.5, "mask": {"frozen_fraction": 0.5}, "update": {"sample": 0.25}},
     "skipping": {**COMMON, "warmup_fraction": 0.5, "seed": 3, "mask": {"frozen_fraction": 0.5},
                  "examples": {"prune": 0.5, "threshold": 1.1, "off_for_last": 0.2}},
 }  # fmt: skip

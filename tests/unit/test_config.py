@@ -21,7 +21,7 @@ from rgft.signals import SIGNALS
 COMMON: dict[str, Any] = {
     "energy": {"watts": None, "counter": "auto", "carbon_intensity": 473.0},
     "budget": None, "ffn_blocks": 1, "period": None, "policy": None,
-    "update": {"moments": "keep", "average_last": 0.0, "dropout": "model", "low_rank": None},
+    "update": {"moments": "keep", "average_last": 0.0, "dropout": "model", "sample": 1.0, "low_rank": None},
     "examples": {"prune": 0.0, "threshold": 1.0, "off_for_last": 0.125, "tokens": 0.0, "select": "unbiased"},
     "classifier_lr_multiplier": 1.0, "seed": 0,
 }  # fmt: skip
@@ -41,7 +41,7 @@ TABLE: dict[str, dict[str, Any]] = {
         "error_map": {"beta": 0.9, "bias_correction": True},
         "stability": {**STABILITY, "preserve_mean": True, "always_on": ["classifier"]},
         "probe": {"interval": "auto", "size": "auto", "max_fraction": 0.01, "row_stride": 4},
-        "update": {"moments": "keep", "average_last": 0.0, "dropout": "auto", "low_rank": "auto"},
+        "update": {"moments": "keep", "average_last": 0.0, "dropout": "auto", "sample": 1.0, "low_rank": "auto"},
         "execution": {**EXECUTION, "cache": "auto", "positions": "auto", "padding": "auto"}, "warmup_fraction": 0.1,
     },
     "proposal_a": {

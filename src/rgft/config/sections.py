@@ -201,6 +201,13 @@ class UpdateConfig(Section):
         default="model",
         description="model: as the model has it; off; auto: off where the budget ends before an example comes again",
     )
+    sample: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="share of a batch's positions that weight gradients of linear layers are made from, drawn by how "
+        "much each adds to them, so that their expectation is unchanged; 1: all",
+    )
     low_rank: Annotated[LowRankConfig | Literal["auto"] | None, BeforeValidator(_pairs_or_auto)] = Field(
         default=None,
         description="components that are trained by low-rank pairs, and how; None: none; auto: the layers of a "

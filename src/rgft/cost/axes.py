@@ -23,6 +23,7 @@ class Forms:
         paired: on, and trained by pairs.
         carried: off, with pairs that are part of the model.
         freezes_others: see `CostModel`.
+        positions: share of them that weight gradients are made from.
     """
 
     mask: int
@@ -30,6 +31,7 @@ class Forms:
     paired: frozenset[int]
     carried: frozenset[int]
     freezes_others: bool
+    positions: float = 1.0
 
     def is_dense(self, index: int, op: Operation) -> bool:
         """Whether the component's dW of that operation's weight is made."""
@@ -59,7 +61,7 @@ def by_axis(operations: Collection[Operation], forms: Forms, cached_below: int, 
             dense = [share for index, share in product.shares if forms.is_dense(index, op)]
             # A product that is made for the whole weight is made as soon as one owner wants it.
             share = sum(share for _, share in product.shares) if product.is_whole and dense else sum(dense)
-            dw = add(dw, product.flops, share)
+            dw = add(dw, product.from_positions(forms.positions), share)
     return forward, dx, dw, recomputed, pairs
 
 

@@ -33,6 +33,7 @@ class WeightInfo:
         depth: of its layer or its owners; 0 when neither is known.
         in_layer: whether it lies in one of the partition's layers.
         is_sliceable: whether dW can be made for active slices alone.
+        drawn: its elements, where dW may be made from a sample of the positions; 0: it may not.
         pairs: low-rank pairs that its owners may have beside it.
     """
 
@@ -41,6 +42,7 @@ class WeightInfo:
     depth: int
     in_layer: bool
     is_sliceable: bool = True
+    drawn: int = 0
     pairs: tuple[PairShare, ...] = ()
 
 
@@ -82,6 +84,7 @@ def read_operations(
     components: Sequence[Component],
     *,
     after_layers: int,
+    rows: int = 1,
     attention: MaskedAttention | None = None,
     elementwise: Collection[str] = (),
 ) -> list[Operation]:
@@ -92,6 +95,7 @@ def read_operations(
         weights: id of a parameter → what it is.
         components: of the partition, in order.
         after_layers: depth of what runs after the last layer.
+        rows: of the batch.
         attention: the mode that the pass ran under.
         elementwise: names of custom autograd functions that hold no matrix product.
 
@@ -100,7 +104,7 @@ def read_operations(
     """
     if loss.grad_fn is None:
         raise RGFTError("the loss has no graph: expected loss(model, batch) to return a scalar that needs a gradient")
-    walk = _Walk(weights, components, after_layers)
+    walk = _Walk(weights, components, after_layers, rows)
     unreadable: list[str] = []
     for node in topological(loss.grad_fn):
         if is_unreadable(node, elementwise):
@@ -120,8 +124,10 @@ def read_operations(
 class _Walk:
     """State of the topological pass."""
 
-    def __init__(self, weights: Mapping[int, WeightInfo], components: Sequence[Component], after_layers: int) -> None:
-        self.weights, self.components, self.after_layers = weights, components, after_layers
+    def __init__(
+        self, weights: Mapping[int, WeightInfo], components: Sequence[Component], after_layers: int, rows: int
+    ) -> None:  # fmt: skip
+        self.weights, self.components, self.after_layers, self.rows = weights, components, after_layers, rows
         self.upstream: dict[Node, int] = {}
         self.depth: dict[Node, int] = {}
         self.operations: dict[Node, Operation] = {}
@@ -161,6 +167,8 @@ class _Walk:
                     flops=_batch(flops), upstream=self.upstream[source] if source is not None else 0,
                     shares=None if info is None else info.owners,
                     is_whole=info is not None and not info.is_sliceable,
+                    # Not where each example has one position.
+                    is_drawn=info is not None and 0 < 2 * info.drawn * self.rows < flops,
                 )
                 for source, info in zip(sources, infos, strict=True)
             )  # fmt: skip

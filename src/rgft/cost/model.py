@@ -78,6 +78,7 @@ class CostModel:
         freezes_others: whether, of a component that is trained by pairs, nothing else is.
         drops: whether training steps are made with the model's dropout. Full fine-tuning always is.
         fixed_tokens: the one length of batches that the model takes; None: it takes others.
+        sampled: share of the positions that weight gradients of training steps are made from, where that may be less.
     """
 
     names: tuple[str, ...]
@@ -94,6 +95,7 @@ class CostModel:
     freezes_others: bool = False
     drops: bool = True
     fixed_tokens: int | None = None
+    sampled: float = 1.0
     _memo: dict[Any, tuple[Axes, Axes, Axes]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _steps: dict[Any, StepCost] = field(default_factory=dict, init=False, repr=False, compare=False)
     _full: dict[tuple[int, int], StepCost] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -182,8 +184,9 @@ class CostModel:
 
     @cached_property
     def _dropping(self) -> CostModel:
-        """The costs of steps with dropout, by which full fine-tuning is reckoned."""
-        return self.with_dropout(True)
+        """The costs of steps with dropout, and weight gradients of all positions, by which full fine-tuning is
+        reckoned."""
+        return self.with_dropout(True).with_sampling(1.0)
 
     @property
     def _of_steps(self) -> tuple[Operation, ...]:
@@ -200,6 +203,12 @@ class CostModel:
         if drops == self.drops:
             return self
         return replace(self, drops=drops, plain=self.plain and self.plain.with_dropout(drops))
+
+    def with_sampling(self, share: float) -> CostModel:
+        """These costs, with weight gradients from a share of the positions."""
+        if share == self.sampled:
+            return self
+        return replace(self, sampled=share, plain=self.plain and self.plain.with_sampling(share))
 
     def with_recomputation(self, *, last_layer: int) -> CostModel:
         """These costs with gradient checkpointing of the layers."""
@@ -273,7 +282,7 @@ class CostModel:
             "plain": None if self.plain is None else self.plain.to_dict(), "skips_to": self.skips_to,
             "target_share": self.target_share,
             "recomputes_to": self.recomputes_to, "low_rank": sorted(self.low_rank), "running": sorted(self.running),
-            "freezes_others": self.freezes_others, "fixed_tokens": self.fixed_tokens,
+            "freezes_others": self.freezes_others, "fixed_tokens": self.fixed_tokens, "sampled": self.sampled,
         }  # fmt: skip
 
     @classmethod
@@ -287,7 +296,7 @@ class CostModel:
             target_share=data["target_share"],
             recomputes_to=data["recomputes_to"], low_rank=frozenset(data.get("low_rank", ())),
             running=frozenset(data.get("running", ())), freezes_others=data.get("freezes_others", False),
-            fixed_tokens=data.get("fixed_tokens"),
+            fixed_tokens=data.get("fixed_tokens"), sampled=data.get("sampled", 1.0),
         )  # fmt: skip
 
     @cached_property
@@ -310,7 +319,7 @@ class CostModel:
             )
         if self.plain is not None and all(self.depths[self.names.index(name)] > self.skips_to for name in active):
             return self.plain._plan(active, cached_below, training, low_rank)
-        forms = self._forms(active, low_rank)
+        forms = replace(self._forms(active, low_rank), positions=self.sampled if training else 1.0)
         operations = self._of_steps if training else self.probing
         lowest = min((depth for depth, is_on in zip(self.depths, forms.on, strict=True) if is_on), default=0)
         twice = range(max(1, lowest), self.recomputes_to + 1 if training and active else 0)

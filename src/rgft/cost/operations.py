@@ -30,12 +30,18 @@ class Product:
         upstream: bit mask over the components; the product is needed iff one of them is active.
         shares: for a product into a weight, (component index, fraction of the weight it owns); None: dX.
         is_whole: made for the whole weight as soon as one owner is active.
+        is_drawn: into a weight, made in training steps from a sample of the positions, if the run samples any.
     """
 
     flops: Coefficients
     upstream: int
     shares: tuple[tuple[int, float], ...] | None = None
     is_whole: bool = False
+    is_drawn: bool = False
+
+    def from_positions(self, share: float) -> Coefficients:
+        """FLOPs where it is made from a share of the positions."""
+        return add((0.0, 0.0, 0.0), self.flops, share) if self.is_drawn else self.flops
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Product:
@@ -44,7 +50,7 @@ class Product:
         return cls(
             flops=_coefficients(data["flops"]), upstream=data["upstream"],
             shares=None if shares is None else tuple((int(i), float(f)) for i, f in shares),
-            is_whole=data["is_whole"],
+            is_whole=data["is_whole"], is_drawn=data.get("is_drawn", False),
         )  # fmt: skip
 
 

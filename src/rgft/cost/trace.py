@@ -37,7 +37,7 @@ OUTSIDE = "outside the graph"
 def trace_costs(
     model: nn.Module, partition: Partition, batch: Any, loss: Loss | None = None, *, elementwise: Collection[str] = (),
     is_sliceable: Callable[[nn.Module], bool] = lambda module: True, pairs: LowRankShapes | None = None,
-    without_dropout: Callable[[], AbstractContextManager[None]] | None = None,
+    without_dropout: Callable[[], AbstractContextManager[None]] | None = None, drawn: Collection[str] = (),
 ) -> CostModel:  # fmt: skip
     """Reads a model's costs off its autograd graph.
 
@@ -64,13 +64,14 @@ def trace_costs(
             dimensions, for slices along the first); of any other it is made whole.
         pairs: low-rank pairs that components may be trained by; None: there are none. The model itself has none.
         without_dropout: inside, the model drops nothing at random; None: no step is made so.
+        drawn: paths of the modules whose dW may be made from a sample of the positions.
 
     Raises:
         PartitionError: a trainable parameter belongs to no component, or a component's parameter is not there.
         RGFTError: quantised weights, work that cannot be read off the graph, products that change with the batch, or
             a modelled forward pass more than 2 % away from the counted one.
     """
-    weights = _weights(model, partition, is_sliceable, pairs)
+    weights = _weights(model, partition, is_sliceable, pairs, drawn)
     run = _Run(model, partition, weights, loss or model_loss, elementwise, example=batch)
     with undisturbed(model):
         shapes, fixed_tokens = run.shapes, None
@@ -172,7 +173,7 @@ class _Run:
         with torch.enable_grad(), counter, attention:
             loss = self._forward(shape)
         operations = read_operations(
-            loss, self.weights, self.components, after_layers=self.after_layers, attention=attention,
+            loss, self.weights, self.components, after_layers=self.after_layers, rows=shape.rows, attention=attention,
             elementwise=self.elementwise,
         )  # fmt: skip
         modelled, counted = sum(op.flops[0] for op in operations), counter.get_total_flops()
@@ -337,7 +338,8 @@ def _polynomial(flops: Sequence[float], shapes: Sequence[BatchShape]) -> Coeffic
 
 
 def _weights(
-    model: nn.Module, partition: Partition, is_sliceable: Callable[[nn.Module], bool], pairs: LowRankShapes | None
+    model: nn.Module, partition: Partition, is_sliceable: Callable[[nn.Module], bool], pairs: LowRankShapes | None,
+    drawn: Collection[str],
 ) -> dict[int, WeightInfo]:  # fmt: skip
     """What the graph walk needs to know of each parameter; all problems are reported together."""
     owners: dict[str, dict[int, float]] = {}
@@ -377,5 +379,6 @@ def _weights(
             mask=sum(1 << index + len(indices) * (index in freezing and not beside) for index in mine),
             depth=max(known) if known else (0 if layer is None else layer + 1), in_layer=layer is not None,
             is_sliceable=name not in across and is_sliceable(model.get_submodule(name.rpartition(".")[0])),
+            drawn=parameter.numel() if name.removesuffix(".weight") in drawn else 0,
         )  # fmt: skip
     return weights

@@ -22,6 +22,7 @@ from rgft.execution.gradient_norms import GradientNorms, StepNorms
 from rgft.execution.moments import MomentMode, Moments
 from rgft.execution.multipliers import Multipliers
 from rgft.execution.read_positions import ReadPositions
+from rgft.execution.sampled_rows import SampledRows
 from rgft.execution.schedule_free import MeanOfIterates
 from rgft.execution.switching import Switch
 from rgft.execution.views import check_optimizer
@@ -54,6 +55,7 @@ class Executor:
         self.optimizer: Optimizer | None = None
         self.cache = cache
         self.positions: ReadPositions | None = None
+        self.sampled: SampledRows | None = None
         self._on: frozenset[str] = frozenset()  # parts, in the last step, also when that was before a resume
 
     @property
@@ -189,6 +191,17 @@ class Executor:
         if self.positions is not None:
             self.positions.is_on = skips
 
+    def sample_rows(self, step: int, number: int) -> None:
+        """Weight gradients of a pass, the one of this number in its step, are made from a sample, if that is set."""
+        if self.sampled is not None:
+            self.sampled.is_on = True
+            self.sampled.begin_pass(step, number)
+
+    def use_all_rows(self) -> None:
+        """Weight gradients of forwards from here on are made from all positions."""
+        if self.sampled is not None:
+            self.sampled.is_on = False
+
     def end_forward(self) -> None:
         if self.cache is not None:
             self.cache.end()
@@ -244,6 +257,8 @@ class Executor:
             self.cache.detach()
         if self.positions is not None:
             self.positions.detach()
+        if self.sampled is not None:
+            self.sampled.detach()
         self._switch.detach()
         if self._binding.low_rank is not None:
             self._binding.low_rank.leave()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,21 @@ from torch.autograd.function import once_differentiable
 from rgft.execution.convolution import Kernel, kernel_of
 from rgft.execution.runs import Run, runs_of, split, without_autocast
 from rgft.execution.split_weight import SplitWeight
+
+#: Where a module keeps what draws the rows of its dW (`Draw`); not an attribute that any module has.
+DRAW = "_rgft_draw"
+
+
+class Draw(Protocol):
+    """What draws the rows that dW is made from; see `sampled_rows`."""
+
+    def applies(self, module: nn.Module, x: Tensor) -> bool:
+        """Whether a call's dW is made from a sample."""
+        ...
+
+    def draw(self, x_NI: Tensor, dy_NO: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices of rows, and how often each counts."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +75,8 @@ class Layout:
         self, module: nn.Module, x: Tensor, weight: SplitWeight, bias: SplitWeight | nn.Parameter | None
     ) -> Tensor:
         """The forward of `module`, see `sliced_linear`."""
-        return sliced_linear(x, self, weight, bias)
+        draw: Draw | None = module.__dict__.get(DRAW)
+        return sliced_linear(x, self, weight, bias, draw if draw is not None and draw.applies(module, x) else None)
 
 
 ROWS_OUT = Layout(output_dim=0)
@@ -98,6 +114,7 @@ class _Spec:
         weight_runs: active slices of the weight.
         bias_runs: active slices of the bias; None for a bias that is whole (then it is the last argument, or absent).
         has_whole_bias: whether the last argument is a whole bias that requires a gradient.
+        draw: what draws the rows of dW; None: it is made from all.
     """
 
     layout: Layout
@@ -105,6 +122,7 @@ class _Spec:
     weight_runs: tuple[Run, ...]
     bias_runs: tuple[Run, ...]
     has_whole_bias: bool
+    draw: Draw | None = None
 
     @property
     def slices_inputs(self) -> bool:
@@ -151,6 +169,12 @@ def _inputs_to_save(x_NI: Tensor, dtype: torch.dtype, spec: _Spec) -> list[Tenso
 
 
 def _weight_gradients(dy_NO: Tensor, saved: Sequence[Tensor], spec: _Spec) -> list[Tensor]:
+    if spec.draw is not None and saved:
+        # Of a weight whose inputs are sliced the slices' columns are what is there, and all that matters.
+        x_NI = saved[0] if len(saved) == 1 else torch.cat(list(saved), dim=1)
+        rows, factors = spec.draw.draw(x_NI, dy_NO)
+        dy_NO = dy_NO[rows] * factors.to(dy_NO.dtype)[:, None]
+        saved = [x[rows] for x in saved]
     gradients = []
     for index, run in enumerate(spec.weight_runs):
         if spec.slices_inputs:
@@ -168,8 +192,9 @@ def _bias_gradients(dy_NO: Tensor, spec: _Spec) -> list[Tensor]:
 
 
 def sliced_linear(
-    x: Tensor, layout: Layout, weight: SplitWeight, bias: SplitWeight | nn.Parameter | Tensor | None
-) -> Tensor:
+    x: Tensor, layout: Layout, weight: SplitWeight, bias: SplitWeight | nn.Parameter | Tensor | None,
+    draw: Draw | None = None,
+) -> Tensor:  # fmt: skip
     """The linear map of a module whose weight is split.
 
     Args:
@@ -177,6 +202,7 @@ def sliced_linear(
         layout: of the weight.
         weight: the split weight.
         bias: split, whole, or absent.
+        draw: what draws the rows of dW; None: it is made from all.
 
     Returns:
         [..., O], bit-identical to the plain module's.
@@ -196,6 +222,7 @@ def sliced_linear(
         weight_runs=runs_of(active_weight),
         bias_runs=runs_of(active_bias),
         has_whole_bias=has_whole_bias,
+        draw=draw,
     )
     parameters = [view for _, view in active_weight] + [view for _, view in active_bias]
     if has_whole_bias:
@@ -203,3 +230,31 @@ def sliced_linear(
         parameters.append(fused_bias)  # type: ignore[arg-type]
     detached_bias = None if fused_bias is None else fused_bias.detach()
     return _SlicedLinear.apply(x, weight.data, detached_bias, spec, *parameters)  # type: ignore[no-any-return]
+
+
+def sampled_linear(x: Tensor, layout: Layout, weight: nn.Parameter, bias: nn.Parameter | None, draw: Draw) -> Tensor:
+    """The linear map of a module whose weight is whole, dW from a sample of its rows.
+
+    Args:
+        x: [..., I].
+        layout: of the weight.
+        weight: requires a gradient.
+        bias: or None.
+        draw: what draws the rows.
+
+    Returns:
+        [..., O], bit-identical to the plain module's.
+    """
+    outputs = weight.shape[layout.output_dim]
+    has_bias = bias is not None and bias.requires_grad
+    spec = _Spec(
+        layout=layout,
+        weight_dim=layout.output_dim,
+        weight_runs=(Run(start=0, stop=outputs, members=((0, outputs),)),),
+        bias_runs=(),
+        has_whole_bias=has_bias,
+        draw=draw,
+    )
+    parameters = [weight, bias] if has_bias else [weight]
+    detached_bias = None if bias is None else bias.detach()
+    return _SlicedLinear.apply(x, weight.detach(), detached_bias, spec, *parameters)  # type: ignore[no-any-return]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copyreg
 import math
 from collections.abc import Collection
+from dataclasses import replace
 from functools import cache
 from typing import Any, ClassVar, cast
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from rgft.components import Partition
 from rgft.cost.batch_shape import BatchShape
+from rgft.cost.trace import TRACE_ROWS
 from rgft.cost.undisturbed import undisturbed
 from rgft.errors import AttachError
 from rgft.execution.agreement import Loss
@@ -155,11 +157,11 @@ def find_sampled(model: nn.Module, partition: Partition, batch: Any, loss: Loss)
         return hook
 
     shape = BatchShape.of(batch)
-    rows = shape.scaled(shape.unit) if shape.tokens else shape
+    small = replace(shape, rows=min(shape.rows, TRACE_ROWS))
     handles = [m.register_forward_pre_hook(note(path), with_kwargs=True) for path, m in candidates.items()]
     try:
         with undisturbed(model), torch.no_grad():
-            loss(model, shape.resize(batch, rows))
+            loss(model, shape.resize(batch, small))
     finally:
         for handle in handles:
             handle.remove()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rgft.errors import AttachError, StorageError
 from rgft.execution.assembled import assemble
 from rgft.execution.convolution import Kernel
-from rgft.execution.linear import Layout, layout_of
+from rgft.execution.linear import DRAW, Layout, layout_of
 from rgft.execution.split_weight import SplitWeight
 
 #: Where a bound module keeps its `_Splits`; not an attribute that any module has.
@@ -100,7 +100,7 @@ class SplitModule(nn.Module):
         """Pickles the plain module, which loads where RGFT is not installed."""
         self._refuse_stale("pickling the module")
         splits = self._splits
-        state = dict(_state_of(self))
+        state = _state_of(self)
         del state[_KEY]
         plain = plain_parameters(self._parameters, splits.weights, splits.views)
         state["_parameters"] = plain | {name: split.to_pickle() for name, split in splits.weights.items()}
@@ -230,9 +230,10 @@ def is_intact(module: SplitModule) -> bool:
 
 
 def _state_of(module: nn.Module) -> dict[str, Any]:
+    """What a copy has of it: not what draws the rows of its dW, which is the guide's."""
     state = object.__reduce_ex__(module, 4)[2]
     assert isinstance(state, dict)
-    return state
+    return {key: value for key, value in state.items() if key != DRAW}
 
 
 def plain_parameters(

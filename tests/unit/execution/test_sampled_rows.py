@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from rgft.errors import AttachError
 from rgft.execution.dropout import Dropout
 from rgft.execution.sampled_rows import SampledRows, drawn, find_sampled
+from rgft.execution.views import bind
 from rgft.partition import partition
 from tests.families import FAMILIES, Family
 
@@ -210,6 +211,24 @@ def test_detaching_leaves_no_trace_and_copies_are_plain() -> None:
     rows.detach()
     assert [type(module) for module in model.modules()] == classes
     assert not any("_rgft_draw" in vars(module) for module in model.modules())
+
+
+def test_copies_of_a_model_whose_heads_are_components_are_plain_of_draws() -> None:
+    family = FAMILIES["bert"]
+    model, batch = family.build(), family.batch()
+    binding = bind(model, partition(model, "head"))
+    with binding.plain():
+        paths = find_sampled(model, partition(model), batch, model_loss)
+    rows = SampledRows(model, paths, 0.25, seed=0)
+    rows.is_on = True
+    stored = io.BytesIO()
+    pickle.dump(model, stored)
+    for twin in (copy.deepcopy(model), pickle.loads(stored.getvalue())):
+        assert not any("_rgft_draw" in vars(module) for module in twin.modules())
+        gradients(twin, batch)
+    rows.detach()
+    binding.restore()
+    assert [type(module) for module in model.modules()] == [type(module) for module in family.build().modules()]
 
 
 def test_a_class_that_was_changed_meanwhile_is_not_taken_back() -> None:
